@@ -1,0 +1,39 @@
+"""grass-hf: full-parameter training with structured sparse gradients (Grass, arXiv 2406.17660).
+
+Importing the package teaches the Hugging Face Trainer the optimizer name "grass" (`register`); it costs
+milliseconds, because torch and transformers are imported only when something of ours is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from . import _import_hook
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GrassConfig": "config",
+    "convert_to_grass": "convert",
+    "restore_model": "convert",
+    "grass_optimizer": "optim",
+    "register": "_import_hook",
+    "GrassCallback": "integrations.trainer",
+    "GrassOptimizerFactory": "integrations.trainer",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_import_hook.register()

@@ -1,0 +1,5 @@
+"""The command ``grass-hf``."""
+
+from .app import main
+
+__all__ = ["main"]

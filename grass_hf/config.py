@@ -1,0 +1,265 @@
+"""The settings of a Grass run: one frozen object, validated once, stdlib only.
+
+The same fields are read from a dict, a YAML file, and the Trainer's ``--optim_args`` string; an unknown
+key stops with the nearest valid one, because the Trainer itself would ignore it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# The names of DESIGN's table; their maths is in `grass_hf.selection`.
+SELECTIONS = (
+    "top_r",
+    "multinomial_norm",
+    "multinomial_norm_nr",
+    "multinomial_norm2",
+    "multinomial_norm2_nr",
+    "uniform",
+    "uniform_nr",
+)
+SIDES = ("output", "input", "auto")
+STATE_POLICIES = ("carry", "reset", "reset_warmup")
+DECAYS = ("all", "active")
+SLICE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+DEFAULT_DENSITY = 0.25
+
+
+@dataclass(frozen=True)
+class GrassConfig:
+    """Settings of Grass (arXiv 2406.17660, Algorithm 1).
+
+    Args:
+        rank: number r of rows (or columns) of every target matrix that are trained at a time. A layer whose
+            selected side is smaller is trained in full as an ordinary parameter.
+        density: the same as a share of the selected side, in (0, 1]; give `rank` or `density`, not both.
+            With neither, 0.25 (the paper's r = d/4).
+        update_interval: optimizer steps K between two selections of rows; the paper uses 200.
+        selection: how rows are chosen from the row norms of the gradient, see `grass_hf.selection`.
+        side: "output" selects rows of the weight (the paper), "input" columns, "auto" the longer side, which
+            gives the smallest slice for a given `rank` (a square matrix takes "output").
+        scale: alpha, the multiplier of the learning rate of the slices.
+        target_modules: "all-linear" (every linear layer but the output head), a list of name suffixes, or a
+            regular expression matched against the full module name: PEFT's semantics.
+        exclude_modules: suffixes or a regular expression of modules never to compress: PEFT's semantics.
+        state_policy: at reselection the optimizer state of rows that stay is kept ("carry"), or all of it is
+            dropped ("reset"), or dropped and the slices' learning rate ramped up again ("reset_warmup").
+        stagger: spread the layers' selections evenly over the interval instead of all on the same step.
+        decay: "all" lets weight decay reach the rows that are not being trained too (lazily); "active" not.
+        slice_dtype: dtype of the slices and so of their optimizer state, e.g. "float32" over bfloat16 weights;
+            None takes the weight's.
+        seed: seed of the random selections.
+
+    Raises:
+        ValueError: a field is out of range; the sentence names it, its value and the remedy.
+    """
+
+    rank: int | None = None
+    density: float | None = None
+    update_interval: int = 200
+    selection: str = "top_r"
+    side: str = "output"
+    scale: float = 1.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | None = None
+    state_policy: str = "carry"
+    stagger: bool = False
+    decay: str = "all"
+    slice_dtype: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, set, tuple)):
+                # A set has no order of its own; sorted, two equal configs compare equal.
+                object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set) else value))
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), _TYPES[field.name])
+        if self.rank is not None and self.density is not None:
+            raise ValueError(
+                f"rank={self.rank} and density={self.density} were both given: they set the same thing, keep one."
+            )
+        if self.rank is None and self.density is None:
+            object.__setattr__(self, "density", DEFAULT_DENSITY)
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(
+                f"rank={self.rank} is not a positive number of rows: give 1 or more, for example a quarter of the "
+                "hidden size, or use density=0.25."
+            )
+        if self.density is not None and not 0.0 < self.density <= 1.0:
+            raise ValueError(
+                f"density={self.density} is not a share in (0, 1]: 0.25 trains a quarter of the rows at a time."
+            )
+        if self.update_interval < 1:
+            raise ValueError(
+                f"update_interval={self.update_interval} is not a positive number of steps: the paper uses 200."
+            )
+        if not 0.0 < self.scale < float("inf"):
+            raise ValueError(f"scale={self.scale} is not a positive number: 1.0 gives the slices the learning rate.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is negative: give 0 or a positive integer.")
+        _check_choice("selection", self.selection, SELECTIONS)
+        _check_choice("side", self.side, SIDES)
+        _check_choice("state_policy", self.state_policy, STATE_POLICIES)
+        _check_choice("decay", self.decay, DECAYS)
+        if self.slice_dtype is not None:
+            _check_choice("slice_dtype", self.slice_dtype, SLICE_DTYPES)
+        if not self.target_modules:
+            raise ValueError('target_modules is empty: give "all-linear", a list of suffixes or a regular expression.')
+
+    def rank_for(self, size: int) -> int:
+        """Number of rows to train of a side with `size` rows; may exceed `size` when `rank` does."""
+        if self.rank is not None:
+            return self.rank
+        return max(1, round(self.density * size))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, so that it loads under ``weights_only=True`` and as JSON or YAML."""
+        fields = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GrassConfig:
+        """Build from a mapping; an unknown key raises a `ValueError` that names the nearest valid one."""
+        for key in values:
+            if key not in _TYPES:
+                raise ValueError(unknown_key(key, _TYPES, "a setting of Grass"))
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike) -> GrassConfig:
+        """Build from a YAML file that maps field names to values."""
+        import yaml
+
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = yaml.safe_load(file)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}): give the path of a YAML file.") from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}: write one 'field: value' per line.")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_optim_args(cls, text: str | None) -> GrassConfig:
+        """Build from the Trainer's ``optim_args`` string alone; see `parse_optim_args` for its other parts."""
+        return parse_optim_args(text).config
+
+
+@dataclass(frozen=True)
+class OptimArgs:
+    """What ``--optim_args`` says: the Grass settings, the base optimizer's Trainer name, and its own arguments."""
+
+    config: GrassConfig
+    base: str | None
+    base_args: dict[str, str]
+
+
+def parse_optim_args(text: str | None, **defaults: Any) -> OptimArgs:
+    """Parse ``"rank=256,selection=top_r,base=adamw_torch,base.momentum=0.9"``.
+
+    The Trainer's format has no escaping, so a list of module suffixes is written with semicolons:
+    ``target_modules=q_proj;v_proj``. Keys that start with ``base.`` go to the base optimizer.
+
+    Args:
+        text: the string, or None.
+        defaults: fields taken where the string does not set them.
+    """
+    values: dict[str, Any] = dict(defaults)
+    seen: set[str] = set()
+    base, base_args = None, {}
+    for part in filter(None, (p.strip() for p in (text or "").split(","))):
+        key, equals, value = (s.strip() for s in part.partition("="))
+        if not equals or not key or not value:
+            raise ValueError(f"optim_args: {part!r} is not of the form key=value; separate pairs by commas.")
+        if key in seen:
+            raise ValueError(f"optim_args: {key} is given twice: keep one.")
+        seen.add(key)
+        if key == "base":
+            base = value
+        elif key.startswith("base."):
+            base_args[key.removeprefix("base.")] = value
+        elif key in _TYPES:
+            values[key] = _parse(key, value)
+        else:
+            raise ValueError("optim_args: " + unknown_key(key, [*_TYPES, "base"], "a setting of Grass"))
+    if "rank" in seen or "density" in seen:  # the string's choice replaces a default of the other
+        for name in {"rank", "density"} - seen:
+            values.pop(name, None)
+    return OptimArgs(GrassConfig(**values), base, base_args)
+
+
+def unknown_key(key: str, known: Iterable[str], what: str) -> str:
+    """The sentence for a key that nothing reads, with the nearest known one."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+    return f"{key!r} is not {what}: {hint}"
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(choices)}."
+        raise ValueError(f"{name}={value!r} is not known: {hint}")
+
+
+def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    if isinstance(value, bool) and bool not in kinds:
+        ok = False
+    elif isinstance(value, int) and float in kinds:
+        ok = True
+    elif isinstance(value, tuple):
+        ok = tuple in kinds and all(isinstance(item, str) for item in value)
+    else:
+        ok = isinstance(value, kinds)
+    if not ok:
+        wanted = " or ".join(_KIND_NAMES[k] for k in kinds if k is not type(None))
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}: {name} takes {wanted}.")
+
+
+def _parse(name: str, text: str) -> Any:
+    kinds = _TYPES[name]
+    if text.lower() in ("none", "null") and type(None) in kinds:
+        return None
+    if bool in kinds:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"optim_args: {name}={text!r} is not true or false.")
+        return text.lower() == "true"
+    if tuple in kinds and ";" in text:
+        return tuple(filter(None, text.split(";")))
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                raise ValueError(f"optim_args: {name}={text!r} is not {_KIND_NAMES[kind]}.") from None
+    return text
+
+
+_KIND_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "a list"}
+
+
+def _field_types() -> dict[str, tuple[type, ...]]:
+    """Plain classes that each field accepts, read off the annotations."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(GrassConfig).items():
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kinds[name] = tuple(typing.get_origin(option) or option for option in options)
+    return kinds
+
+
+_TYPES = _field_types()

@@ -1,0 +1,239 @@
+"""The duty after every optimizer step: write back, and now and then choose other rows.
+
+Per step, with t the optimizer's step count and K the update interval:
+
+    before:  refuse gradients that are not finite
+    after:   weight[index] = write * active                            every layer
+             owed *= 1 - lr * weight_decay                             every layer, for the rows not trained
+             if a layer is due (t = phase, phase + K, ...):
+                 scores = sum over ranks and micro-batches of ||G_i||^2, observed during this step's backward
+                 load the rows that `selection.select` chooses, remap their optimizer state
+             let the layers that are due at t + 1 observe
+
+So the step that observes still trains the old rows. Everything is idempotent or counted by real steps: a step that
+GradScaler skipped, or the fake one by which torch.distributed.checkpoint makes optimizer state (learning rate 0,
+zero gradients), changes nothing here.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, distributed, selection
+from .convert import grass_layers
+from .modules import GrassLayer
+from .remap import carry_rows
+
+logger = logging.getLogger(__name__)
+
+# A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
+GROUP_KEY = "grass_phase"
+# With state_policy="reset_warmup" the slices' learning rate rises over this share of the interval after a reset.
+WARMUP_SHARE = 0.05
+
+
+class GrassController:
+    """Keeps the slices of one model and one optimizer in step; `grass_hf.optim.attach` makes it.
+
+    Attributes:
+        model: the converted model.
+        optimizer: any `torch.optim.Optimizer` over its trainable parameters.
+        config: the model's `GrassConfig`.
+        step: optimizer steps done.
+        due: names of the layers that select after the current step.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model = model
+        self.optimizer = optimizer
+        self.config = model.grass.config
+        self.step = 0
+        self.due: set[str] = set()
+        self._full_rates: list[tuple[dict, Any]] = []
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        optimizer.register_state_dict_post_hook(lambda _, state: checkpoint.add(state, self))
+        self._restore_on_load()
+        self.look_ahead()
+
+    def _restore_on_load(self) -> None:
+        # Wrapped rather than hooked: bitsandbytes replaces load_state_dict and runs no hooks.
+        load = self.optimizer.load_state_dict
+
+        @functools.wraps(load)
+        def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            checkpoint.restore(state_dict, self)
+            load({k: v for k, v in state_dict.items() if k != checkpoint.KEY}, *args, **kwargs)
+
+        self.optimizer.load_state_dict = load_state_dict
+
+    @property
+    def layers(self) -> list[GrassLayer]:
+        return list(grass_layers(self.model))
+
+    def metrics(self) -> dict[str, float]:
+        """``grass/coverage``: share of all rows trained so far; ``grass/energy``: share of the squared gradient
+        norm that the selected rows held when they were selected, absent before the first observation."""
+        trained = total = 0
+        held = seen = 0.0
+        for layer in self.layers:
+            if self.step:
+                self._mark_trained(layer)
+            trained += int(layer.slice_state.trained.sum())
+            total += layer.slice_state.size
+            if layer.slice_state.energy is not None:
+                held += layer.slice_state.energy[0]
+                seen += layer.slice_state.energy[1]
+        metrics = {"grass/coverage": trained / total if total else 0.0}
+        if seen > 0:
+            metrics["grass/energy"] = held / seen
+        return metrics
+
+    def settle(self) -> None:
+        """Multiply in all weight decay that rows are owed: the end of training."""
+        for layer in self.layers:
+            layer.settle_decay()
+
+    # -- before the step ---------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        layers = self.layers
+        if not layers:  # restore_model was called
+            return
+        if not hasattr(optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
+            self._check_gradients(layers)
+        self._ramp_learning_rate(layers)
+
+    def _check_gradients(self, layers: list[GrassLayer]) -> None:
+        grads = [layer.active.grad for layer in layers if layer.active.grad is not None]
+        if not grads:
+            others = any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
+            if others:
+                raise RuntimeError(
+                    f"no Grass layer received a gradient at optimizer step {self.step}, but other parameters did. "
+                    "With gradient checkpointing, either pass gradient_checkpointing_kwargs={'use_reentrant': False} "
+                    "or call model.enable_input_require_grads() when the embeddings are frozen."
+                )
+            return
+        if not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
+            finite = {
+                layer.slice_state.name: layer.active.grad is None or bool(layer.active.grad.isfinite().all())
+                for layer in layers
+            }
+            if all(finite.values()):
+                return  # only the norm overflowed, in half precision
+            bad = next(name for name, ok in finite.items() if not ok)
+            raise FloatingPointError(
+                f"the gradient of {bad} is not finite at optimizer step {self.step}, and training stopped before any "
+                "weight was changed: lower the learning rate, clip gradients, or look at this batch for bad data "
+                "(float16 needs a GradScaler, fp16=True in TrainingArguments)."
+            )
+
+    def _ramp_learning_rate(self, layers: list[GrassLayer]) -> None:
+        if self.config.state_policy != "reset_warmup":
+            return
+        steps = max(1, round(WARMUP_SHARE * self.config.update_interval))
+        reset_at = {id(layer.active): layer.slice_state.reset_step for layer in layers}
+        for group in self._slice_groups():
+            last = [reset_at[id(p)] for p in group["params"] if reset_at[id(p)] is not None]
+            if last and (since := self.step - max(last)) <= steps:
+                self._full_rates.append((group, group["lr"]))
+                group["lr"] = group["lr"] * since / (steps + 1)
+
+    # -- after the step ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group, rate in self._full_rates:
+            group["lr"] = rate
+        self._full_rates.clear()
+        layers = self.layers
+        if not self._was_real(layers):
+            self.look_ahead()  # forget what a skipped step observed
+            return
+        groups = {id(p): group for group in self._slice_groups() for p in group["params"]}
+        for layer in layers:
+            layer.write_back()
+            self._owe_decay(layer, groups[id(layer.active)])
+        self._select([layer for layer in layers if layer.slice_state.name in self.due], groups)
+        self.step += 1
+        self.look_ahead()
+
+    def _was_real(self, layers: list[GrassLayer]) -> bool:
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return False
+        grads = [layer.active.grad for layer in layers if layer.active.grad is not None]
+        if any(group["lr"] is None or group["lr"] > 0 for group in self.optimizer.param_groups):
+            return bool(grads)
+        return any(bool(grad.any()) for grad in grads)
+
+    def _owe_decay(self, layer: GrassLayer, group: dict[str, Any]) -> None:
+        state = layer.slice_state
+        decay = group.get("weight_decay") or 0.0
+        if decay and self.config.decay == "all" and state.count < state.size:
+            state.owed *= 1.0 - float(group["lr"]) * float(decay)
+
+    def _select(self, due: list[GrassLayer], groups: dict[int, dict]) -> None:
+        """Load new rows into the layers that are due; one that could not be observed stays due."""
+        if not due:
+            return
+        rule = self.config.selection
+        scores = self._observed(due) if selection.needs_scores(rule) else [None] * len(due)
+        for layer, norms2 in zip(due, scores, strict=True):
+            state = layer.slice_state
+            if selection.needs_scores(rule) and norms2 is None:
+                continue
+            self._mark_trained(layer)
+            draws = selection.generator(self.config.seed, self.step, state.name)
+            chosen = selection.select(rule, norms2, state.size, state.rank, draws)
+            if norms2 is not None:
+                held = norms2[chosen.index[: chosen.count]].sum()
+                state.energy = (float(held), float(norms2.sum()))
+            source = layer.load_selection(chosen)
+            group = groups[id(layer.active)]
+            if self.config.state_policy == "carry":
+                carry_rows(
+                    self.optimizer.state.get(layer.active, {}), layer.active.shape, layer.dim, source, group, state.name
+                )
+            else:
+                self.optimizer.state.pop(layer.active, None)
+                state.reset_step = self.step
+            self.due.discard(state.name)
+
+    def _observed(self, due: list[GrassLayer]) -> list[Tensor | None]:
+        """Squared norms of the due layers summed over all ranks, on the CPU; None where they cannot be used."""
+        norms = [layer.end_observation() for layer in due]
+        usable = []
+        for layer, vector in zip(due, distributed.sum_over_ranks(norms), strict=True):
+            vector = vector.double().cpu()
+            if not bool(vector.isfinite().all()):
+                logger.warning("%s: its gradient overflowed, it selects a step later.", layer.slice_state.name)
+                usable.append(None)
+            else:
+                # A layer that no token reached (an unused branch) has nothing to choose by.
+                usable.append(vector if bool(vector.any()) else None)
+        return usable
+
+    def look_ahead(self) -> None:
+        """Let the layers that are due after the coming step observe its backward passes."""
+        for layer in self.layers:
+            state = layer.slice_state
+            if self.step % self.config.update_interval == state.phase:
+                self.due.add(state.name)
+            if state.name in self.due and selection.needs_scores(self.config.selection):
+                layer.observe()
+            else:
+                layer.norms = None
+
+    def _mark_trained(self, layer: GrassLayer) -> None:
+        state = layer.slice_state
+        state.trained[layer.index[: state.count].cpu()] = True
+
+    def _slice_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.optimizer.param_groups if GROUP_KEY in group]

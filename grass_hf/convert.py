@@ -1,0 +1,121 @@
+"""`convert_to_grass` and `restore_model`: the surgery on a model, forth and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .config import GrassConfig
+from .modules import GrassLayer, attach_slice, detach_slice
+from .selection import with_replacement
+from .targets import plan
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert_to_grass` did to a model; kept as its attribute ``grass``.
+
+    Attributes:
+        config: the settings.
+        left_out: reason by name, for each module the patterns matched that was not compressed.
+        saved_keys_ignored: what the model's own ``_keys_to_ignore_on_save`` was.
+    """
+
+    config: GrassConfig
+    left_out: dict[str, str]
+    saved_keys_ignored: object
+
+
+def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.Module:
+    """Give every target layer of `model` an active slice, in place, and freeze its full weight.
+
+    Convert before the model is wrapped (DDP, torch.compile, accelerator.prepare) and before its optimizer is made;
+    `grass_optimizer` makes one. No weight is copied but the slices.
+
+    Args:
+        model: any `torch.nn.Module`; a `PreTrainedModel` keeps saving plain Hugging Face checkpoints.
+        config: settings; None takes the defaults.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model was converted before, is wrapped, or the config's targets or rank fit none of it;
+            nothing has been changed then.
+    """
+    config = config or GrassConfig()
+    if is_converted(model):
+        raise ValueError(
+            f"{type(model).__name__} was already converted with {model.grass.config}: call restore_model(model) first "
+            "to convert it anew."
+        )
+    _refuse_wrapped(model)
+    todo = plan(model, config)
+    weighted = with_replacement(config.selection)
+    for number, target in enumerate(todo.targets):
+        attach_slice(
+            target.module,
+            name=target.name,
+            rank=target.rank,
+            side=target.side,
+            weighted=weighted,
+            dtype=_slice_dtype(target.module.weight.dtype, config, weighted),
+            phase=number * config.update_interval // len(todo.targets) if config.stagger else 0,
+        )
+    ignored = getattr(model, "_keys_to_ignore_on_save", None)
+    # transformers drops these keys in save_pretrained, which keeps its checkpoints plain
+    model._keys_to_ignore_on_save = {*(ignored or ()), *(f"{target.name}.active" for target in todo.targets)}
+    model.grass = Conversion(config, todo.left_out, ignored)
+    return model
+
+
+def restore_model(model: nn.Module) -> nn.Module:
+    """Turn a converted model into what it was, with the trained weights, in place.
+
+    Weight decay still owed to rows is multiplied in, slices are written back, weights are trainable again.
+
+    Raises:
+        ValueError: the model is not converted.
+    """
+    if not is_converted(model):
+        raise ValueError(f"{type(model).__name__} holds no Grass layers: convert_to_grass(model, config) makes them.")
+    for layer in list(grass_layers(model)):
+        detach_slice(layer)
+    model._keys_to_ignore_on_save = model.grass.saved_keys_ignored
+    del model.grass
+    return model
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether `convert_to_grass` was applied to this module itself (not to a wrapped one)."""
+    return isinstance(getattr(model, "grass", None), Conversion)
+
+
+def grass_layers(model: nn.Module) -> Iterator[GrassLayer]:
+    """The converted layers of a model, in the model's order."""
+    return (module for module in model.modules() if isinstance(module, GrassLayer))
+
+
+def _slice_dtype(weight_dtype: torch.dtype, config: GrassConfig, weighted: bool) -> torch.dtype:
+    if config.slice_dtype is not None:
+        return getattr(torch, config.slice_dtype)
+    # A weighted slice is W / (c rho): in half precision that quotient would cost a rounding at every reselection.
+    if weighted and weight_dtype in (torch.bfloat16, torch.float16):
+        return torch.float32
+    return weight_dtype
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(f"{kind} is the result of torch.compile: convert the model first, then compile it.")
+    if kind.startswith("FSDP") or any(type(m).__name__.startswith("FSDP") for m in model.modules()):
+        raise ValueError(f"{kind} is sharded already: convert the model first, then shard it.")
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(model, wrappers):
+        raise ValueError(f"{kind} wraps a model: convert the model first, then wrap it.")
+    if any(isinstance(module, GrassLayer) for module in model.modules()):
+        raise ValueError(f"{kind} contains a part that was already converted: call restore_model on that part first.")

@@ -1,0 +1,1 @@
+"""Where grass-hf meets the Trainer and Accelerate; nothing below this folder imports either."""

@@ -1,0 +1,223 @@
+"""Grass in the Hugging Face Trainer.
+
+Order of events (transformers 4.57 and 5): on_init_end converts the model before anything wraps it, the optimizer
+is built over its slices, a checkpoint's optimizer state brings rows and slices back, on_train_begin prints the
+table, on_log adds coverage and energy, on_train_end settles the decay that is still owed.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from rich.console import Console
+from torch import nn
+from transformers.trainer_callback import TrainerCallback
+from transformers.utils import logging
+
+from ..config import GrassConfig, parse_optim_args
+from ..controller import GROUP_KEY
+from ..convert import convert_to_grass, is_converted
+from ..optim import attach, grass_optimizer
+from ..report import render, start_report
+from .base import base_class_and_kwargs, default_base, driven
+from .registration import NAME
+
+logger = logging.get_logger(__name__)
+
+_ENGINES = {
+    DistributedType.NO,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_HPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.MULTI_MUSA,
+    DistributedType.MULTI_SDAA,
+}
+
+
+class GrassCallback(TrainerCallback):
+    """Converts the Trainer's model, for those who pass objects instead of ``optim="grass"``.
+
+    ``Trainer(..., callbacks=[GrassCallback(GrassConfig(rank=64))])``; the base optimizer is then whatever
+    ``TrainingArguments.optim`` or ``optimizer_cls_and_kwargs`` say.
+
+    Args:
+        config: settings; None takes the defaults.
+    """
+
+    def __init__(self, config: GrassConfig | None = None):
+        self.config = config or GrassConfig()
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if model is not None:
+            _convert(model, self.config, args)
+
+
+class GrassOptimizerFactory(torch.optim.Optimizer):
+    """Builds a driven optimizer for ``Trainer(optimizer_cls_and_kwargs=(GrassOptimizerFactory, kwargs))``.
+
+    The keyword arguments are ``model`` (the Trainer hands it on), ``config`` (a `GrassConfig`), ``base`` (an
+    optimizer class, `torch.optim.AdamW` by default) and those of the base class. It is a class only because the
+    Trainer wants one: what it returns is an instance of ``base``.
+
+    Example:
+        ``(GrassOptimizerFactory, {"model": model, "config": GrassConfig(rank=64), "lr": 1e-3})``
+    """
+
+    def __new__(
+        cls,
+        model: nn.Module,
+        config: GrassConfig | None = None,
+        base: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        **kwargs: Any,
+    ):
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                "GrassOptimizerFactory needs the model and got parameters: add 'model': model to the keyword "
+                "arguments in optimizer_cls_and_kwargs."
+            )
+        if not is_converted(model):
+            convert_to_grass(model, config)
+        return grass_optimizer(model, base, **kwargs)
+
+
+class FollowTraining(TrainerCallback):
+    """In every Trainer once grass_hf is registered; does nothing for a model that is not converted."""
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if args.optim == NAME and model is not None:
+            _convert(model, _parse(args).config, args)
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if not _is_model(model):
+            return
+        controller = _controller(optimizer)
+        if controller is None:
+            raise ValueError(
+                "the model was converted by Grass, but the Trainer's optimizer does not drive its slices: build it "
+                "with grass_optimizer(model, ...), or let the Trainer build it."
+            )
+        if state.is_world_process_zero:
+            console = Console(stderr=True)
+            if not console.is_terminal:
+                console.width = 120
+            console.print(render(start_report(model, controller.optimizer)))
+
+    def on_log(self, args, state, control, logs=None, model=None, optimizer=None, **kwargs):
+        controller = _controller(optimizer)
+        if controller is None or not logs or "loss" not in logs:
+            return
+        metrics = {name: round(value, 4) for name, value in controller.metrics().items()}
+        if controller.config.scale != 1.0:
+            rates = [group["lr"] for group in controller.optimizer.param_groups if GROUP_KEY in group]
+            metrics["grass/learning_rate"] = float(rates[0])
+        logs.update(metrics)
+        if state.log_history:  # the Trainer filed a copy before it called us
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args, state, control, optimizer=None, **kwargs):
+        controller = _controller(optimizer)
+        if controller is not None:
+            controller.settle()
+
+
+def grass_class_and_kwargs(args, model: nn.Module | None, factory) -> tuple[type, dict[str, Any]]:
+    """What the Trainer builds its optimizer from when ``optim="grass"``; converts the model if need be."""
+    if model is None:
+        raise ValueError("optim='grass' needs the model: call get_optimizer_cls_and_kwargs(args, model).")
+    parsed = _parse(args)
+    _convert(model, parsed.config, args)
+    cls, kwargs = base_class_and_kwargs(args, parsed.base or default_base(), parsed.base_args, factory)
+    return driven(cls, kwargs, model), kwargs
+
+
+def driven_if_converted(cls, kwargs: dict[str, Any], model: nn.Module | None) -> tuple[Any, dict[str, Any]]:
+    """Leave another optimizer's class alone, unless a `GrassCallback` has converted the model it is for."""
+    return (driven(cls, kwargs, model), kwargs) if _is_model(model) else (cls, kwargs)
+
+
+def attach_if_converted(trainer) -> None:
+    """Catch optimizers that came another way (``optimizers=``, ``optimizer_cls_and_kwargs``)."""
+    if not _is_model(trainer.model) or _controller(trainer.optimizer) is not None:
+        return
+    if trainer.lr_scheduler is not None:
+        raise ValueError(
+            "the optimizer in optimizers=(...) does not drive the Grass slices, and its scheduler is made already: "
+            "build the optimizer with grass_optimizer(model, ...) and the scheduler over it."
+        )
+    attach(trainer.optimizer, trainer.model)
+
+
+def check_optimizer_file(trainer, checkpoint: str | None) -> None:
+    """Refuse a checkpoint whose optimizer state cannot be read, before a step is trained on half a state."""
+    if checkpoint is None or _controller(trainer.optimizer) is None:
+        return
+    path = os.path.join(checkpoint, "optimizer.pt")
+    if not os.path.isfile(path):
+        logger.warning(
+            f"{checkpoint} holds no optimizer.pt: its weights are taken up, but the selection of rows and the "
+            "optimizer state start anew (it was saved with save_only_model=True, perhaps)."
+        )
+        return
+    try:
+        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read, it is probably truncated ({reason}): resume from an earlier checkpoint, or start "
+            "anew from this one's weights (model_name_or_path)."
+        ) from error
+
+
+def _parse(args):
+    targets = {} if args.optim_target_modules is None else {"target_modules": args.optim_target_modules}
+    return parse_optim_args(args.optim_args, **targets)
+
+
+def _convert(model: nn.Module, config: GrassConfig, args) -> None:
+    """Convert once: the Trainer asks when it is made, and again for a model that `model_init` rebuilt."""
+    if is_converted(model):
+        if model.grass.config != config:
+            raise ValueError(f"the model is converted with {model.grass.config}, and now {config} is asked for: keep one.")
+        return
+    _refuse_engine(args, config)
+    convert_to_grass(model, config)
+
+
+def _refuse_engine(args, config: GrassConfig) -> None:
+    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
+    if args.deepspeed or kind == DistributedType.DEEPSPEED:
+        engine = "DeepSpeed"
+    elif args.fsdp or kind == DistributedType.FSDP:
+        engine = "FSDP"
+    elif kind not in _ENGINES:
+        engine = str(kind.value)
+    elif args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs and the Trainer would use nn.DataParallel, which copies slices to "
+            "threads: start with `accelerate launch` (one process per GPU), or set CUDA_VISIBLE_DEVICES=0."
+        )
+    else:
+        engine = None
+    if engine:
+        raise ValueError(f"grass-hf does not run under {engine} yet: use DDP (accelerate launch --multi_gpu).")
+    if config.stagger and args.torch_compile:
+        raise ValueError(
+            "stagger=True with torch_compile=True would compile one graph per layer that observes: use stagger=False."
+        )
+
+
+def _is_model(model: Any) -> bool:
+    return isinstance(model, nn.Module) and is_converted(model)
+
+
+def _controller(optimizer: Any):
+    """The controller of an optimizer, also behind accelerate's wrapper."""
+    return getattr(optimizer, "grass", None) or getattr(getattr(optimizer, "optimizer", None), "grass", None)

@@ -1,0 +1,139 @@
+"""`grass_optimizer`: a stock optimizer over the slices and the ordinary parameters of a converted model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .controller import GROUP_KEY, GrassController
+from .convert import grass_layers, is_converted
+
+
+def grass_optimizer(
+    model: nn.Module,
+    optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    *,
+    params: Iterable[Any] | None = None,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """Make an optimizer for a converted model; its `step` also writes the slices back and selects rows.
+
+    Args:
+        model: converted by `convert_to_grass`, not yet wrapped.
+        optimizer_class: any `torch.optim.Optimizer` class whose state is per parameter.
+        params: parameter groups, to give some parameters other settings; None means all trainable parameters.
+        kwargs: of the class: ``lr``, ``weight_decay`` and so on.
+
+    Returns:
+        An instance of `optimizer_class`; its attribute ``grass`` is the `GrassController`.
+
+    Raises:
+        ValueError: the model is not converted, or the optimizer cannot drive slices.
+    """
+    _require_converted(model)
+    _refuse(optimizer_class)
+    if params is None:
+        params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer_class(params, **kwargs)
+    attach(optimizer, model)
+    return optimizer
+
+
+def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> GrassController:
+    """Let an optimizer made over a converted model's parameters drive its slices; once is enough.
+
+    The slices move to parameter groups of their own, after the ordinary ones, with ``lr * scale`` and
+    ``weight_decay / scale``: alpha multiplies what the gradient does, not the decay.
+
+    Raises:
+        ValueError: the model is not converted, the optimizer lacks the slices, or it cannot drive them.
+    """
+    _require_converted(model)
+    existing = getattr(optimizer, "grass", None)
+    if existing is not None:
+        if existing.model is not model:
+            raise ValueError("this optimizer already drives another model's slices: make one optimizer per model.")
+        return existing
+    _refuse(type(optimizer))
+    layers = list(grass_layers(model))
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in layers:
+        if id(layer.active) not in held or id(layer.weight) in held:
+            raise ValueError(
+                f"the optimizer does not hold the slice of {layer.slice_state.name}: make it after convert_to_grass, "
+                "over the model's trainable parameters."
+            )
+    _split_groups(optimizer, model)
+    optimizer.grass = GrassController(model, optimizer)
+    return optimizer.grass
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    config = model.grass.config
+    # Staggered layers warm up at different times, and a learning rate belongs to a group.
+    per_phase = config.stagger and config.state_policy == "reset_warmup"
+    phases = {id(layer.active): layer.slice_state.phase if per_phase else -1 for layer in grass_layers(model)}
+    for group in list(optimizer.param_groups):
+        slices = defaultdict(list)
+        for param in group["params"]:
+            if id(param) in phases:
+                slices[phases[id(param)]].append(param)
+        if not slices:
+            continue
+        settings = {key: value for key, value in group.items() if key != "params"} | _scaled(group, config)
+        ordinary = [param for param in group["params"] if id(param) not in phases]
+        group["params"] = ordinary
+        for phase, members in sorted(slices.items()):
+            optimizer.add_param_group({**settings, "params": members, GROUP_KEY: phase})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _scaled(group: dict[str, Any], config) -> dict[str, Any]:
+    if group.get("lr") is None:
+        if config.scale != 1.0:
+            raise ValueError(
+                f"scale={config.scale} multiplies a learning rate, and this optimizer sets its own (lr=None): give a "
+                "learning rate, or scale=1.0."
+            )
+        if config.decay == "all" and group.get("weight_decay"):
+            raise ValueError(
+                "decay='all' needs to know the learning rate, and this optimizer sets its own (lr=None): give a "
+                "learning rate, or decay='active'."
+            )
+        return {}
+    if config.scale == 1.0:
+        return {}
+    scaled = {"lr": group["lr"] * config.scale}
+    if group.get("weight_decay"):
+        scaled["weight_decay"] = group["weight_decay"] / config.scale
+    return scaled
+
+
+def _require_converted(model: nn.Module) -> None:
+    if not is_converted(model):
+        raise ValueError(
+            f"{type(model).__name__} is not converted: call convert_to_grass(model, GrassConfig(...)) first, on the "
+            "model itself, before any wrapper."
+        )
+
+
+def _refuse(optimizer_class: type) -> None:
+    name = getattr(optimizer_class, "__name__", str(optimizer_class))
+    module = getattr(optimizer_class, "__module__", "") or ""
+    reason = None
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+        reason = "is not a torch.optim.Optimizer class, so nothing can follow its step"
+    elif issubclass(optimizer_class, torch.optim.LBFGS):
+        reason = "keeps one flat history over all parameters, so rows cannot be exchanged"
+    elif module.startswith("schedulefree") or "ScheduleFree" in name:
+        reason = "moves parameters outside its step, so the slices and the weights would part"
+    elif "offload" in name.lower():
+        reason = "steps on CPU copies of the parameters and runs no hooks"
+    elif "lomo" in name.lower():
+        reason = "updates weights during backward from their full gradients, which Grass never forms"
+    if reason:
+        raise ValueError(f"{name} {reason}: use AdamW, Adafactor, Lion, SGD, an 8-bit AdamW or the like.")

@@ -1,0 +1,106 @@
+"""Optimizer state that follows its rows when a slice is loaded with others.
+
+Rows that stay keep their state, fresh rows start from what the optimizer gives a new parameter (zero, nearly
+always). State is recognised by its shape, so any optimizer whose state is per element (AdamW, Lion, SGD ...), per
+row and column (Adafactor) or block-quantised (bitsandbytes, torchao) can carry; anything else says so.
+
+The step counter of an Adam-type optimizer is one for the whole slice and goes on counting, so the first updates of
+a fresh row lack the bias correction and are larger (1 - b1) / sqrt(1 - b2) at most, 3.2 with (0.9, 0.999).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# bitsandbytes quantises optimizer state in blocks of this many elements (optimizer.py, init_state)
+_BNB_BLOCK = 256
+
+
+def carry_rows(
+    state: dict[str, Any], shape: torch.Size, dim: int, source: Tensor, group: dict[str, Any], name: str
+) -> None:
+    """Move the per-row state of one slice, in place.
+
+    Args:
+        state: ``optimizer.state[active]``; empty before the first step.
+        shape: of the slice.
+        dim: dimension of the slice along which rows are selected.
+        source: int64 (r,) on the CPU: the old position of each new row, -1 for a fresh row.
+        group: the slice's parameter group.
+        name: of the layer, for errors.
+
+    Raises:
+        ValueError: some state belongs to rows in a way that is not understood.
+    """
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.numel() <= 1 or _is_codebook(key):
+            continue
+        axis = _row_axis(key, value, shape, dim, state)
+        if axis is None:
+            continue
+        fresh = _fresh_value(key, group)
+        if key in ("state1", "state2") and value.dtype == torch.uint8:
+            _carry_bitsandbytes(state, key, axis, source)
+        elif callable(dequantize := getattr(value, "dequantize", None)) and type(value) is not Tensor:
+            value.copy_(_moved(dequantize(), axis, source, fresh))  # torchao: copy_ quantises
+        elif axis == "unknown":
+            raise ValueError(
+                f"{name}: the optimizer keeps {key!r} of shape {tuple(value.shape)} for a slice of shape "
+                f"{tuple(shape)}, which cannot be carried from row to row: use state_policy='reset'."
+            )
+        else:
+            value.copy_(_moved(value, axis, source, fresh))
+
+
+def _row_axis(key: str, value: Tensor, shape: torch.Size, dim: int, state: dict[str, Any]) -> int | str | None:
+    """Negative dimension of a state tensor along which the slice's rows lie, None if it holds nothing per row."""
+    if value.shape[-2:] == shape:
+        return dim - 2
+    if value.shape in (shape[:1], shape[1:]):
+        # factored statistics, as Adafactor's: one vector along each dimension
+        along = 0 if value.shape == shape[:1] else 1
+        if shape[0] == shape[1]:
+            if ("row" in key) == ("col" in key):
+                return "unknown"
+            along = 0 if "row" in key else 1
+        return -1 if along == dim else None
+    if key.startswith("absmax") and "state1" in state:
+        return None  # moved together with the codes
+    return "unknown"
+
+
+def _is_codebook(key: str) -> bool:
+    return key.startswith("qmap")
+
+
+def _fresh_value(key: str, group: dict[str, Any]) -> float:
+    """What the optimizer would put there for a new parameter."""
+    if key == "sum":
+        return group.get("initial_accumulator_value", 0.0)  # Adagrad
+    if key == "step_size":
+        return float(group["lr"])  # Rprop
+    return 0.0
+
+
+def _moved(value: Tensor, axis: int, source: Tensor, fresh: float = 0.0) -> Tensor:
+    source = source.to(value.device)
+    out = value.index_select(axis, source.clamp(min=0))
+    return out.index_fill_(axis, (source < 0).nonzero().squeeze(1), fresh)
+
+
+def _carry_bitsandbytes(state: dict[str, Any], key: str, axis: int, source: Tensor) -> None:
+    import bitsandbytes.functional as bnb
+
+    number = key[-1]
+    codes, absmax, code = state[key], state["absmax" + number], state["qmap" + number]
+    # AdEMAMix stacks two averages in one tensor, each quantised for itself
+    stacked = codes.view(-1, *codes.shape[-2:]).unbind(0)
+    for part, part_absmax in zip(stacked, absmax.view(len(stacked), -1).unbind(0), strict=True):
+        values = bnb.dequantize_blockwise(part, absmax=part_absmax, code=code, blocksize=_BNB_BLOCK)
+        moved = _moved(values, axis, source).contiguous()
+        quantised, new = bnb.quantize_blockwise(moved, code=code, blocksize=_BNB_BLOCK)
+        part.copy_(quantised)
+        part_absmax.copy_(new.absmax)

@@ -1,0 +1,142 @@
+"""The table that a run starts with: what is compressed, what is not and why, and the bytes of both."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from torch import nn
+
+from .convert import grass_layers
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of one training state: slices, gradients and optimizer state; None where not known before a step."""
+
+    slices: int
+    gradients: int
+    optimizer_state: int | None
+
+
+@dataclass(frozen=True)
+class StartReport:
+    """What `start_report` found.
+
+    Attributes:
+        targets: (layers, pattern of names, shape of the weight, side, rank, density) per kind.
+        ordinary: (parameters, pattern of names, elements in all, reason) per kind of uncompressed parameter.
+        grass: bytes of this run.
+        adamw: bytes of a full AdamW run in the same dtypes.
+    """
+
+    targets: list[tuple[int, str, tuple[int, int], str, int, float]]
+    ordinary: list[tuple[int, str, int, str]]
+    grass: Bytes
+    adamw: Bytes
+
+
+def start_report(model: nn.Module, optimizer: torch.optim.Optimizer) -> StartReport:
+    """Describe a converted model and the optimizer that drives it."""
+    targets: Counter = Counter()
+    for layer in grass_layers(model):
+        state = layer.slice_state
+        shape = tuple(layer.weight.shape)
+        targets[_pattern(state.name), shape, layer.side, state.rank, state.rank / state.size] += 1
+    slices = {id(layer.active) for layer in grass_layers(model)}
+    ordinary: dict[tuple[str, str], list[int]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad and id(param) not in slices:
+            ordinary.setdefault((_pattern(name), _reason(model, name, param)), []).append(param.numel())
+    return StartReport(
+        [(count, *kind) for kind, count in targets.items()],
+        [(len(sizes), name, sum(sizes), reason) for (name, reason), sizes in ordinary.items()],
+        _grass_bytes(model, optimizer),
+        _adamw_bytes(model),
+    )
+
+
+def render(report: StartReport) -> Group:
+    """The report as rich tables, to print."""
+    compressed = Table(title="Grass trains a slice of", title_justify="left")
+    for heading in ("layers", "modules", "weight", "side", "r", "density"):
+        compressed.add_column(heading, justify="left" if heading in ("modules", "side") else "right")
+    for count, name, (rows, columns), side, rank, density in report.targets:
+        compressed.add_row(str(count), name, f"{rows} x {columns}", side, str(rank), f"{density:.1%}")
+    ordinary = Table(title="and in full", title_justify="left")
+    for heading in ("parameters", "names", "elements", "why"):
+        ordinary.add_column(heading, justify="left" if heading in ("names", "why") else "right")
+    for count, name, elements, reason in report.ordinary:
+        ordinary.add_row(str(count), name, f"{elements:,}", reason)
+    memory = Table(title="Memory beside the frozen weights and the activations", title_justify="left")
+    for heading in ("", "Grass", "full AdamW"):
+        memory.add_column(heading, justify="right" if heading else "left")
+    for field, label in (("slices", "slices"), ("gradients", "gradients"), ("optimizer_state", "optimizer state")):
+        memory.add_row(label, _shown(getattr(report.grass, field)), _shown(getattr(report.adamw, field)))
+    return Group(compressed, ordinary, memory)
+
+
+def _pattern(name: str) -> str:
+    """`model.layers.3.mlp` and its siblings are one kind: `model.layers.*.mlp`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
+
+
+def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "weight" and owner in model.grass.left_out:
+        return model.grass.left_out[owner]
+    if param.dim() < 2:
+        return "a vector: nothing to select from"
+    module = model.get_submodule(owner)
+    if isinstance(module, nn.Embedding):
+        return "an embedding, not in target_modules"
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if module is head:
+        return "the output head, not in target_modules"
+    return "not in target_modules"
+
+
+def _grass_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Bytes:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    slices = sum(layer.active.nbytes for layer in grass_layers(model))
+    return Bytes(slices, sum(p.nbytes for p in trainable), _state_bytes(optimizer))
+
+
+def _adamw_bytes(model: nn.Module) -> Bytes:
+    converted = list(grass_layers(model))
+    slices = {id(layer.active) for layer in converted}
+    weights = sum(layer.weight.nbytes for layer in converted)
+    full = weights + sum(p.nbytes for p in model.parameters() if p.requires_grad and id(p) not in slices)
+    return Bytes(0, full, 2 * full)
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
+    """Bytes of state after a first step, found by taking one on the meta device; None if the class cannot."""
+    known = inspect.signature(type(optimizer).__init__).parameters
+    settings = {key: value for key, value in optimizer.defaults.items() if key in known}
+    settings.update({key: False for key in ("fused", "foreach", "capturable") if key in settings})
+    params = [
+        nn.Parameter(torch.empty_like(p, device="meta")) for group in optimizer.param_groups for p in group["params"]
+    ]
+    for param in params:
+        param.grad = torch.empty_like(param)
+    try:
+        trial = type(optimizer)(params, **settings)
+        trial.step()
+    except Exception:  # third-party kernels without a meta implementation: the table says "after the first step"
+        return None
+    return sum(v.nbytes for state in trial.state.values() for v in state.values() if isinstance(v, torch.Tensor))
+
+
+def _shown(count: int | None) -> str:
+    if count is None:
+        return "known after the first step"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,114 @@
+"""Which rows are trained next: scores in, index and multipliers out. Pure functions, no state.
+
+With ``s_i = ||G_i||^2`` the observed squared norm of row i of m, r rows to choose, and probabilities q:
+
+    rule                     q_i           rows                          rho_j
+    top_r                    -             the r largest s_i             1
+    multinomial_norm         ~ sqrt(s_i)   r draws with replacement      1 / sqrt(r q_i)
+    multinomial_norm_nr      ~ sqrt(s_i)   r draws, no replacement       1
+    multinomial_norm2 / _nr  ~ s_i         with / without replacement    1 / sqrt(r q_i)  /  1
+    uniform / uniform_nr     1/m           with / without replacement    sqrt(m / r)      /  1
+
+The rules with replacement are unbiased, E[P P^T] = I; `multinomial_norm` has the least variance among them and
+`top_r` the least reconstruction error (Grass, section 3.3 and Table 1; the field's `norm2` is the squared norm).
+
+[Note: multiplicity] A row drawn c times would be c equal rows of C with equal optimizer states and equal updates,
+so one active row serves: its gradient is multiplied by rho, its update reaches the weight c rho times. An active
+slice keeps its r rows for good (optimizers, DDP and FSDP hold on to it), so the r - u rows that duplicates leave
+over are padding: gradient multiplier 0, never written back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows chosen for one layer, on the CPU.
+
+    Attributes:
+        index: int64 (r,), ascending in its first `count` entries; what follows is padding.
+        count: number u of distinct rows, u <= r.
+        rho: float64 (r,), the multiplier of the gradient, 0 at padding; None when it is 1 everywhere.
+        write: float64 (r,), the multiplier c rho of the write-back, 1 at padding; None with `rho`.
+    """
+
+    index: Tensor
+    count: int
+    rho: Tensor | None = None
+    write: Tensor | None = None
+
+
+def needs_scores(rule: str) -> bool:
+    """Whether the rule reads gradient norms, so that a layer must observe before it selects."""
+    return not rule.startswith("uniform")
+
+
+def with_replacement(rule: str) -> bool:
+    """Whether the rule draws with replacement, so that its slices carry multipliers."""
+    return rule in ("multinomial_norm", "multinomial_norm2", "uniform")
+
+
+def strided(size: int, rank: int) -> Selection:
+    """The evenly strided rows with which every layer starts: aligned with every even sharding of the side."""
+    return Selection(index=torch.arange(rank) * size // rank, count=rank)
+
+
+def generator(seed: int, step: int, layer: str) -> torch.Generator:
+    """A CPU generator that depends on nothing but its arguments: ranks agree, and resume needs no saved RNG."""
+    digest = hashlib.blake2b(f"{seed}:{step}:{layer}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def select(rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.Generator) -> Selection:
+    """Choose `rank` of `size` rows.
+
+    Args:
+        rule: a name of the table above.
+        scores: (size,) observed squared norms, finite; None for the rules that need none.
+        size: rows on the selected side.
+        rank: rows to choose, at most `size`.
+        draws: source of randomness, see `generator`.
+    """
+    if rule == "top_r":
+        # stable: among equal norms the first rows win, on every device and rank
+        order = torch.sort(scores.double().cpu(), descending=True, stable=True).indices
+        return Selection(index=order[:rank].sort().values, count=rank)
+    q = probabilities(rule, scores, size)
+    if with_replacement(rule):
+        drawn = torch.multinomial(q, rank, replacement=True, generator=draws)
+        rows, multiplicity = torch.unique(drawn, return_counts=True)  # ascending
+        return _weighted(rows, multiplicity, q, rank)
+    # Sequential draws without replacement are the `rank` largest of log q + Gumbel noise (Efraimidis & Spirakis
+    # 2006). Rows of probability 0 come last, in random order.
+    noise = torch.rand(size, generator=draws, dtype=torch.float64).clamp_(min=torch.finfo(torch.float64).tiny)
+    gumbel = -torch.log(-torch.log(noise))
+    keys = torch.where(q > 0, q.clamp(min=torch.finfo(torch.float64).tiny).log(), -1e6) + gumbel
+    return Selection(index=keys.topk(rank).indices.sort().values, count=rank)
+
+
+def probabilities(rule: str, scores: Tensor | None, size: int) -> Tensor:
+    """float64 (size,), the probability q of each row; uniform where every norm is zero."""
+    if not needs_scores(rule):
+        return torch.full((size,), 1.0 / size, dtype=torch.float64)
+    weights = scores.double().cpu()
+    if not rule.startswith("multinomial_norm2"):
+        weights = weights.sqrt()
+    total = weights.sum()
+    return weights / total if total > 0 else torch.full((size,), 1.0 / size, dtype=torch.float64)
+
+
+def _weighted(rows: Tensor, multiplicity: Tensor, q: Tensor, rank: int) -> Selection:
+    """The slice for rows drawn with replacement, padded to `rank`; see [Note: multiplicity]."""
+    count = rows.numel()
+    index = torch.cat([rows, rows[:1].expand(rank - count)])
+    rho = torch.zeros(rank, dtype=torch.float64)
+    write = torch.ones(rank, dtype=torch.float64)
+    rho[:count] = (rank * q[rows]).rsqrt()
+    write[:count] = multiplicity * rho[:count]
+    return Selection(index=index, count=count, rho=rho, write=write)
