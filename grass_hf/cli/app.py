@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import typer
 
 from . import autoload as autoload_module
+
+JSON = typer.Option(None, help="Also append the result to this file, as one line of JSON.", dir_okay=False)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,10 +62,46 @@ def autoload(
     typer.echo(autoload_module.switch(switch))
 
 
+@bench.command("speed")
+def bench_speed(
+    rank: int = typer.Option(128, help="Rows r of every target matrix that Grass trains at a time.", min=1),
+    side: str = typer.Option("output", help="Side that is selected: output, input or auto."),
+    dtype: list[str] = typer.Option(["float32", "bfloat16"], help="Weights' dtype; give it twice for two."),
+    layers: int = typer.Option(12, help="Layers of the LLaMA.", min=1),
+    hidden: int = typer.Option(768, help="Its width; the feed-forward layer is 8/3 as wide.", min=64),
+    batch: int = typer.Option(4, help="Sequences per step.", min=1),
+    sequence: int = typer.Option(256, help="Tokens per sequence.", min=1),
+    rounds: int = typer.Option(15, help="Counted steps of every method, after two that are not.", min=1),
+    device: str = typer.Option("", help="cpu or cuda; empty takes cuda where there is one."),
+    slow_dtypes: bool = typer.Option(False, help="Time a dtype even where this CPU has no fast matmul for it."),
+    json: Path | None = JSON,
+) -> None:
+    """Seconds per training step: fused AdamW, Grass, and the frozen limit.
+
+    The frozen limit trains everything but the target matrices, so nothing that trains them can be faster. The
+    three are stepped in turn within one run, and ratios of medians are printed.
+    """
+    from .bench import run_speed
+
+    run_speed(
+        dtypes=dtype,
+        device=device,
+        slow_dtypes=slow_dtypes,
+        json=json,
+        rank=rank,
+        side=side,
+        layers=layers,
+        hidden=hidden,
+        batch=batch,
+        sequence=sequence,
+        rounds=rounds,
+    )
+
+
 def main() -> None:
     """Entry point of ``grass-hf``: errors of the user's making are one sentence and exit code 2."""
     try:
         app(prog_name="grass-hf")
-    except autoload_module.AutoloadError as error:
+    except (autoload_module.AutoloadError, ValueError) as error:
         print(f"grass-hf: {error}", file=sys.stderr)
         sys.exit(2)
