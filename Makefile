@@ -1,0 +1,48 @@
+# The project's commands. `make` alone lists them.
+# A target's environment is .venv; constraints/dev.txt pins every version. PYTHON=... chooses the interpreter.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints/dev.txt
+METADATA := setup.cfg pyproject.toml constraints/dev.txt
+RECIPE := recipes/pretrain/llama_demo_sotu.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow quality bench-speed docs clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The stamps are the installed extras: an environment is made once, and made again when the metadata changes.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-%: $(METADATA) | $(BIN)/python
+	$(PIP) -e '.[$*]'
+	@touch $@
+
+venv: $(VENV)/.stamp-dev ## Make the development environment in .venv
+
+demo: $(VENV)/.stamp-demo ## Train a small LLaMA with Grass on the SOTU speeches, evaluate it and report (runs/demo)
+	$(BIN)/grass-hf run examples/pretrain_sotu.py $(RECIPE)
+
+test: $(VENV)/.stamp-dev ## Run the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.stamp-dev ## Run the slow tests
+	$(BIN)/python -m pytest -m slow
+
+quality: $(VENV)/.stamp-dev ## Check style, formatting and that the docs cover the public names
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/check_docs.py
+
+bench-speed: $(VENV)/.stamp-dev ## Time Grass against AdamW and the frozen limit (runs/bench_speed.json)
+	$(BIN)/grass-hf bench speed --json runs/bench_speed.json
+
+docs: $(VENV)/.stamp-docs ## Build the documentation site (site/)
+	$(BIN)/mkdocs build --strict
+
+clean: ## Remove the environment and everything that was generated
+	rm -rf $(VENV) build dist site runs *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
