@@ -6,6 +6,7 @@ output head, a list holds name suffixes, a string is a regular expression for th
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -80,8 +81,9 @@ def _matched(model: nn.Module, config: GrassConfig) -> dict[str, nn.Module]:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
+    _check_regular_expressions(config)
     everything = _is_all_linear(config.target_modules)
-    head = _output_head(model)
+    heads = _heads(model)
     # Only the carrier of the patterns; nothing of LoRA is used.
     patterns = LoraConfig(
         target_modules=".*" if everything else _as_peft(config.target_modules),
@@ -95,7 +97,7 @@ def _matched(model: nn.Module, config: GrassConfig) -> dict[str, nn.Module]:
         excluded = excluded or type(found).__name__ == "_ExcludedModule"
         # A list of suffixes or a regular expression may name containers too ("mlp"): only weights can be targets.
         holds_weight = isinstance(getattr(module, "weight", None), nn.Parameter)
-        if found and holds_weight and not (everything and (module is head or not isinstance(module, nn.Linear))):
+        if found and holds_weight and not (everything and (id(module) in heads or not isinstance(module, nn.Linear))):
             matched[name] = module
     if not matched:
         raise ValueError(_nothing_matches(model, config))
@@ -127,9 +129,25 @@ def _cannot(module: nn.Module, shared: Counter) -> str | None:
     return None
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def _heads(model: nn.Module) -> set[int]:
+    """Ids of the modules that "all-linear" leaves out: the output embeddings, else a classification head."""
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
     get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+    if not callable(get):
+        return set()
+    head = get()
+    return {id(head)} if head is not None else {id(getattr(model, name, None)) for name in SEQ_CLS_HEAD_NAMES}
+
+
+def _check_regular_expressions(config: GrassConfig) -> None:
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field)
+        if isinstance(pattern, str):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{field}={pattern!r} is not a valid regular expression ({error}).") from error
 
 
 def _is_all_linear(patterns) -> bool:

@@ -1,0 +1,78 @@
+"""Tiny models, data and Trainer runs that the tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+VOCABULARY = 48
+
+
+def tiny_llama(**options) -> LlamaForCausalLM:
+    """Two layers, 32 wide, non-square projections; the same weights at every call."""
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "use_cache": False,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **options}))
+
+
+class Sequences(Dataset):
+    """Counting sequences with random starts: something a model can learn."""
+
+    def __init__(self, count: int = 64, length: int = 12):
+        starts = torch.randint(VOCABULARY, (count, 1), generator=torch.Generator().manual_seed(1))
+        self.tokens = (starts + torch.arange(length)) % VOCABULARY
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[item], "labels": self.tokens[item]}
+
+
+def arguments(folder, **options) -> TrainingArguments:
+    """Six steps of four sequences on the CPU, everything logged, nothing saved."""
+    defaults = {
+        "output_dir": str(folder),
+        "optim": "grass",
+        "optim_args": "density=0.25,update_interval=3,base=adamw_torch",
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**defaults, **options})
+
+
+def trainer(folder, model=None, trainer_options=None, **options) -> Trainer:
+    """A Trainer over `tiny_llama` and `Sequences`."""
+    extra = trainer_options or {}
+    if "model_init" not in extra:
+        extra = {"model": model if model is not None else tiny_llama()} | extra
+    return Trainer(args=arguments(folder, **options), train_dataset=Sequences(), **extra)
+
+
+def plain_state(model) -> dict[str, torch.Tensor]:
+    """The weights under the names of an ordinary model, without slices."""
+    return {name: t.detach().clone() for name, t in model.state_dict().items() if not name.endswith(".active")}
+
+
+def assert_same_weights(ours, theirs, rtol: float = 0.0, atol: float = 0.0) -> None:
+    ours, theirs = plain_state(ours), plain_state(theirs)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,114 @@
+"""Settings: what is read, what is refused, and that each refusal names the value and the remedy."""
+
+import dataclasses
+
+import pytest
+
+from grass_hf import GrassConfig
+from grass_hf.config import parse_optim_args
+
+# arguments -> words that the sentence must hold
+REFUSED = [
+    ({"rank": 0}, ["rank=0", "1 or more"]),
+    ({"rank": -3}, ["rank=-3", "1 or more"]),
+    ({"rank": 2.5}, ["rank=2.5", "whole number"]),
+    ({"rank": True}, ["rank=True", "whole number"]),
+    ({"density": 0.0}, ["density=0.0", "(0, 1]"]),
+    ({"density": 1.5}, ["density=1.5", "(0, 1]"]),
+    ({"density": float("nan")}, ["density=nan"]),
+    ({"rank": 8, "density": 0.5}, ["rank=8", "density=0.5", "keep one"]),
+    ({"update_interval": 0}, ["update_interval=0", "paper uses 200"]),
+    ({"update_interval": "200"}, ["update_interval='200'", "whole number"]),
+    ({"selection": "topr"}, ["selection='topr'", "top_r"]),
+    ({"side": "outputs"}, ["side='outputs'", "'output'"]),
+    ({"state_policy": "keep"}, ["state_policy='keep'", "carry, reset, reset_warmup"]),
+    ({"decay": "none"}, ["decay='none'", "all, active"]),
+    ({"slice_dtype": "fp32"}, ["slice_dtype='fp32'", "float32"]),
+    ({"scale": 0.0}, ["scale=0.0", "1.0"]),
+    ({"scale": float("inf")}, ["scale=inf"]),
+    ({"seed": -1}, ["seed=-1"]),
+    ({"stagger": 1}, ["stagger=1", "true or false"]),
+    ({"target_modules": []}, ["target_modules", "all-linear"]),
+    ({"target_modules": [1]}, ["target_modules", "list"]),
+]
+REFUSED_TEXT = [
+    ("rnak=4", ["rnak", "rank"]),
+    ("update_intervall=4", ["update_intervall", "did you mean update_interval"]),
+    ("bse=sgd", ["bse", "base"]),
+    ("zzz=4", ["zzz", "known are", "base"]),
+    ("rank", ["'rank'", "key=value"]),
+    ("rank=", ["key=value"]),
+    ("rank=4,rank=5", ["rank", "twice"]),
+    ("rank=four", ["rank='four'", "whole number"]),
+    ("stagger=yes", ["stagger='yes'", "true or false"]),
+    ("rank=8,density=0.5", ["keep one"]),
+    ("selection=best", ["selection='best'"]),
+]
+
+
+@pytest.mark.parametrize("values, words", REFUSED, ids=lambda v: str(v)[:40])
+def test_refused_with_name_value_and_remedy(values, words):
+    with pytest.raises(ValueError) as error:
+        GrassConfig(**values)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("text, words", REFUSED_TEXT)
+def test_optim_args_refused(text, words):
+    with pytest.raises(ValueError) as error:
+        parse_optim_args(text)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_optim_args_are_read():
+    text = "rank=256, update_interval=200,selection=top_r,base=adamw_torch,stagger=true,scale=0.25,base.eps=1e-6"
+    parsed = parse_optim_args(text)
+    assert parsed.config == GrassConfig(rank=256, selection="top_r", stagger=True, scale=0.25)
+    assert parsed.base == "adamw_torch" and parsed.base_args == {"eps": "1e-6"}
+    assert parse_optim_args(None).config == GrassConfig()
+    assert parse_optim_args("target_modules=q_proj;v_proj").config.target_modules == ("q_proj", "v_proj")
+    assert parse_optim_args(r"target_modules=.*\.mlp\..*").config.target_modules == r".*\.mlp\..*"
+    assert parse_optim_args("slice_dtype=none").config.slice_dtype is None
+    assert GrassConfig.from_optim_args("rank=8").rank == 8
+    assert parse_optim_args("rank=8", target_modules=["q_proj"]).config.target_modules == ("q_proj",)
+
+
+def test_defaults_are_the_papers():
+    config = GrassConfig()
+    assert (config.density, config.update_interval, config.selection, config.side) == (0.25, 200, "top_r", "output")
+    assert GrassConfig(rank=64).density is None
+
+
+def test_unknown_key_of_a_dict_names_the_nearest():
+    with pytest.raises(ValueError, match=r"'intervall'.*did you mean update_interval\?"):
+        GrassConfig.from_dict({"intervall": 3})
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GrassConfig().rank = 3
+
+
+def test_dict_round_trip():
+    config = GrassConfig(rank=3, target_modules=["a", "b"], slice_dtype="float32", seed=7)
+    assert GrassConfig.from_dict(config.to_dict()) == config
+    assert type(config.to_dict()["target_modules"]) is list
+
+
+def test_yaml(tmp_path):
+    file = tmp_path / "grass.yaml"
+    file.write_text("rank: 16\nselection: uniform_nr\ntarget_modules: [q_proj]\n")
+    assert GrassConfig.from_yaml(file) == GrassConfig(rank=16, selection="uniform_nr", target_modules=["q_proj"])
+    for text, word in [("rank: [", "not valid YAML"), ("- 3", "list"), ("rnk: 3", "rank")]:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=word):
+            GrassConfig.from_yaml(file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        GrassConfig.from_yaml(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("config, size, rank", [({"rank": 5}, 3, 5), ({"density": 0.25}, 10, 2), ({"density": 0.01}, 9, 1)])
+def test_rank_for(config, size, rank):
+    assert GrassConfig(**config).rank_for(size) == rank

@@ -1,0 +1,186 @@
+"""What is compressed: PEFT's matching, and a reason for everything that is not."""
+
+import copy
+
+import pytest
+import torch
+from helpers import VOCABULARY, assert_same_weights, tiny_llama
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf.convert import grass_layers, is_converted
+from grass_hf.report import start_report
+from grass_hf.targets import plan
+
+
+def names(model, **settings):
+    return {target.name for target in plan(model, GrassConfig(density=0.25, **settings)).targets}
+
+
+PATTERNS = [
+    {"target_modules": "all-linear"},
+    {"target_modules": "all-linear", "exclude_modules": ["k_proj", "v_proj"]},
+    {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*"},
+    {"target_modules": ["q_proj", "down_proj"]},
+    {"target_modules": ["q_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    {"target_modules": r".*\.mlp\.(gate|up)_proj"},
+    {"target_modules": ["lm_head", "o_proj"]},
+]
+
+
+@pytest.mark.parametrize("patterns", PATTERNS, ids=str)
+def test_matches_what_peft_matches(patterns):
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, **patterns))
+    theirs = {
+        name.removeprefix("base_model.model.")
+        for name, module in adapted.named_modules()
+        if hasattr(module, "base_layer")
+    }
+    assert names(tiny_llama(), **patterns) == theirs
+
+
+REFUSED = [
+    ({"rank": 64}, ["rank=64", "48 rows", "density=0.25"]),
+    ({"target_modules": ["qproj"]}, ["'qproj'", "q_proj"]),
+    ({"target_modules": ["q_proj", "w_proj"]}, ["'w_proj'", "did you mean"]),
+    ({"target_modules": "q_proj"}, ["'q_proj'", "regular expression", "q_proj"]),
+    ({"target_modules": "(q_proj"}, ["'(q_proj'", "regular expression"]),
+    ({"exclude_modules": ["nothing"]}, ["exclude_modules=['nothing']", "matches no module"]),
+    ({"target_modules": ["embed_tokens"]}, ["embed_tokens", "Embedding"]),
+]
+
+
+@pytest.mark.parametrize("settings, words", REFUSED, ids=lambda v: str(v)[:40])
+def test_refused_before_anything_is_changed(settings, words):
+    model = tiny_llama()
+    with pytest.raises(ValueError) as error:
+        convert_to_grass(model, GrassConfig(**settings))
+    for word in words:
+        assert word in str(error.value)
+    assert not is_converted(model) and all(p.requires_grad for p in model.parameters())
+    assert not list(grass_layers(model))
+
+
+def test_layers_below_rank_train_in_full_and_are_named():
+    model = tiny_llama()  # k_proj and v_proj have 16 rows, under grouped-query attention
+    convert_to_grass(model, GrassConfig(rank=20))
+    assert all("k_proj" not in layer.slice_state.name for layer in grass_layers(model))
+    assert model.model.layers[0].self_attn.k_proj.weight.requires_grad
+    report = start_report(model, grass_optimizer(model, torch.optim.AdamW, lr=1e-3))
+    reasons = {name: reason for _, name, _, reason in report.ordinary}
+    assert "16 rows, fewer than rank=20" in reasons["model.layers.*.self_attn.k_proj.weight"]
+    assert "embedding" in reasons["model.embed_tokens.weight"]
+    assert "output head" in reasons["lm_head.weight"]
+    assert "vector" in reasons["model.norm.weight"]
+    listed = sum(elements for _, _, elements, _ in report.ordinary)
+    slices = sum(layer.active.numel() for layer in grass_layers(model))
+    assert listed + slices == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_start_report_counts_the_bytes_that_a_step_makes():
+    model = tiny_llama()
+    full = 4 * sum(p.numel() for p in model.parameters())
+    convert_to_grass(model, GrassConfig(density=0.25))
+    optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-3)
+    report = start_report(model, optimizer)
+    tokens = torch.randint(VOCABULARY, (2, 8))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    state = sum(v.nbytes for s in optimizer.state.values() for v in s.values())
+    grads = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert (report.grass.optimizer_state, report.grass.gradients) == (state, grads)
+    assert (report.adamw.gradients, report.adamw.optimizer_state) == (full, 2 * full)
+
+
+def test_sides():
+    model = nn.Sequential(nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 8))
+    chosen = {t.name: (t.side, t.size) for t in plan(model, GrassConfig(rank=4, side="auto")).targets}
+    assert chosen == {"0": ("output", 24), "1": ("input", 24), "2": ("output", 8)}
+
+
+def test_tied_frozen_and_replaced_weights_are_left_and_named():
+    model = tiny_llama(tie_word_embeddings=True)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    down = model.model.layers[0].mlp.down_proj
+    down.forward = down.forward  # what accelerate's offloading hooks do
+    found = plan(model, GrassConfig(density=0.5, target_modules=["lm_head", "up_proj", "down_proj"]))
+    assert "tied" in found.left_out["lm_head"]
+    assert "frozen by you" in found.left_out["model.layers.0.mlp.up_proj"]
+    assert "replaced" in found.left_out["model.layers.0.mlp.down_proj"]
+    assert len(found.targets) == 2
+
+
+def test_classification_head_is_no_target():
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification(tiny_llama().config)
+    assert "score" not in names(model)
+
+
+def test_converting_twice_and_wrapped_models_stop():
+    model = tiny_llama()
+    convert_to_grass(model, GrassConfig(rank=8))
+    with pytest.raises(ValueError, match="already converted .* restore_model"):
+        convert_to_grass(model, GrassConfig(rank=8))
+    with pytest.raises(ValueError, match="part that was already converted"):
+        convert_to_grass(nn.Sequential(model), GrassConfig(rank=8))
+    with pytest.raises(ValueError, match="convert the model first"):
+        convert_to_grass(torch.compile(tiny_llama()), GrassConfig(rank=8))
+    with pytest.raises(ValueError, match="convert the model first"):
+        convert_to_grass(nn.DataParallel(tiny_llama()), GrassConfig(rank=8))
+    with pytest.raises(ValueError, match="not converted"):
+        grass_optimizer(tiny_llama(), torch.optim.AdamW)
+    with pytest.raises(ValueError, match="no Grass layers"):
+        restore_model(tiny_llama())
+
+
+def test_an_optimizer_made_too_early_stops():
+    from grass_hf.optim import attach
+
+    model = tiny_llama()
+    early = torch.optim.AdamW(model.parameters())
+    convert_to_grass(model, GrassConfig(rank=8))
+    with pytest.raises(ValueError, match="make it after convert_to_grass"):
+        attach(early, model)
+
+
+def test_restore_gives_the_same_model_back():
+    model, untouched = tiny_llama(), tiny_llama()
+    convert_to_grass(model, GrassConfig(density=0.5, side="auto"))
+    assert "rank=16" in repr(model) and set(model.state_dict()) > set(untouched.state_dict())
+    restore_model(model)
+    assert repr(model) == repr(untouched)
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in untouched.named_modules()]
+    assert list(model.state_dict()) == list(untouched.state_dict())
+    assert all(p.requires_grad for p in model.parameters())
+    assert model._keys_to_ignore_on_save == untouched._keys_to_ignore_on_save
+    assert_same_weights(model, untouched)
+    assert set(vars(model.lm_head)) == set(vars(untouched.lm_head))
+    q_proj, plain = model.model.layers[0].self_attn.q_proj, untouched.model.layers[0].self_attn.q_proj
+    assert set(vars(q_proj)) == set(vars(plain)) and set(q_proj._buffers) == set(plain._buffers)
+
+
+def test_deepcopy_of_a_converted_model_is_independent():
+    model = tiny_llama()
+    convert_to_grass(model, GrassConfig(density=0.5))
+    twin = copy.deepcopy(model)
+    optimizer = grass_optimizer(twin, torch.optim.SGD, lr=0.1)
+    tokens = torch.randint(VOCABULARY, (2, 8))
+    twin(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    assert_same_weights(restore_model(model), tiny_llama())
+    assert (twin.model.norm.weight != model.model.norm.weight).any()
+
+
+def test_subclasses_of_linear_keep_their_own_forward():
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(Doubled(4, 4))
+    x = torch.randn(2, 4)
+    before = model(x)
+    convert_to_grass(model, GrassConfig(density=0.5))
+    torch.testing.assert_close(model(x), before)
+    assert type(restore_model(model)[0]) is Doubled
