@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 from typing import Any
 
 import torch
@@ -55,11 +56,27 @@ class GrassController:
         self.step = 0
         self.due: set[str] = set()
         self._full_rates: list[tuple[dict, Any]] = []
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        self._follow_step()
         optimizer.register_state_dict_post_hook(lambda _, state: checkpoint.add(state, self))
         self._restore_on_load()
         self.look_ahead()
+
+    def _follow_step(self) -> None:
+        # Wrapped rather than hooked: a subclass whose step calls super().step() would run step hooks twice.
+        original = self.optimizer.step
+
+        @functools.wraps(original)
+        def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            self._before_step()
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                self._restore_learning_rate()
+            self._after_step()
+            return result
+
+        # a bound method, because learning rate schedulers wrap it again and look for one
+        self.optimizer.step = types.MethodType(step, self.optimizer)
 
     def _restore_on_load(self) -> None:
         # Wrapped rather than hooked: bitsandbytes replaces load_state_dict and runs no hooks.
@@ -101,11 +118,11 @@ class GrassController:
 
     # -- before the step ---------------------------------------------------------------------------------------
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_step(self) -> None:
         layers = self.layers
         if not layers:  # restore_model was called
             return
-        if not hasattr(optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
+        if not hasattr(self.optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
             self._check_gradients(layers)
         self._ramp_learning_rate(layers)
 
@@ -145,13 +162,15 @@ class GrassController:
                 self._full_rates.append((group, group["lr"]))
                 group["lr"] = group["lr"] * since / (steps + 1)
 
-    # -- after the step ----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _restore_learning_rate(self) -> None:
         for group, rate in self._full_rates:
             group["lr"] = rate
         self._full_rates.clear()
+
+    # -- after the step ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
         layers = self.layers
         if not self._was_real(layers):
             self.look_ahead()  # forget what a skipped step observed
