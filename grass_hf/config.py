@@ -250,7 +250,13 @@ def _parse(name: str, text: str) -> Any:
     return text
 
 
-_KIND_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "a list"}
+_KIND_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    tuple: "a list",
+}
 
 
 def _field_types() -> dict[str, tuple[type, ...]]:

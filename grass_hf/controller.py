@@ -218,7 +218,12 @@ class GrassController:
             group = groups[id(layer.active)]
             if self.config.state_policy == "carry":
                 carry_rows(
-                    self.optimizer.state.get(layer.active, {}), layer.active.shape, layer.dim, source, group, state.name
+                    self.optimizer.state.get(layer.active, {}),
+                    layer.active.shape,
+                    layer.dim,
+                    source,
+                    group,
+                    state.name,
                 )
             else:
                 self.optimizer.state.pop(layer.active, None)

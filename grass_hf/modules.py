@@ -201,7 +201,14 @@ def _converted_class(cls: type[nn.Module]) -> type[GrassLayer]:
 
 
 def attach_slice(
-    module: nn.Module, *, name: str, rank: int, side: str, weighted: bool, dtype: torch.dtype | None, phase: int
+    module: nn.Module,
+    *,
+    name: str,
+    rank: int,
+    side: str,
+    weighted: bool,
+    dtype: torch.dtype | None,
+    phase: int,
 ) -> GrassLayer:
     """Give a linear-like module an active slice, in place.
 

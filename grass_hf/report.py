@@ -76,7 +76,11 @@ def render(report: StartReport) -> Group:
     memory = Table(title="Memory beside the frozen weights and the activations", title_justify="left")
     for heading in ("", "Grass", "full AdamW"):
         memory.add_column(heading, justify="right" if heading else "left")
-    for field, label in (("slices", "slices"), ("gradients", "gradients"), ("optimizer_state", "optimizer state")):
+    for field, label in (
+        ("slices", "slices"),
+        ("gradients", "gradients"),
+        ("optimizer_state", "optimizer state"),
+    ):
         memory.add_row(label, _shown(getattr(report.grass, field)), _shown(getattr(report.adamw, field)))
     return Group(compressed, ordinary, memory)
 

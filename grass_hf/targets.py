@@ -167,7 +167,9 @@ def _suffixes(model: nn.Module) -> set[str]:
 
 
 def _nothing_matches(model: nn.Module, config: GrassConfig) -> str:
-    sentence = f"target_modules={_shown(config.target_modules)} matches no module of {type(model).__name__} with a weight"
+    sentence = (
+        f"target_modules={_shown(config.target_modules)} matches no module of {type(model).__name__} with a weight"
+    )
     linear = sorted(_suffixes(model))
     if isinstance(config.target_modules, str) and not _is_all_linear(config.target_modules):
         sentence += " (a string is a regular expression for the full name, a list holds suffixes)"

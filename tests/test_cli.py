@@ -12,12 +12,32 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "tests/scripts/run_clm_tiny.py"
-FLAGS = ["--optim", "grass", "--optim_args", "rank=8,update_interval=2,base=adamw_torch", "--max_steps", "4",
-         "--report_to", "none", "--use_cpu", "--save_strategy", "no", "--logging_steps", "1"]
+FLAGS = [
+    "--optim",
+    "grass",
+    "--optim_args",
+    "rank=8,update_interval=2,base=adamw_torch",
+    "--max_steps",
+    "4",
+    "--report_to",
+    "none",
+    "--use_cpu",
+    "--save_strategy",
+    "no",
+    "--logging_steps",
+    "1",
+]
 
 
 def call(*words, python=sys.executable, **environment):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1", **environment}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+        "NO_COLOR": "1",
+        **environment,
+    }
     return subprocess.run([python, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -37,8 +57,23 @@ def test_unmodified_script_run_three_ways_trains_the_same(tmp_path):
     python = environment(tmp_path / "env")
     out = ["--output_dir", tmp_path / "out"]
     first = checked(grass("run", SCRIPT, *FLAGS, *out))
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "grass_hf", "run", SCRIPT]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "-m",
+        "grass_hf",
+        "run",
+        SCRIPT,
+    ]
     assert checked(call(*launch, *FLAGS, *out)) == first
 
     refused = call(SCRIPT, *FLAGS, *out, python=python)
@@ -116,7 +151,20 @@ def test_mistakes_get_a_sentence_and_exit_code_2(words, sentence):
 
 
 def test_bench_speed_prints_ratios_and_files_a_row(tmp_path):
-    small = ["--layers", "1", "--hidden", "64", "--rank", "16", "--batch", "1", "--sequence", "16", "--rounds", "2"]
+    small = [
+        "--layers",
+        "1",
+        "--hidden",
+        "64",
+        "--rank",
+        "16",
+        "--batch",
+        "1",
+        "--sequence",
+        "16",
+        "--rounds",
+        "2",
+    ]
     result = grass("bench", "speed", *small, "--dtype", "float32", "--json", tmp_path / "rows" / "speed.json")
     assert result.returncode == 0, result.stderr
     assert "Grass / frozen" in result.stdout

@@ -77,7 +77,12 @@ def test_optim_args_are_read():
 
 def test_defaults_are_the_papers():
     config = GrassConfig()
-    assert (config.density, config.update_interval, config.selection, config.side) == (0.25, 200, "top_r", "output")
+    assert (config.density, config.update_interval, config.selection, config.side) == (
+        0.25,
+        200,
+        "top_r",
+        "output",
+    )
     assert GrassConfig(rank=64).density is None
 
 
@@ -109,6 +114,8 @@ def test_yaml(tmp_path):
         GrassConfig.from_yaml(tmp_path / "missing.yaml")
 
 
-@pytest.mark.parametrize("config, size, rank", [({"rank": 5}, 3, 5), ({"density": 0.25}, 10, 2), ({"density": 0.01}, 9, 1)])
+@pytest.mark.parametrize(
+    "config, size, rank", [({"rank": 5}, 3, 5), ({"density": 0.25}, 10, 2), ({"density": 0.01}, 9, 1)]
+)
 def test_rank_for(config, size, rank):
     assert GrassConfig(**config).rank_for(size) == rank

@@ -58,7 +58,9 @@ def sizes_in_step(model, optimizer, checkpointed=False):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("rule", ["top_r", "multinomial_norm", "uniform_nr"])
 def test_no_tensor_of_full_size_on_any_step(monkeypatch, side, checkpointed, rule):
-    monkeypatch.setattr(functional.squared_norms, "__defaults__", (16,))  # blocks as far below m as 256 is in a real model
+    monkeypatch.setattr(
+        functional.squared_norms, "__defaults__", (16,)
+    )  # blocks as far below m as 256 is in a real model
     model = stack()
     convert_to_grass(model, GrassConfig(density=0.25, update_interval=3, side=side, selection=rule))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1)

@@ -31,7 +31,8 @@ def tapped(x, weight, bias, active, side, rho=None, norms=None):
 
 
 @pytest.mark.parametrize(
-    "side, shape, bias, weighted", list(itertools.product(["output", "input"], SHAPES, [True, False], [True, False]))
+    "side, shape, bias, weighted",
+    list(itertools.product(["output", "input"], SHAPES, [True, False], [True, False])),
 )
 def test_gradient_is_autograds_through_index_copy(side, shape, bias, weighted):
     x, weight, b, dy = tensors(SHAPES[shape])

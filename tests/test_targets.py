@@ -121,7 +121,7 @@ def test_classification_head_is_no_target():
 def test_converting_twice_and_wrapped_models_stop():
     model = tiny_llama()
     convert_to_grass(model, GrassConfig(rank=8))
-    with pytest.raises(ValueError, match="already converted .* restore_model"):
+    with pytest.raises(ValueError, match=r"already converted .* restore_model"):
         convert_to_grass(model, GrassConfig(rank=8))
     with pytest.raises(ValueError, match="part that was already converted"):
         convert_to_grass(nn.Sequential(model), GrassConfig(rank=8))

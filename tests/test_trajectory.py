@@ -108,9 +108,7 @@ def walk_both(config, kind, weight_decay, accumulation):
         optimizer.zero_grad()
         schedule.step()
         naive.step(losses)
-        for (name, ours), (_, theirs) in zip(
-            plain_weights(model), naive_model.named_parameters(), strict=True
-        ):
+        for (name, ours), (_, theirs) in zip(plain_weights(model), naive_model.named_parameters(), strict=True):
             torch.testing.assert_close(ours, theirs.data, rtol=0, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
     naive.finish()
     restore_model(model)
@@ -160,7 +158,9 @@ def test_same_trajectory_as_naive_algorithm_1(rule, side, kind, weight_decay, ac
     ids=str,
 )
 def test_same_trajectory_with_every_setting(options, kind):
-    config = GrassConfig(**({"density": DENSITY, "update_interval": INTERVAL, "selection": "multinomial_norm_nr"} | options))
+    config = GrassConfig(
+        **({"density": DENSITY, "update_interval": INTERVAL, "selection": "multinomial_norm_nr"} | options)
+    )
     walk_both(config, kind, weight_decay=0.3, accumulation=2)
 
 

@@ -19,7 +19,7 @@ app = typer.Typer(
     help=(
         "Full-parameter training of language models with structured sparse gradients (Grass, arXiv 2406.17660).\n\n"
         "Run any script that uses the Hugging Face Trainer with [bold]--optim grass[/bold]:\n\n"
-        "  grass-hf run run_clm.py --optim grass --optim_args \"rank=64,update_interval=200\" ...\n\n"
+        '  grass-hf run run_clm.py --optim grass --optim_args "rank=64,update_interval=200" ...\n\n'
         "  accelerate launch -m grass_hf run run_clm.py --optim grass ..."
     ),
 )
@@ -28,7 +28,11 @@ app.add_typer(bench, name="bench")
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    },
     options_metavar="",
 )
 def run(

@@ -38,8 +38,10 @@ def run_speed(*, dtypes: list[str], device: str, slow_dtypes: bool, json: Path |
         dtype = getattr(torch, name)
         factor = speed.slowdown(dtype, device)
         if factor > _EMULATED and not slow_dtypes:
-            console.print(f"{name} left out: this device multiplies it {factor:.0f} times slower than float32, so it is "
-                          "emulated and its timings say nothing about the method (--slow-dtypes times it all the same).")
+            console.print(
+                f"{name} left out: this device multiplies it {factor:.0f} times slower than float32, so it is "
+                "emulated and its timings say nothing about the method (--slow-dtypes times it all the same)."
+            )
             continue
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(f"{name}: rounds of AdamW, Grass, frozen", total=rounds)
@@ -52,7 +54,12 @@ def run_speed(*, dtypes: list[str], device: str, slow_dtypes: bool, json: Path |
         medians = {method: timing.median(method) for method in speed.METHODS}
         table.add_row(name, *(f"{medians[m]:.3f} s" for m in speed.METHODS), *(f"{r:.3f}" for r in ratios.values()))
         if json is not None:
-            row = {"bench": "speed", "dtype": name, "setting": dataclasses.asdict(setting), "seconds": timing.seconds}
+            row = {
+                "bench": "speed",
+                "dtype": name,
+                "setting": dataclasses.asdict(setting),
+                "seconds": timing.seconds,
+            }
             row |= {"median": medians, "grass_over": ratios}
             record.append(json, row | record.machine())
     if table.row_count:

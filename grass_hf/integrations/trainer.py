@@ -107,7 +107,7 @@ class FollowTraining(TrainerCallback):
         if state.is_world_process_zero:
             console = Console(stderr=True)
             if not console.is_terminal:
-                console.width = 120
+                console.width = 160  # a log file has no width; no column should wrap
             console.print(render(start_report(model, controller.optimizer)))
 
     def on_log(self, args, state, control, logs=None, model=None, optimizer=None, **kwargs):
@@ -115,9 +115,12 @@ class FollowTraining(TrainerCallback):
         if controller is None or not logs or "loss" not in logs:
             return
         metrics = {name: round(value, 4) for name, value in controller.metrics().items()}
-        if controller.config.scale != 1.0:
-            rates = [group["lr"] for group in controller.optimizer.param_groups if GROUP_KEY in group]
-            metrics["grass/learning_rate"] = float(rates[0])
+        if controller.config.scale != 1.0 and "learning_rate" in logs:
+            groups = controller.optimizer.param_groups
+            slices = next(group["lr"] for group in groups if GROUP_KEY in group)
+            # The Trainer logs the first group's rate, of the step just done; the groups hold the next step's by now.
+            share = slices / groups[0]["lr"] if groups[0]["lr"] else controller.config.scale
+            metrics["grass/learning_rate"] = float(logs["learning_rate"] * share)
         logs.update(metrics)
         if state.log_history:  # the Trainer filed a copy before it called us
             state.log_history[-1].update(metrics)
@@ -185,7 +188,9 @@ def _convert(model: nn.Module, config: GrassConfig, args) -> None:
     """Convert once: the Trainer asks when it is made, and again for a model that `model_init` rebuilt."""
     if is_converted(model):
         if model.grass.config != config:
-            raise ValueError(f"the model is converted with {model.grass.config}, and now {config} is asked for: keep one.")
+            raise ValueError(
+                f"the model is converted with {model.grass.config}, and now {config} is asked for: keep one."
+            )
         return
     _refuse_engine(args, config)
     convert_to_grass(model, config)

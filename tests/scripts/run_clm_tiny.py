@@ -35,7 +35,10 @@ def main():
     trainer.train()
     trainer.save_model()
     print("world", training_args.world_size, "optim", str(training_args.optim.value))
-    print("checksum", sum(p.double().abs().sum().item() for n, p in model.named_parameters() if "active" not in n))
+    print(
+        "checksum",
+        sum(p.double().abs().sum().item() for n, p in model.named_parameters() if "active" not in n),
+    )
 
 
 if __name__ == "__main__":
