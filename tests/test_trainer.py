@@ -63,7 +63,14 @@ def by_model_init(folder):
     return trainer(folder, trainer_options={"model_init": lambda: tiny_llama()}, **SETTINGS)
 
 
-@pytest.mark.parametrize("way", [by_callback, by_factory, by_optimizer, by_class, by_model_init])
+def by_model_init_and_callback(folder):
+    options = {"model_init": lambda: tiny_llama(), "callbacks": [GrassCallback(CONFIG)]}
+    return trainer(folder, trainer_options=options, optim="adamw_torch", optim_args=None, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "way", [by_model_init_and_callback, by_callback, by_factory, by_optimizer, by_class, by_model_init]
+)
 def test_every_way_into_the_trainer_trains_the_same(tmp_path, way):
     first, other = by_name(tmp_path), way(tmp_path)
     for job in (first, other):

@@ -56,6 +56,7 @@ def _create_optimizer(original):
     def create_optimizer(self, *args, **kwargs):
         from . import trainer
 
+        trainer.convert_rebuilt_model(self)
         optimizer = original(self, *args, **kwargs)
         trainer.attach_if_converted(self)
         return optimizer

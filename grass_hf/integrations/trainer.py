@@ -146,6 +146,17 @@ def driven_if_converted(cls, kwargs: dict[str, Any], model: nn.Module | None) ->
     return (driven(cls, kwargs, model), kwargs) if _is_model(model) else (cls, kwargs)
 
 
+def convert_rebuilt_model(trainer) -> None:
+    """Convert the model that `model_init` made for this run, before its parameters are sorted into groups."""
+    if trainer.model_init is None or _is_model(trainer.model):
+        return
+    if trainer.args.optim == NAME:
+        _convert(trainer.model, _parse(trainer.args).config, trainer.args)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, GrassCallback):
+            _convert(trainer.model, callback.config, trainer.args)
+
+
 def attach_if_converted(trainer) -> None:
     """Catch optimizers that came another way (``optimizers=``, ``optimizer_cls_and_kwargs``)."""
     if not _is_model(trainer.model) or _controller(trainer.optimizer) is not None:
