@@ -57,6 +57,7 @@ class GrassController:
         self.due: set[str] = set()
         self._full_rates: list[tuple[dict, Any]] = []
         self._follow_step()
+        self._follow_zero_grad()
         optimizer.register_state_dict_post_hook(lambda _, state: checkpoint.add(state, self))
         self._restore_on_load()
         self.look_ahead()
@@ -77,6 +78,19 @@ class GrassController:
 
         # a bound method, because learning rate schedulers wrap it again and look for one
         self.optimizer.step = types.MethodType(step, self.optimizer)
+
+    def _follow_zero_grad(self) -> None:
+        # Norms observed belong to the gradients: a step whose gradients are dropped must not leave its norms behind.
+        original = self.optimizer.zero_grad
+
+        @functools.wraps(original)
+        def zero_grad(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+            original(*args, **kwargs)
+            for layer in self.layers:
+                if layer.norms is not None:
+                    layer.norms.grad = None
+
+        self.optimizer.zero_grad = types.MethodType(zero_grad, self.optimizer)
 
     def _restore_on_load(self) -> None:
         # Wrapped rather than hooked: bitsandbytes replaces load_state_dict and runs no hooks.

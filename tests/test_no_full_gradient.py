@@ -40,9 +40,10 @@ def stack():
     return nn.Sequential(nn.Linear(WIDTHS[0], WIDTHS[1]), nn.Tanh(), nn.Linear(WIDTHS[1], WIDTHS[2]))
 
 
-def sizes_in_step(model, optimizer, checkpointed=False):
+def sizes_in_step(model, optimizer, checkpointed=None):
+    """Sizes of all tensors made in one step's backward and update; `checkpointed` is ``use_reentrant`` or None."""
     x = torch.randn(TOKENS, WIDTHS[0], requires_grad=True)
-    y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+    y = model(x) if checkpointed is None else checkpoint(model, x, use_reentrant=checkpointed)
     mode = Allocations()
     mode.weights = frozenset(
         module.weight.untyped_storage().data_ptr() for module in model if hasattr(module, "weight")
@@ -55,7 +56,7 @@ def sizes_in_step(model, optimizer, checkpointed=False):
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 @pytest.mark.parametrize("rule", ["top_r", "multinomial_norm", "uniform_nr"])
 def test_no_tensor_of_full_size_on_any_step(monkeypatch, side, checkpointed, rule):
     monkeypatch.setattr(

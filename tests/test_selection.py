@@ -69,6 +69,46 @@ def test_inclusion_probabilities_without_replacement(rule):
     assert ((seen / draws - exact).abs() < 5 * error).all()
 
 
+def table_q(rule, scores):
+    """The table of DESIGN.md by hand: unbiasedness alone would not see that two rules' q are swapped."""
+    norms = [float(s) ** 0.5 for s in scores]
+    power = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm2": 2}[rule.removesuffix("_nr")]
+    weights = torch.tensor([norm**power for norm in norms], dtype=torch.float64)
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("rule", UNBIASED)
+def test_rows_with_replacement_are_drawn_with_the_tables_probabilities(rule):
+    draws, q = 4_000, table_q(rule, SCORES)
+    counts = torch.zeros(SIZE, dtype=torch.float64)
+    for number in range(draws):
+        chosen = draw(rule, number)
+        rows = slice(chosen.count)
+        counts[chosen.index[rows]] += (chosen.write / chosen.rho)[rows]
+    error = (q * (1 - q) / (draws * RANK)).sqrt()
+    assert ((counts / (draws * RANK) - q).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("rule", WITHOUT)
+def test_first_row_without_replacement_has_the_tables_probabilities(rule):
+    """With one draw the inclusion probability is q itself."""
+    draws, q = 4_000, table_q(rule, SCORES)
+    counts = torch.zeros(SIZE, dtype=torch.float64)
+    for number in range(draws):
+        counts[draw(rule, number, rank=1).index] += 1
+    error = (q * (1 - q) / draws).sqrt()
+    assert ((counts / draws - q).abs() < 5 * error).all()
+
+
+def test_equal_norms_and_no_norms_still_select():
+    for rule in SELECTIONS:
+        for scores in (torch.zeros(SIZE), torch.full((SIZE,), 3.0)):
+            chosen = draw(rule, 0, scores)
+            assert 1 <= chosen.count <= RANK and chosen.index.shape == (RANK,)
+    # among equals the first rows win, so that ranks agree
+    assert draw("top_r", 0, torch.full((SIZE,), 3.0)).index.tolist() == list(range(RANK))
+
+
 def test_probabilities_follow_the_table():
     norms = SCORES.sqrt()
     torch.testing.assert_close(probabilities("multinomial_norm", SCORES, SIZE), norms / norms.sum())

@@ -164,12 +164,118 @@ def test_a_module_called_twice_adds_both_gradients(side):
     torch.testing.assert_close(layer.active.grad, expected, rtol=0, atol=1e-12)
 
 
-def test_frozen_inputs_and_in_place_use_of_the_output():
-    model = model_of("output")
-    y = model[0](torch.randn(4, 8, dtype=torch.float64))
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize("observing", [False, True])
+def test_frozen_inputs_and_in_place_use_of_the_output(side, observing):
+    """x needs no gradient, and the model modifies y in place: the values are autograd's all the same."""
+    model = model_of(side, observing)
+    layer = model[0]
+    x = torch.randn(4, 8, dtype=torch.float64)
+    reference = layer.weight.detach().clone().requires_grad_()
+    y = layer(x)
     y += 1.0  # models do this; a view made inside a custom function would refuse it
-    torch.relu_(y).sum().backward()
-    assert model[0].active.grad.abs().sum() > 0
+    (torch.relu_(y) ** 2).sum().backward()
+    (torch.relu(F.linear(x, reference, layer.bias.detach()) + 1.0) ** 2).sum().backward()
+    expected = reference.grad.index_select(layer.dim, layer.index)
+    torch.testing.assert_close(layer.active.grad, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_a_module_called_twice_adds_the_norms_of_each_call(side):
+    """[Note: norms as a gradient]: squared norms of the single contributions, not of their sum."""
+    layer = nn.Linear(8, 8, bias=False).double()
+    reference = layer.weight.detach().clone()
+    model = nn.Sequential(layer)
+    convert_to_grass(model, GrassConfig(rank=3, side=side))
+    layer.observe()
+    xs = torch.randn(2, 4, 8, dtype=torch.float64)
+    (layer(xs[0]).sin().sum() + layer(xs[1]).sin().sum()).backward()
+    expected = torch.zeros(8, dtype=torch.float64)
+    for x in xs:
+        full = F.linear(x, reference).cos().t() @ x  # dL/dy = cos(y)
+        expected += full.square().sum(dim=1 - layer.dim)
+    torch.testing.assert_close(layer.end_observation(), expected)
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_multipliers_reach_the_slice_and_not_the_norms(side):
+    """Scores are those of G, whatever rho the rows of the current slice carry."""
+    x, weight, _, dy = tensors((6, N))
+    active = weight.index_select(0 if side == "output" else 1, INDEX).requires_grad_()
+    norms = torch.zeros(M if side == "output" else N, dtype=torch.float64, requires_grad=True)
+    rho = torch.tensor([0.5, 2.0, 1.5, 3.0], dtype=torch.float64)
+    tapped(x, weight, None, active, side, rho, norms).backward(dy)
+    full = dy.t() @ x
+    dim = 0 if side == "output" else 1
+    torch.testing.assert_close(norms.grad, full.square().sum(dim=1 - dim))
+    torch.testing.assert_close(active.grad, full.index_select(dim, INDEX) * along(rho, side))
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_slice_more_precise_than_its_weight(side):
+    """A float32 slice with multipliers over a bfloat16 weight, as with-replacement rules make it."""
+    x, weight, _, dy = tensors((6, N), torch.bfloat16)
+    dim = 0 if side == "output" else 1
+    active = weight.index_select(dim, INDEX).float().requires_grad_()
+    rho = torch.tensor([0.5, 2.0, 1.5, 3.0])
+    tapped(x, weight, None, active, side, rho).backward(dy)
+    exact = (dy.double().t() @ x.double()).index_select(dim, INDEX) * along(rho, side)
+    assert active.grad.dtype == torch.float32
+    torch.testing.assert_close(active.grad.double(), exact, rtol=2**-7, atol=2e-2)
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_of_half_precision_gradients_do_not_overflow(dtype, side):
+    """Squares are taken in float32: 300^2 is beyond float16."""
+    x, weight, _, dy = tensors((6, N), dtype)
+    dy = dy * 100
+    active = weight.index_select(0 if side == "output" else 1, INDEX).requires_grad_()
+    norms = torch.zeros(M if side == "output" else N, requires_grad=True)
+    tapped(x, weight, None, active, side, norms=norms).backward(dy)
+    exact = (dy.double().t() @ x.double()).square().sum(dim=1 if side == "output" else 0)
+    assert norms.grad.dtype == torch.float32
+    torch.testing.assert_close(norms.grad.double(), exact, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize("x_dtype, dy_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
+def test_autocast_input_and_bias_gradients_are_untouched(side, backward_inside, x_dtype, dy_dtype):
+    """dX and the bias gradient under autocast are bit for bit the ordinary layer's."""
+    x, weight, bias, dy = tensors((6, N), torch.float32)
+    found = []
+    for ours in (True, False):
+        leaf_x, leaf_b = x.to(x_dtype).requires_grad_(), bias.clone().requires_grad_()
+        active = weight.index_select(0 if side == "output" else 1, INDEX).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if ours:
+                y = tapped(leaf_x, weight, leaf_b, active, side)
+            else:
+                y = F.linear(leaf_x, weight, leaf_b)
+            if backward_inside:
+                y.backward(dy.to(dy_dtype))
+        if not backward_inside:
+            y.backward(dy.to(dy_dtype))
+        found.append((y, leaf_x.grad, leaf_b.grad))
+    for mine, plain in zip(*found, strict=True):
+        assert torch.equal(mine, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_backward_inside_autocast_keeps_full_precision_gradients(side, dtype):
+    """A layer that ran outside autocast keeps its precision when backward runs inside, as autograd's own do."""
+    x, weight, _, dy = tensors((6, N), dtype)
+    dim = 0 if side == "output" else 1
+    active = weight.index_select(dim, INDEX).requires_grad_()
+    norms = torch.zeros(weight.shape[dim], dtype=dtype, requires_grad=True)
+    y = tapped(x, weight, None, active, side, norms=norms)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y.backward(dy)
+    full = dy.double().t() @ x.double()
+    torch.testing.assert_close(active.grad.double(), full.index_select(dim, INDEX), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norms.grad.double(), full.square().sum(dim=1 - dim), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -12,7 +12,7 @@ import torch
 from reference import NaiveGrass, Rows
 from torch import nn
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf import GrassConfig, controller, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.config import SELECTIONS
 from grass_hf.convert import grass_layers
 from grass_hf.selection import generator, select
@@ -67,7 +67,7 @@ def choose_as(config):
     return choose
 
 
-def walk_both(config, kind, weight_decay, accumulation):
+def walk_both(config, kind, weight_decay, accumulation, warmup=1):
     """Train both sides; asserts after every step that the weights agree. Returns the naive run."""
     torch.manual_seed(0)
     model = Net()
@@ -93,7 +93,7 @@ def walk_both(config, kind, weight_decay, accumulation):
         policy=config.state_policy,
         decay_all=config.decay == "all",
         phases=phases,
-        warmup=1,
+        warmup=warmup,
     )
     convert_to_grass(model, config)
     classes = {"adamw": (torch.optim.AdamW, {}), "sgd": (torch.optim.SGD, {"momentum": 0.9})}
@@ -162,6 +162,56 @@ def test_same_trajectory_with_every_setting(options, kind):
         **({"density": DENSITY, "update_interval": INTERVAL, "selection": "multinomial_norm_nr"} | options)
     )
     walk_both(config, kind, weight_decay=0.3, accumulation=2)
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_same_trajectory_with_a_warmup_of_several_steps(monkeypatch, kind, stagger):
+    """The ramp after a reset rises step by step: 1/5, 2/5, 3/5, 4/5, 1."""
+    monkeypatch.setattr(controller, "WARMUP_SHARE", 4 / INTERVAL)
+    config = GrassConfig(
+        density=DENSITY,
+        update_interval=INTERVAL,
+        selection="multinomial_norm_nr",
+        state_policy="reset_warmup",
+        stagger=stagger,
+    )
+    walk_both(config, kind, weight_decay=0.3, accumulation=1, warmup=4)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["to_none", "to_zero"])
+@pytest.mark.parametrize("fused", [False, True], ids=["not_called", "found_inf"])
+def test_a_step_that_was_skipped_leaves_no_trace(fused, set_to_none, compiled):
+    """An observing step whose gradients GradScaler drops is as if it had not been: neither state nor scores.
+
+    Without fused the scaler does not call the optimizer at all; with it, it calls with `found_inf` set.
+    """
+    config = GrassConfig(density=DENSITY, update_interval=INTERVAL, selection="top_r")
+    runs = []
+    torch._dynamo.reset()
+    for skip in (False, True):
+        torch.manual_seed(0)
+        model = convert_to_grass(Net(), config)
+        optimizer = grass_optimizer(model, torch.optim.AdamW, lr=0.02, weight_decay=0.3, fused=fused)
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        if skip:
+            (1e3 * micro_losses(99, 1)[0](forward)).backward()  # large: its scores would outvote the real ones
+            if fused:
+                optimizer.grad_scale, optimizer.found_inf = None, torch.ones((), dtype=torch.float32)
+                optimizer.step()
+                del optimizer.grad_scale, optimizer.found_inf
+            optimizer.zero_grad(set_to_none=set_to_none)
+        for step in range(3):
+            micro_losses(step, 1)[0](forward).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        runs.append((model, optimizer))
+    (plain, first), (skipped, second) = runs
+    assert first.grass.step == second.grass.step == 3
+    for ours, theirs in zip(grass_layers(plain), grass_layers(skipped), strict=True):
+        assert ours.slice_state.energy == theirs.slice_state.energy
+        assert torch.equal(ours.index, theirs.index) and torch.equal(ours.weight, theirs.weight)
 
 
 def test_the_reference_tells_wrong_rows():
