@@ -59,10 +59,8 @@ def _row_axis(key: str, value: Tensor, shape: torch.Size, dim: int, state: dict[
     """Negative dimension of a state tensor along which the slice's rows lie, None if it holds nothing per row."""
     if value.shape[-2:] == shape:
         return dim - 2
-    if value.shape in (
-        (shape[0], 1),
-        (1, shape[1]),
-    ):  # torch's Adafactor keeps the dimension it averaged over
+    # torch's Adafactor keeps the dimension it averaged over
+    if value.shape in ((shape[0], 1), (1, shape[1])):
         along = 0 if value.shape[1] == 1 else 1
         return along - 2 if along == dim else None
     if value.shape in (shape[:1], shape[1:]):

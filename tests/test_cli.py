@@ -101,8 +101,11 @@ def test_autoload_never_breaks_python(tmp_path):
     code = "import sys; print('grass_hf' in sys.modules, 'torch' in sys.modules)"
     assert call("-c", code, python=python).stdout.split() == ["True", "False"]
     # grass_hf is gone, or broken: Python starts as if nothing had been
-    gone = subprocess.run([python, "-S", "-c", "print('ok')"], capture_output=True, text=True)
-    assert gone.stdout == "ok\n"
+    next(tmp_path.glob("env/lib/python*/site-packages/parent.pth")).unlink()
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    code = "import importlib.util, sys; print(importlib.util.find_spec('grass_hf'), 'ok')"
+    gone = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=bare)
+    assert (gone.stdout, gone.stderr) == ("None ok\n", "")
     (tmp_path / "broken" / "grass_hf").mkdir(parents=True)
     (tmp_path / "broken" / "grass_hf" / "__init__.py").write_text("raise RuntimeError('broken')")
     broken = call("-c", "print('ok')", python=python, PYTHONPATH=str(tmp_path / "broken"))

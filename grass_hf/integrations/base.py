@@ -78,11 +78,8 @@ def driven(cls: Any, kwargs: dict[str, Any], model: nn.Module) -> type[torch.opt
 
     A class because the Trainer takes any other callable for a factory over models.
     """
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or {
-        "params",
-        "model",
-        "optimizer_dict",
-    } & {*kwargs}:
+    is_optimizer = isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+    if not is_optimizer or kwargs.keys() & {"params", "model", "optimizer_dict"}:
         name = getattr(cls, "__name__", cls)
         raise ValueError(f"{name} takes the model apart itself and cannot run over Grass slices: {_ADVICE}.")
 

@@ -150,11 +150,9 @@ def convert_rebuilt_model(trainer) -> None:
     """Convert the model that `model_init` made for this run, before its parameters are sorted into groups."""
     if trainer.model_init is None or _is_model(trainer.model):
         return
-    if trainer.args.optim == NAME:
-        _convert(trainer.model, _parse(trainer.args).config, trainer.args)
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, GrassCallback):
-            _convert(trainer.model, callback.config, trainer.args)
+        if isinstance(callback, (FollowTraining, GrassCallback)):
+            callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 def attach_if_converted(trainer) -> None:
