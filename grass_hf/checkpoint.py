@@ -17,19 +17,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEY = "grass"
-VERSION = 1
+VERSION = 2
 _TENSORS = ("active", "index", "rho", "write")
 
 
 def add(state_dict: dict[str, Any], controller: GrassController) -> dict[str, Any]:
     """Add the entry to an optimizer's state dict; its tensors are references, as the optimizer's own are."""
     layers = {}
-    for layer in controller.layers:
-        state = layer.slice_state
+    for layer in controller.slices:
+        state = layer.state
         entry = {name: tensor.detach() for name in _TENSORS if (tensor := getattr(layer, name)) is not None}
         entry.update(
             side=layer.side,
-            count=state.count,
             owed=state.owed,
             trained=state.trained,
             energy=state.energy,
@@ -57,12 +56,11 @@ def restore(state_dict: dict[str, Any], controller: GrassController) -> None:
     controller.step = entry["step"]
     controller.due = set(entry["due"])
     with torch.no_grad():
-        for layer in controller.layers:
-            saved, state = entry["layers"][layer.slice_state.name], layer.slice_state
+        for layer in controller.slices:
+            saved, state = entry["layers"][layer.state.name], layer.state
             for name in _TENSORS:
                 if name in saved:
                     getattr(layer, name).copy_(saved[name])
-            state.count = saved["count"]
             state.owed = saved["owed"]
             state.trained = saved["trained"].cpu().clone()
             state.energy = saved["energy"] and tuple(saved["energy"])
@@ -81,7 +79,7 @@ def _check(entry: Any, controller: GrassController) -> None:
             f"this optimizer state has Grass format {entry['version']}, and this grass-hf reads format {VERSION}: "
             "resume with the version that wrote it."
         )
-    layers = {layer.slice_state.name: layer for layer in controller.layers}
+    layers = {layer.state.name: layer for layer in controller.slices}
     saved = entry["layers"]
     if saved.keys() != layers.keys():
         name = sorted(saved.keys() ^ layers.keys())[0]

@@ -28,6 +28,7 @@ SELECTIONS = (
 SIDES = ("output", "input", "auto")
 STATE_POLICIES = ("carry", "reset", "reset_warmup")
 DECAYS = ("all", "active")
+ROUNDINGS = ("stochastic", "nearest")
 SLICE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 DEFAULT_DENSITY = 0.25
@@ -47,15 +48,19 @@ class GrassConfig:
         side: "output" selects rows of the weight (the paper), "input" columns, "auto" the longer side, which
             gives the smallest slice for a given `rank` (a square matrix takes "output").
         scale: alpha, the multiplier of the learning rate of the slices.
-        target_modules: "all-linear" (every linear layer but the output head), a list of name suffixes, or a
-            regular expression matched against the full module name: PEFT's semantics.
+        target_modules: "all-linear" (every linear layer, Conv1D and expert but the output head), "all-matrices"
+            (embeddings and output head too), a list of name suffixes, or a regular expression matched against the
+            full module name: PEFT's semantics. Of embeddings and output heads feature columns are selected,
+            whatever `side` says.
         exclude_modules: suffixes or a regular expression of modules never to compress: PEFT's semantics.
         state_policy: at reselection the optimizer state of rows that stay is kept ("carry"), or all of it is
             dropped ("reset"), or dropped and the slices' learning rate ramped up again ("reset_warmup").
         stagger: spread the layers' selections evenly over the interval instead of all on the same step.
         decay: "all" lets weight decay reach the rows that are not being trained too (lazily); "active" not.
-        slice_dtype: dtype of the slices and so of their optimizer state, e.g. "float32" over bfloat16 weights;
-            None takes the weight's.
+        slice_dtype: dtype of the slices and so of their gradients and optimizer state; None means float32 over
+            half-precision weights, which would lose small updates otherwise, and else the weight's.
+        rounding: how a row is rounded to a half-precision weight when it leaves the slice: "stochastic" keeps the
+            digits in the mean, "nearest" drops them.
         seed: seed of the random selections.
 
     Raises:
@@ -74,6 +79,7 @@ class GrassConfig:
     stagger: bool = False
     decay: str = "all"
     slice_dtype: str | None = None
+    rounding: str = "stochastic"
     seed: int = 0
 
     def __post_init__(self):
@@ -111,6 +117,7 @@ class GrassConfig:
         _check_choice("side", self.side, SIDES)
         _check_choice("state_policy", self.state_policy, STATE_POLICIES)
         _check_choice("decay", self.decay, DECAYS)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
         if self.slice_dtype is not None:
             _check_choice("slice_dtype", self.slice_dtype, SLICE_DTYPES)
         if not self.target_modules:

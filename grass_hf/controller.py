@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, distributed, selection
-from .convert import grass_layers
-from .modules import GrassLayer
+from .convert import grass_slices
 from .remap import carry_rows
+from .slices import Slice
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,7 @@ class GrassController:
         @functools.wraps(original)
         def zero_grad(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
             original(*args, **kwargs)
-            for layer in self.layers:
-                if layer.norms is not None:
-                    layer.norms.grad = None
+            self.forget_norms()
 
         self.optimizer.zero_grad = types.MethodType(zero_grad, self.optimizer)
 
@@ -104,22 +102,28 @@ class GrassController:
         self.optimizer.load_state_dict = load_state_dict
 
     @property
-    def layers(self) -> list[GrassLayer]:
-        return list(grass_layers(self.model))
+    def slices(self) -> list[Slice]:
+        return list(grass_slices(self.model))
+
+    def forget_norms(self) -> None:
+        """Drop the norms observed so far in this step, with the gradients that they belong to."""
+        for part in self.slices:
+            if part.norms is not None:
+                part.norms.grad = None
 
     def metrics(self) -> dict[str, float]:
         """``grass/coverage``: share of all rows trained so far; ``grass/energy``: share of the squared gradient
         norm that the selected rows held when they were selected, absent before the first observation."""
         trained = total = 0
         held = seen = 0.0
-        for layer in self.layers:
+        for layer in self.slices:
             if self.step:
-                self._mark_trained(layer)
-            trained += int(layer.slice_state.trained.sum())
-            total += layer.slice_state.size
-            if layer.slice_state.energy is not None:
-                held += layer.slice_state.energy[0]
-                seen += layer.slice_state.energy[1]
+                layer.mark_trained()
+            trained += int(layer.state.trained.sum())
+            total += layer.state.trained.numel()
+            if layer.state.energy is not None:
+                held += layer.state.energy[0]
+                seen += layer.state.energy[1]
         metrics = {"grass/coverage": trained / total if total else 0.0}
         if seen > 0:
             metrics["grass/energy"] = held / seen
@@ -127,20 +131,20 @@ class GrassController:
 
     def settle(self) -> None:
         """Multiply in all weight decay that rows are owed: the end of training."""
-        for layer in self.layers:
-            layer.settle_decay()
+        for layer in self.slices:
+            layer.settle_decay(self._rounding_seed(layer))
 
     # -- before the step ---------------------------------------------------------------------------------------
 
     def _before_step(self) -> None:
-        layers = self.layers
+        layers = self.slices
         if not layers:  # restore_model was called
             return
         if not hasattr(self.optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
             self._check_gradients(layers)
         self._ramp_learning_rate(layers)
 
-    def _check_gradients(self, layers: list[GrassLayer]) -> None:
+    def _check_gradients(self, layers: list[Slice]) -> None:
         grads = [layer.active.grad for layer in layers if layer.active.grad is not None]
         if not grads:
             others = any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
@@ -153,7 +157,7 @@ class GrassController:
             return
         if not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
             finite = {
-                layer.slice_state.name: layer.active.grad is None or bool(layer.active.grad.isfinite().all())
+                layer.state.name: layer.active.grad is None or bool(layer.active.grad.isfinite().all())
                 for layer in layers
             }
             if all(finite.values()):
@@ -165,11 +169,11 @@ class GrassController:
                 "(float16 needs a GradScaler, fp16=True in TrainingArguments)."
             )
 
-    def _ramp_learning_rate(self, layers: list[GrassLayer]) -> None:
+    def _ramp_learning_rate(self, layers: list[Slice]) -> None:
         if self.config.state_policy != "reset_warmup":
             return
         steps = max(1, round(WARMUP_SHARE * self.config.update_interval))
-        reset_at = {id(layer.active): layer.slice_state.reset_step for layer in layers}
+        reset_at = {id(layer.active): layer.state.reset_step for layer in layers}
         for group in self._slice_groups():
             last = [reset_at[id(p)] for p in group["params"] if reset_at[id(p)] is not None]
             if last and (since := self.step - max(last)) <= steps:
@@ -185,7 +189,7 @@ class GrassController:
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        layers = self.layers
+        layers = self.slices
         if not self._was_real(layers):
             self.look_ahead()  # forget what a skipped step observed
             return
@@ -193,11 +197,11 @@ class GrassController:
         for layer in layers:
             layer.write_back()
             self._owe_decay(layer, groups[id(layer.active)])
-        self._select([layer for layer in layers if layer.slice_state.name in self.due], groups)
+        self._select([layer for layer in layers if layer.state.name in self.due], groups)
         self.step += 1
         self.look_ahead()
 
-    def _was_real(self, layers: list[GrassLayer]) -> bool:
+    def _was_real(self, layers: list[Slice]) -> bool:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return False
@@ -206,29 +210,27 @@ class GrassController:
             return bool(grads)
         return any(bool(grad.any()) for grad in grads)
 
-    def _owe_decay(self, layer: GrassLayer, group: dict[str, Any]) -> None:
-        state = layer.slice_state
+    def _owe_decay(self, layer: Slice, group: dict[str, Any]) -> None:
+        state = layer.state
         decay = group.get("weight_decay") or 0.0
-        if decay and self.config.decay == "all" and state.count < state.size:
+        if decay and self.config.decay == "all" and (state.rank < state.size or layer.rho is not None):
             state.owed *= 1.0 - float(group["lr"]) * float(decay)
 
-    def _select(self, due: list[GrassLayer], groups: dict[int, dict]) -> None:
+    def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the layers that are due; one that could not be observed stays due."""
         if not due:
             return
         rule = self.config.selection
         scores = self._observed(due) if selection.needs_scores(rule) else [None] * len(due)
         for layer, norms2 in zip(due, scores, strict=True):
-            state = layer.slice_state
+            state = layer.state
             if selection.needs_scores(rule) and norms2 is None:
                 continue
-            self._mark_trained(layer)
-            draws = selection.generator(self.config.seed, self.step, state.name)
-            chosen = selection.select(rule, norms2, state.size, state.rank, draws)
+            layer.mark_trained()
+            chosen = self._choose(layer, norms2)
             if norms2 is not None:
-                held = norms2[chosen.index[: chosen.count]].sum()
-                state.energy = (float(held), float(norms2.sum()))
-            source = layer.load_selection(chosen)
+                state.energy = (float(chosen.energy(norms2)), float(norms2.sum()))
+            source = layer.load_selection(chosen, self._rounding_seed(layer))
             group = groups[id(layer.active)]
             if self.config.state_policy == "carry":
                 carry_rows(
@@ -244,14 +246,38 @@ class GrassController:
                 state.reset_step = self.step
             self.due.discard(state.name)
 
-    def _observed(self, due: list[GrassLayer]) -> list[Tensor | None]:
+    def _choose(self, part: Slice, norms2: Tensor | None) -> selection.Selection:
+        rule, state = self.config.selection, part.state
+
+        def select(scores: Tensor | None, name: str) -> selection.Selection:
+            draws = selection.generator(self.config.seed, self.step, name)
+            return selection.select(rule, scores, state.size, state.rank, draws)
+
+        if part.index.dim() == 1:
+            return select(norms2, state.name)
+        now = part.current_selection()
+        each = []
+        for expert in range(part.index.shape[0]):
+            scores = None if norms2 is None else norms2[expert]
+            if scores is not None and not bool(scores.any()):
+                each.append(now[expert])  # no token came its way: nothing to choose by
+            else:
+                each.append(select(scores, f"{state.name}.{expert}"))
+        return selection.Selection.stack(each)
+
+    def _rounding_seed(self, part: Slice) -> str | None:
+        if self.config.rounding == "nearest":
+            return None
+        return f"{self.config.seed}:{self.step}:{part.state.name}:rounding"
+
+    def _observed(self, due: list[Slice]) -> list[Tensor | None]:
         """Squared norms of the due layers summed over all ranks, on the CPU; None where they cannot be used."""
         norms = [layer.end_observation() for layer in due]
         usable = []
         for layer, vector in zip(due, distributed.sum_over_ranks(norms), strict=True):
             vector = vector.double().cpu()
             if not bool(vector.isfinite().all()):
-                logger.warning("%s: its gradient overflowed, it selects a step later.", layer.slice_state.name)
+                logger.warning("%s: its gradient overflowed, it selects a step later.", layer.state.name)
                 usable.append(None)
             else:
                 # A layer that no token reached (an unused branch) has nothing to choose by.
@@ -260,18 +286,14 @@ class GrassController:
 
     def look_ahead(self) -> None:
         """Let the layers that are due after the coming step observe its backward passes."""
-        for layer in self.layers:
-            state = layer.slice_state
+        for layer in self.slices:
+            state = layer.state
             if self.step % self.config.update_interval == state.phase:
                 self.due.add(state.name)
             if state.name in self.due and selection.needs_scores(self.config.selection):
                 layer.observe()
             else:
                 layer.norms = None
-
-    def _mark_trained(self, layer: GrassLayer) -> None:
-        state = layer.slice_state
-        state.trained[layer.index[: state.count].cpu()] = True
 
     def _slice_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.optimizer.param_groups if GROUP_KEY in group]

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .config import GrassConfig
-from .modules import GrassLayer, attach_slice, detach_slice
+from .modules import GrassModule, attach_slice, detach_slices
 from .selection import with_replacement
+from .slices import Slice
 from .targets import plan
 
 
@@ -58,16 +59,19 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
     for number, target in enumerate(todo.targets):
         attach_slice(
             target.module,
+            target.parameter,
+            sharers=target.sharers,
+            transposed=target.transposed,
             name=target.name,
             rank=target.rank,
             side=target.side,
             weighted=weighted,
-            dtype=_slice_dtype(target.module.weight.dtype, config, weighted),
+            dtype=_slice_dtype(getattr(target.module, target.parameter).dtype, config),
             phase=number * config.update_interval // len(todo.targets) if config.stagger else 0,
         )
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     # transformers drops these keys in save_pretrained, which keeps its checkpoints plain
-    model._keys_to_ignore_on_save = {*(ignored or ()), *(f"{target.name}.active" for target in todo.targets)}
+    model._keys_to_ignore_on_save = {*(ignored or ()), *_slice_keys(model)}
     model.grass = Conversion(config, todo.left_out, ignored)
     return model
 
@@ -81,9 +85,13 @@ def restore_model(model: nn.Module) -> nn.Module:
         ValueError: the model is not converted.
     """
     if not is_converted(model):
-        raise ValueError(f"{type(model).__name__} holds no Grass layers: convert_to_grass(model, config) makes them.")
-    for layer in list(grass_layers(model)):
-        detach_slice(layer)
+        raise ValueError(f"{type(model).__name__} holds no Grass slices: convert_to_grass(model, config) makes them.")
+    for part in list(grass_slices(model)):
+        part.settle_decay()
+        part.write_back()
+    for module in list(model.modules()):
+        if isinstance(module, GrassModule):
+            detach_slices(module)
     model._keys_to_ignore_on_save = model.grass.saved_keys_ignored
     del model.grass
     return model
@@ -94,18 +102,20 @@ def is_converted(model: nn.Module) -> bool:
     return isinstance(getattr(model, "grass", None), Conversion)
 
 
-def grass_layers(model: nn.Module) -> Iterator[GrassLayer]:
-    """The converted layers of a model, in the model's order."""
-    return (module for module in model.modules() if isinstance(module, GrassLayer))
+def grass_slices(model: nn.Module) -> Iterator[Slice]:
+    """The slices of a converted model, in the model's order; one that several modules share comes once."""
+    return (module for module in model.modules() if isinstance(module, Slice))
 
 
-def _slice_dtype(weight_dtype: torch.dtype, config: GrassConfig, weighted: bool) -> torch.dtype:
+def _slice_keys(model: nn.Module) -> list[str]:
+    return [f"{name}.active" for name, module in model.named_modules() if isinstance(module, Slice)]
+
+
+def _slice_dtype(weight_dtype: torch.dtype, config: GrassConfig) -> torch.dtype:
     if config.slice_dtype is not None:
         return getattr(torch, config.slice_dtype)
-    # A weighted slice is W / (c rho): in half precision that quotient would cost a rounding at every reselection.
-    if weighted and weight_dtype in (torch.bfloat16, torch.float16):
-        return torch.float32
-    return weight_dtype
+    # An update below half a unit in the weight's last place would be lost at every step: docs/precision.md
+    return torch.float32 if weight_dtype in (torch.bfloat16, torch.float16) else weight_dtype
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -117,5 +127,5 @@ def _refuse_wrapped(model: nn.Module) -> None:
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if isinstance(model, wrappers):
         raise ValueError(f"{kind} wraps a model: convert the model first, then wrap it.")
-    if any(isinstance(module, GrassLayer) for module in model.modules()):
+    if any(isinstance(module, GrassModule) for module in model.modules()):
         raise ValueError(f"{kind} contains a part that was already converted: call restore_model on that part first.")

@@ -13,13 +13,14 @@ def world_size() -> int:
 
 
 def sum_over_ranks(vectors: list[Tensor]) -> list[Tensor]:
-    """Add up each vector over all ranks, in one all-reduce.
+    """Add up each tensor over all ranks, in one all-reduce.
 
-    Every rank must pass vectors of the same lengths in the same order. The sum is bit-identical on every rank,
+    Every rank must pass tensors of the same shapes in the same order. The sum is bit-identical on every rank,
     which is what lets ranks select the same rows without exchanging them.
     """
     if world_size() == 1 or not vectors:
         return vectors
-    flat = torch.cat(vectors)
+    flat = torch.cat([v.flatten() for v in vectors])
     dist.all_reduce(flat)
-    return list(flat.split([v.numel() for v in vectors]))
+    parts = flat.split([v.numel() for v in vectors])
+    return [part.view_as(v) for part, v in zip(parts, vectors, strict=True)]

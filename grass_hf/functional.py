@@ -8,6 +8,8 @@ For ``y = x W^T`` with ``W`` (m x n), ``dY = dL/dy`` (T x m, T tokens) and ``x``
 
 so the m x n gradient never exists. `tap` is the identity on ``y`` in the forward pass; in the backward pass it
 hands dY through untouched and gives C to the active slice. The layer's own forward stays as it is.
+`embedding_tap` is the same for a table of V x d that is looked up, where x is one-hot and C = G[:, index] is V x r;
+the grouped products of experts are in `grass_hf.grouped`.
 
 [Note: norms as a gradient] Reselection needs the squared norm of every row (column) of G. The tap returns them
 as the "gradient" of a leaf vector ``norms``, so autograd itself adds them up over micro-batches and over several
@@ -23,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows of G that exist at one time while norms are computed: large enough for full matmul speed, small enough
-# that the block (256 x n) stays far below the m x n gradient that must not exist.
+# How much of G exists at one time while norms are computed: so many rows or columns, along its longer side. Large
+# enough for full matmul speed, and far below the m x n gradient that must not exist.
 NORM_BLOCK = 256
 
 
@@ -35,24 +37,50 @@ def tap(
     index: Tensor,
     *,
     side: str,
+    transposed: bool = False,
     multiplier: Tensor | None = None,
     norms: Tensor | None = None,
 ) -> Tensor:
     """Return `y` unchanged and, in backward, give `active` the gradient of the selected rows or columns.
 
     Args:
-        y: the layer's output, (..., m), modified in place as far as autograd is concerned.
+        y: the layer's output, (..., m).
         x: the layer's input as it came, (..., n); cast to the dtype of dY in backward, as autocast would.
-        active: the active slice, (r, n) for side "output", (m, r) for "input".
+        active: the active slice, (r, n) for side "output", (m, r) for "input", or its transpose.
         index: int64 (r,), the selected rows (columns) of the weight.
         side: "output" or "input".
+        transposed: the weight is stored n x m (`Conv1D`), and so is the slice.
         multiplier: rho, (r,), multiplies the rows (columns) of the slice's gradient; None means 1.
         norms: leaf of shape (m,) for "output", (n,) for "input", which receives the squared norms of the rows
             (columns) of the full gradient as its gradient; None when no observation is due.
 
     Source: Grass, section 3 and Algorithm 1; see the module's docstring.
     """
-    return _Tap.apply(y, x, active, index, multiplier, norms, side)
+    return _Tap.apply(y, x, active, index, multiplier, norms, side, transposed)
+
+
+def embedding_tap(
+    y: Tensor,
+    ids: Tensor,
+    active: Tensor,
+    index: Tensor,
+    *,
+    padding_idx: int | None = None,
+    multiplier: Tensor | None = None,
+    norms: Tensor | None = None,
+) -> Tensor:
+    """Return the looked-up rows `y` unchanged and, in backward, give `active` the gradient of the selected columns.
+
+    Args:
+        y: (..., d), rows of the table.
+        ids: int64 (...), their numbers.
+        active: the active slice, (V, r).
+        index: int64 (r,), the selected columns of the table.
+        padding_idx: row that takes no gradient, as in `torch.nn.Embedding`.
+        multiplier, norms: as for `tap`; `norms` is of shape (d,).
+    """
+    padding = -1 if padding_idx is None else padding_idx
+    return _EmbeddingTap.apply(y, ids, active, index, multiplier, norms, padding)
 
 
 def squared_norms(a: Tensor, b: Tensor, block: int = NORM_BLOCK) -> Tensor:
@@ -61,14 +89,58 @@ def squared_norms(a: Tensor, b: Tensor, block: int = NORM_BLOCK) -> Tensor:
     Args:
         a: (T, p).
         b: (T, q).
-        block: rows of the product that exist at a time.
+        block: rows (columns, where q > p) of the product that exist at a time.
 
     Returns:
         (p,), in float64 for float64 inputs, else in float32.
     """
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    parts = [torch.mm(columns.t(), b).to(dtype).square().sum(dim=1) for columns in a.split(block, dim=1)]
-    return torch.cat(parts)
+    dtype = accumulation_dtype(a.dtype)
+    if a.shape[1] >= b.shape[1]:
+        return torch.cat([torch.mm(part.t(), b).to(dtype).square().sum(dim=1) for part in a.split(block, dim=1)])
+    total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
+    for part in b.split(block, dim=1):
+        total += torch.mm(a.t(), part).to(dtype).square().sum(dim=1)
+    return total
+
+
+def embedding_squared_norms(dy: Tensor, ids: Tensor, padding: int, block: int = NORM_BLOCK) -> Tensor:
+    """Squared norms of the columns of a table's gradient, from at most T of its V rows at a time.
+
+    Args:
+        dy: (T, d), gradient of the looked-up rows.
+        ids: int64 (T,), their numbers.
+        padding: row that takes no gradient, or -1.
+        block: columns of the gradient that exist at a time.
+
+    Returns:
+        (d,), in float64 for float64 inputs, else in float32.
+    """
+    order = ids.argsort(stable=True)
+    ids = ids[order]
+    # rows of the table are numbered by first occurrence: shapes do not depend on how many there are
+    row = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
+    dy = dy[order].masked_fill((ids == padding)[:, None], 0.0).to(accumulation_dtype(dy.dtype))
+    return torch.cat([_sum_rows(part, row, len(row)).square().sum(dim=0) for part in dy.split(block, dim=1)])
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which norms and multipliers are kept: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _sum_rows(values: Tensor, row: Tensor, rows: int, padding: int = -1) -> Tensor:
+    """(rows, d): the sums of `values` (T, d) by row number; torch's own backward of an embedding, which is the
+    deterministic way to do it on every device."""
+    return torch.ops.aten.embedding_dense_backward(values, row, rows, padding, False)
+
+
+def alias(y: Tensor) -> Tensor:
+    """A tensor over the same memory for a `Function` to return, which models may go on to modify in place.
+
+    A view of an input could not be modified; declaring the input dirty would cost a copy in backward where it is a
+    view itself, as the output of a linear layer with bias is.
+    """
+    return y.view_as(y) if torch.compiler.is_compiling() else torch.ops.aten._unsafe_view(y, y.shape)
 
 
 class _Tap(torch.autograd.Function):
@@ -82,18 +154,15 @@ class _Tap(torch.autograd.Function):
         multiplier: Tensor | None,
         norms: Tensor | None,
         side: str,
+        transposed: bool,
     ) -> Tensor:
-        ctx.side = side
+        ctx.side, ctx.transposed = side, transposed
         ctx.observe = norms is not None
         ctx.active_dtype = active.dtype
         if side == "input" and not ctx.observe:
             x = x.index_select(-1, index).to(y.dtype)  # all that backward needs: activation memory falls to r/n
         ctx.save_for_backward(x, index, multiplier)
-        if torch.compiler.is_compiling():
-            return y.view_as(y)
-        # Declared dirty rather than returned as a view, so that models may go on to modify y in place.
-        ctx.mark_dirty(y)
-        return y
+        return alias(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
@@ -106,14 +175,75 @@ class _Tap(torch.autograd.Function):
             if ctx.side == "output":
                 if ctx.observe:
                     norms2 = squared_norms(dy2, x2)
-                grad = torch.mm(dy2.index_select(1, index).t(), x2).to(ctx.active_dtype)
-                if multiplier is not None:
-                    grad = grad * multiplier.to(grad.dtype)[:, None]
+                left, right = dy2.index_select(1, index), x2
             else:
                 if ctx.observe:
                     norms2 = squared_norms(x2, dy2)
                     x2 = x2.index_select(1, index)
-                grad = torch.mm(dy2.t(), x2).to(ctx.active_dtype)
-                if multiplier is not None:
-                    grad = grad * multiplier.to(grad.dtype)
+                left, right = dy2, x2
+            if ctx.transposed:
+                left, right = right, left
+            grad = torch.mm(left.t(), right).to(ctx.active_dtype)
+            if multiplier is not None:
+                grad = grad * along_slice(multiplier.to(grad.dtype), selected_dim(ctx.side, ctx.transposed))
+        return dy, None, grad, None, None, norms2, None, None
+
+
+class _EmbeddingTap(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        ids: Tensor,
+        active: Tensor,
+        index: Tensor,
+        multiplier: Tensor | None,
+        norms: Tensor | None,
+        padding: int,
+    ) -> Tensor:
+        ctx.observe = norms is not None
+        ctx.rows, ctx.active_dtype, ctx.padding = active.shape[0], active.dtype, padding
+        ctx.save_for_backward(ids, index, multiplier)
+        return alias(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor):
+        ids, index, multiplier = ctx.saved_tensors
+        dy2, ids = dy.reshape(-1, dy.shape[-1]), ids.reshape(-1)
+        norms2 = embedding_squared_norms(dy2, ids, ctx.padding) if ctx.observe else None
+        grad = _sum_rows(dy2.index_select(1, index), ids, ctx.rows, ctx.padding).to(ctx.active_dtype)
+        if multiplier is not None:
+            grad = grad * multiplier.to(grad.dtype)
         return dy, None, grad, None, None, norms2, None
+
+
+def selected_dim(side: str, transposed: bool) -> int:
+    """Dimension, -2 or -1, of a stored weight along which a side selects."""
+    return -2 if (side == "output") != transposed else -1
+
+
+def along_slice(vector: Tensor, dim: int) -> Tensor:
+    """Shape a vector (..., r) over selected rows or columns so that it multiplies a slice selected along `dim`."""
+    return vector.unsqueeze(-1 if dim == -2 else -2)
+
+
+def take_rows(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    """The rows (columns) `index` (..., r) of `tensor` (..., p, q), each matrix of a batch its own."""
+    if index.dim() == 1:
+        return tensor.index_select(dim, index)
+    return tensor.gather(dim, _expanded(index, tensor.shape, dim))
+
+
+def put_rows(tensor: Tensor, index: Tensor, rows: Tensor, dim: int) -> None:
+    """Overwrite the rows (columns) `index` of `tensor`; numbers that occur twice must come with equal values."""
+    if index.dim() == 1:
+        tensor.index_copy_(dim, index, rows)
+    else:
+        tensor.scatter_(dim, _expanded(index, tensor.shape, dim), rows)
+
+
+def _expanded(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    """An index (E, r) as `gather` wants it: as large as what is gathered, without memory of its own."""
+    sizes = list(shape)
+    sizes[dim] = index.shape[-1]
+    return along_slice(index, dim).expand(sizes)

@@ -1,255 +1,233 @@
-"""Layers that train a slice of their weight.
+"""Modules that train a slice of their weight.
 
-[Note: the active slice] The full ``weight`` stays in the plain module, frozen. Beside it lives one small trainable
-parameter, ``active``, with the invariant ``weight[index] = write * active`` (columns for side "input"). By the
-chain rule its gradient is Grass's C = P^T G, so any optimizer, scheduler, scaler, DDP or clipping that works on
-parameters works on it unchanged; after the optimizer's step `write_back` copies it into the weight.
+A module is converted by swapping its class, as `torch.nn.utils.parametrize` does: no weight is copied, hooks and
+references to the module stay valid, and the class's own forward still runs.
 
-A layer is converted by swapping its class, as `torch.nn.utils.parametrize` does: no weight is copied, hooks and
-references to the module stay valid, and `forward` of the original class still runs, whatever it is.
+[Note: where the tap goes] The gradient of a weight is known where the product with it is made. A subclass may do more
+in its forward (Gemma's embedding multiplies by a constant), so the tap is put right around the base class's forward:
+the converted class has the order ``subclass, tap, base``, and the subclass's ``super().forward(...)`` reaches the tap.
+A subclass that never calls its base (Falcon's linear layer writes the product out) is tapped from outside, but only
+after a trial on two tokens has shown that it computes the base class's function. Anything else is left alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
-from .selection import Selection, strided
+from . import experts
+from .slices import Slice
 
 
-@dataclass
-class SliceState:
-    """What one layer remembers between steps, beside its tensors; the controller keeps it.
+class GrassModule(nn.Module):
+    """Mixin of every converted module."""
+
+    def own_slices(self) -> dict[str, Slice]:
+        """The slices of this module's weights by attribute, also one that it shares with the module that holds it."""
+        members = {**self._modules, **self.__dict__}
+        return {name: member for name, member in members.items() if isinstance(member, Slice)}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for part in self.own_slices().values():
+            if prefix + part.parameter in state_dict:
+                part.state.owed = 1.0
+                part.reload()
+
+
+class TappedLinear(GrassModule):
+    """Gives `nn.Linear` an active slice; weight (m, n)."""
+
+    transposed = False
+    weight_slice: Slice
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight_slice.tap(super().forward(input), input, transposed=self.transposed)
+
+
+class TappedConv1D(TappedLinear):
+    """The same for transformers' `Conv1D`; weight (n, m)."""
+
+    transposed = True
+
+
+class TappedEmbedding(GrassModule):
+    """Gives `nn.Embedding` a slice of feature columns; weight (V, d)."""
+
+    weight_slice: Slice
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight_slice.embedding_tap(super().forward(input), input, self.padding_idx)
+
+
+class TappedExperts(GrassModule):
+    """Gives the 3-D parameters of a module behind transformers' experts interface a slice each."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return experts.forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of module that can be converted.
 
     Attributes:
-        name: the layer's qualified name in the model, without wrappers' prefixes.
-        size: rows of the selected side.
-        rank: rows of the slice, r.
-        count: rows in use, below `rank` only for rules with replacement.
-        phase: the layer selects at steps phase, phase + K, phase + 2K, ...
-        owed: factor of weight decay that the rows outside the slice have not had yet.
-        trained: bool (size,), rows trained so far; on the CPU.
-        energy: squared gradient norm of the rows selected last and of all rows, at that observation.
-        reset_step: step at which the optimizer state was last dropped, None if never.
+        name: for people.
+        base: the class whose forward makes the product; None where the mixin replaces forward.
+        mixin: the converted class's own part.
+        transposed: the weight is stored (input, output).
     """
 
     name: str
-    size: int
-    rank: int
-    count: int
-    phase: int = 0
-    owed: float = 1.0
-    trained: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
-    energy: tuple[float, float] | None = None
-    reset_step: int | None = None
+    base: type[nn.Module] | None
+    mixin: type[GrassModule]
+    transposed: bool
 
 
-class GrassLayer(nn.Module):
-    """Mixin in front of a linear-like class; made by `attach_slice`, undone by `detach_slice`.
+def kind_of(module: nn.Module) -> Kind | None:
+    """What a module is to Grass, or None if its weights cannot be compressed."""
+    if isinstance(module, nn.Linear):
+        return Kind("linear", nn.Linear, TappedLinear, False)
+    if isinstance(module, nn.Embedding):
+        return Kind("embedding", nn.Embedding, TappedEmbedding, True)
+    if experts.is_experts(module):
+        return Kind("experts", None, TappedExperts, module.is_transposed)
+    conv1d = next((cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D"), None)
+    if conv1d is not None and conv1d.__module__ == "transformers.pytorch_utils":
+        return Kind("Conv1D", conv1d, TappedConv1D, True)
+    return None
 
-    Attributes:
-        active: Parameter, (r, n) for side "output", (m, r) for "input".
-        index: int64 buffer (r,), not persistent.
-        rho, write: float buffers (r,), not persistent; None unless the rule draws with replacement.
-        norms: the leaf that collects squared norms while an observation is due, else None.
-        side: "output" or "input".
-        slice_state: the layer's `SliceState`.
+
+_CONVERTED: dict[tuple[type[nn.Module], bool], type[GrassModule]] = {}
+
+
+def converted_class(module: nn.Module) -> type[GrassModule] | None:
+    """The class that a module of a known kind is to have, None if its forward is not understood.
+
+    See [Note: where the tap goes]. A forward that overrides its base's is tried on two tokens.
     """
-
-    active: nn.Parameter
-    index: Tensor
-    rho: Tensor | None
-    write: Tensor | None
-    norms: Tensor | None
-    side: str
-    slice_state: SliceState
-
-    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
-        output = super().forward(input, *args, **kwargs)
-        if not torch.is_grad_enabled():
-            return output
-        if self.norms is not None and not torch.compiler.is_compiling():
-            self._drop_stale_norms()
-        return functional.tap(
-            output, input, self.active, self.index, side=self.side, multiplier=self.rho, norms=self.norms
-        )
-
-    @property
-    def dim(self) -> int:
-        """Dimension of `weight` and of `active` along which rows (columns) are selected."""
-        return 0 if self.side == "output" else 1
-
-    def observe(self) -> None:
-        """Collect squared gradient norms during the coming backward passes, until `end_observation`."""
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        self.norms = torch.zeros(self.slice_state.size, dtype=dtype, device=self.weight.device, requires_grad=True)
-
-    def end_observation(self) -> Tensor:
-        """Stop observing; the squared norms (size,), zero if no backward reached the layer."""
-        norms, self.norms = self.norms, None
-        return torch.zeros_like(norms) if norms.grad is None else norms.grad
-
-    def _drop_stale_norms(self) -> None:
-        # GradScaler may skip a step without telling the optimizer; its gradients are gone, its norms go too.
-        if self.norms.grad is not None and self.active.grad is None:
-            self.norms.grad = None
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Copy the active slice into the weight. Idempotent."""
-        count, dim = self.slice_state.count, self.dim
-        index, rows = self.index, self.active
-        if self.write is not None:
-            rows = rows * self._along_rows(self.write)
-            index, rows = index[:count], rows.narrow(dim, 0, count)
-        self.weight.index_copy_(dim, index, rows.to(self.weight.dtype))
-
-    @torch.no_grad()
-    def settle_decay(self) -> None:
-        """Multiply into the rows outside the slice the weight decay they are owed."""
-        if self.slice_state.owed != 1.0:
-            self.weight.mul_(self.slice_state.owed)
-            self.slice_state.owed = 1.0
-            self.write_back()
-
-    @torch.no_grad()
-    def load_selection(self, selection: Selection) -> Tensor:
-        """Write the old slice back and load another one.
-
-        Rows that stay keep the slice's own values, which may be more precise than the weight's.
-
-        Returns:
-            int64 (r,) on the CPU: the old position of each row of the new slice, -1 for a fresh row.
-        """
-        self.settle_decay()
-        self.write_back()
-        old, new = self.index[: self.slice_state.count].cpu(), selection.index
-        position = torch.full((self.slice_state.size,), -1, dtype=torch.int64)
-        position[old] = torch.arange(old.numel())
-        source = position[new]
-        source[selection.count :] = -1
-        kept = (source >= 0).nonzero().squeeze(1)
-        device, dim = self.weight.device, self.dim
-        values = self.weight.index_select(dim, new.to(device)).to(self.active.dtype)
-        if kept.numel():
-            rows = self.active.index_select(dim, source[kept].to(device))
-            if selection.write is not None:
-                rows = rows * self._along_rows(self.write[source[kept].to(device)])
-            values.index_copy_(dim, kept.to(device), rows.to(values.dtype))
-        if selection.write is not None:
-            self.rho.copy_(selection.rho)
-            self.write.copy_(selection.write)
-            values = values / self._along_rows(self.write)
-            values.narrow(dim, selection.count, values.shape[dim] - selection.count).zero_()
-        self.active.copy_(values)
-        self.index.copy_(new)
-        self.slice_state.count = selection.count
-        return source
-
-    @torch.no_grad()
-    def reload(self) -> None:
-        """Bring the slice in line with a weight that was changed from outside, by loading a checkpoint say.
-
-        A slice that already agrees with the weight is left alone: it may hold more digits than the weight.
-        """
-        rows = self.weight.index_select(self.dim, self.index)
-        values = self.active if self.write is None else self.active * self._along_rows(self.write)
-        agrees = values.to(rows.dtype) == rows
-        if not bool(agrees.narrow(self.dim, 0, self.slice_state.count).all()):
-            rows = rows.to(self.active.dtype)
-            self.active.copy_(rows if self.write is None else rows / self._along_rows(self.write))
-            self.active.narrow(self.dim, self.slice_state.count, self.slice_state.rank - self.slice_state.count).zero_()
-
-    def _along_rows(self, vector: Tensor) -> Tensor:
-        """Shape a vector over selected rows so that it multiplies a slice."""
-        return vector[:, None] if self.dim == 0 else vector
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
-        # A plain checkpoint has no slice, and the one in a converted model's state dict may belong to another
-        # index: the weight decides, and optimizer.load_state_dict brings index and slice afterwards.
-        key = prefix + "active"
-        stored = state_dict.pop(key, None)
-        try:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
-        finally:
-            if stored is not None:
-                state_dict[key] = stored
-        if key in missing_keys:
-            missing_keys.remove(key)
-        if prefix + "weight" in state_dict:
-            self.slice_state.owed = 1.0
-            self.reload()
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.slice_state.rank}, side={self.side}"
-
-
-class GrassLinear(GrassLayer, nn.Linear):
-    """`nn.Linear` with an active slice."""
-
-
-_CLASSES: dict[type[nn.Module], type[GrassLayer]] = {nn.Linear: GrassLinear}
-
-
-def _converted_class(cls: type[nn.Module]) -> type[GrassLayer]:
-    if cls not in _CLASSES:
-        _CLASSES[cls] = type(f"Grass{cls.__name__}", (GrassLayer, cls), {"__module__": cls.__module__})
-    return _CLASSES[cls]
+    cls, kind = type(module), kind_of(module)
+    outside = kind.base is None or cls is kind.base
+    if not outside and cls.forward is not kind.base.forward and not _reaches(module, kind):
+        if not _computes_product(module, kind):
+            return None
+        outside = True
+    if (cls, outside) not in _CONVERTED:
+        order = (kind.mixin, cls) if outside else (cls, type("Tapped", (kind.mixin, kind.base), {}))
+        _CONVERTED[cls, outside] = type(f"Grass{cls.__name__}", order, {})
+    converted = _CONVERTED[cls, outside]
+    if kind.base is None and not _agree(module, converted, *experts.trial_input(module)):
+        return None
+    return converted
 
 
 def attach_slice(
-    module: nn.Module,
-    *,
-    name: str,
-    rank: int,
-    side: str,
-    weighted: bool,
-    dtype: torch.dtype | None,
-    phase: int,
-) -> GrassLayer:
-    """Give a linear-like module an active slice, in place.
+    module: nn.Module, parameter: str, *, transposed: bool = False, sharers: Iterable[nn.Module] = (), **settings
+) -> Slice:
+    """Give a module's weight an active slice, in place, and freeze the weight.
 
     Args:
-        module: holds ``weight`` (m, n), which is frozen from here on.
-        name: the module's qualified name.
-        rank: r, at most the size of the selected side.
-        side: "output" or "input".
-        weighted: whether the selection rule carries multipliers (draws with replacement).
-        dtype: dtype of the slice, None for the weight's.
-        phase: step of the layer's first selection.
+        module: of a kind that `kind_of` knows.
+        parameter: name of the weight in it.
+        transposed: the weight is stored (input, output).
+        sharers: other modules that use the same weight; they tap into the same slice.
+        settings: name, rank, side, weighted, dtype and phase, see `Slice`.
     """
-    weight: nn.Parameter = module.weight
-    size = weight.shape[0] if side == "output" else weight.shape[1]
+    weight: nn.Parameter = getattr(module, parameter)
     weight.requires_grad_(False)
     weight.grad = None
-    module.__class__ = _converted_class(type(module))
-    first = strided(size, rank)
-    with torch.no_grad():
-        rows = weight.index_select(0 if side == "output" else 1, first.index.to(weight.device))
-    module.active = nn.Parameter(rows.to(dtype or weight.dtype))
-    module.register_buffer("index", first.index.to(weight.device), persistent=False)
-    multipliers = None
-    if weighted:
-        precision = torch.float64 if module.active.dtype == torch.float64 else torch.float32
-        multipliers = torch.ones(rank, dtype=precision, device=weight.device)
-    module.register_buffer("rho", multipliers, persistent=False)
-    module.register_buffer("write", None if multipliers is None else multipliers.clone(), persistent=False)
-    module.side = side
-    module.norms = None
-    trained = torch.zeros(size, dtype=torch.bool)
-    module.slice_state = SliceState(name, size, rank, first.count, phase, trained=trained)
-    return module
+    attribute = f"{parameter}_slice"
+    made = Slice(module, parameter, transposed=transposed, **settings)
+    _swap(module)
+    setattr(module, attribute, made)
+    for sharer in sharers:
+        _swap(sharer)
+        # not registered, so that the slice has one name and one place
+        sharer.__dict__[attribute] = made
+    return made
 
 
-def detach_slice(module: GrassLayer) -> nn.Module:
-    """Bring the weight up to date and turn the layer back into what it was, in place."""
-    module.settle_decay()
-    module.write_back()
-    for name in ("active", "index", "rho", "write", "norms", "side", "slice_state"):
+def detach_slices(module: GrassModule) -> None:
+    """Turn a module back into what it was, in place; its weights must be up to date."""
+    for name, part in module.own_slices().items():
         delattr(module, name)
-    module.__class__ = next(plain for plain, converted in _CLASSES.items() if converted is type(module))
-    module.weight.requires_grad_(True)
-    return module
+        getattr(module, part.parameter).requires_grad_(True)
+    module.__class__ = next(plain for (plain, _), converted in _CONVERTED.items() if converted is type(module))
+
+
+def _swap(module: nn.Module) -> None:
+    if not isinstance(module, GrassModule):
+        module.__class__ = converted_class(module)
+
+
+def _trial(module: nn.Module) -> Tensor:
+    weight: Tensor = module.weight
+    if isinstance(module, nn.Embedding):
+        return torch.zeros(1, 2, dtype=torch.int64, device=weight.device)
+    features = weight.shape[0 if kind_of(module).transposed else 1]
+    values = torch.linspace(-1.0, 1.0, 2 * features, device=weight.device)
+    return values.view(1, 2, features).to(weight.dtype)
+
+
+@torch.no_grad()
+def _reaches(module: nn.Module, kind: Kind) -> bool:
+    """Whether the module's forward calls its base class's."""
+    cls, reached = type(module), []
+
+    class Listener(kind.base):
+        def forward(self, input):
+            reached.append(True)
+            return super().forward(input)
+
+    module.__class__ = type(cls.__name__, (cls, Listener), {})
+    try:
+        module(_trial(module))
+    except Exception:  # whatever it wants, it is not one input
+        return False
+    finally:
+        module.__class__ = cls
+    return bool(reached)
+
+
+@torch.no_grad()
+def _computes_product(module: nn.Module, kind: Kind) -> bool:
+    """Whether a module that does not call its base class's forward computes the same."""
+    x = _trial(module)
+    try:
+        output = module(x)
+    except Exception:
+        return False
+    if kind.base is nn.Embedding:
+        expected = F.embedding(x, module.weight)
+    else:
+        expected = F.linear(x, module.weight.t() if kind.transposed else module.weight, module.bias)
+    return _same(output, expected)
+
+
+@torch.no_grad()
+def _agree(module: nn.Module, converted: type, *inputs: Tensor) -> bool:
+    """Whether the module computes the same with another class; its own plain forward is the reference."""
+    cls = type(module)
+    try:
+        expected = inspect.unwrap(cls.forward)(module, *inputs)
+        module.__class__ = converted
+        output = module.forward(*inputs)
+    except Exception:
+        return False
+    finally:
+        module.__class__ = cls
+    return _same(output, expected)
+
+
+def _same(output: object, expected: Tensor) -> bool:
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return False
+    if output.is_meta:
+        return True  # nothing to compare; shapes agree
+    half = output.dtype in (torch.bfloat16, torch.float16)
+    return torch.allclose(output.float(), expected.float(), rtol=0.05 if half else 1e-3, atol=1e-2 if half else 1e-4)

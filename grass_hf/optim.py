@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .controller import GROUP_KEY, GrassController
-from .convert import grass_layers, is_converted
+from .convert import grass_slices, is_converted
 
 
 def grass_optimizer(
@@ -59,12 +59,12 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> GrassControlle
             raise ValueError("this optimizer already drives another model's slices: make one optimizer per model.")
         return existing
     _refuse(type(optimizer))
-    layers = list(grass_layers(model))
+    layers = list(grass_slices(model))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer in layers:
         if id(layer.active) not in held or id(layer.weight) in held:
             raise ValueError(
-                f"the optimizer does not hold the slice of {layer.slice_state.name}: make it after convert_to_grass, "
+                f"the optimizer does not hold the slice of {layer.state.name}: make it after convert_to_grass, "
                 "over the model's trainable parameters."
             )
     _split_groups(optimizer, model)
@@ -76,7 +76,7 @@ def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     config = model.grass.config
     # Staggered layers warm up at different times, and a learning rate belongs to a group.
     per_phase = config.stagger and config.state_policy == "reset_warmup"
-    phases = {id(layer.active): layer.slice_state.phase if per_phase else -1 for layer in grass_layers(model)}
+    phases = {id(layer.active): layer.state.phase if per_phase else -1 for layer in grass_slices(model)}
     for group in list(optimizer.param_groups):
         slices = defaultdict(list)
         for param in group["params"]:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .functional import along_slice, take_rows
+
 # bitsandbytes quantises optimizer state in blocks of this many elements (optimizer.py, init_state)
 _BNB_BLOCK = 256
 
@@ -27,8 +29,8 @@ def carry_rows(
     Args:
         state: ``optimizer.state[active]``; empty before the first step.
         shape: of the slice.
-        dim: dimension of the slice along which rows are selected.
-        source: int64 (r,) on the CPU: the old position of each new row, -1 for a fresh row.
+        dim: dimension, -2 or -1, of the slice along which rows are selected.
+        source: int64 (..., r) on the CPU: the old position of each new row, -1 for a fresh row.
         group: the slice's parameter group.
         name: of the layer, for errors.
 
@@ -36,14 +38,14 @@ def carry_rows(
         ValueError: some state belongs to rows in a way that is not understood.
     """
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() <= 1 or _is_codebook(key):
+        if not isinstance(value, Tensor) or value.dim() == 0 or _is_codebook(key):
             continue
         axis = _row_axis(key, value, shape, dim, state)
         if axis is None:
             continue
         fresh = _fresh_value(key, group)
         if key in ("state1", "state2") and value.dtype == torch.uint8:
-            _carry_bitsandbytes(state, key, axis, source)
+            _carry_bitsandbytes(state, key, shape, axis, source)
         elif callable(dequantize := getattr(value, "dequantize", None)) and type(value) is not Tensor:
             value.copy_(_moved(dequantize(), axis, source, fresh))  # torchao: copy_ quantises
         elif axis == "unknown":
@@ -57,23 +59,24 @@ def carry_rows(
 
 def _row_axis(key: str, value: Tensor, shape: torch.Size, dim: int, state: dict[str, Any]) -> int | str | None:
     """Negative dimension of a state tensor along which the slice's rows lie, None if it holds nothing per row."""
-    if value.shape[-2:] == shape:
-        return dim - 2
+    batch, (rows, columns) = tuple(shape[:-2]), shape[-2:]
+    if value.shape[-len(shape) :] == shape:
+        return dim
     # torch's Adafactor keeps the dimension it averaged over
-    if value.shape in ((shape[0], 1), (1, shape[1])):
-        along = 0 if value.shape[1] == 1 else 1
-        return along - 2 if along == dim else None
-    if value.shape in (shape[:1], shape[1:]):
+    if value.shape in ((*batch, rows, 1), (*batch, 1, columns)):
+        along = -2 if value.shape[-1] == 1 else -1
+        return along if along == dim else None
+    if value.shape in ((*batch, rows), (*batch, columns)):
         # factored statistics, as Adafactor's: one vector along each dimension
-        along = 0 if value.shape == shape[:1] else 1
-        if shape[0] == shape[1]:
+        along = -2 if value.shape[-1] == rows else -1
+        if rows == columns:
             if ("row" in key) == ("col" in key):
                 return "unknown"
-            along = 0 if "row" in key else 1
+            along = -2 if "row" in key else -1
         return -1 if along == dim else None
     if key.startswith("absmax") and "state1" in state:
         return None  # moved together with the codes
-    return "unknown"
+    return None if value.numel() == 1 else "unknown"
 
 
 def _is_codebook(key: str) -> bool:
@@ -91,17 +94,21 @@ def _fresh_value(key: str, group: dict[str, Any]) -> float:
 
 def _moved(value: Tensor, axis: int, source: Tensor, fresh: float = 0.0) -> Tensor:
     source = source.to(value.device)
-    out = value.index_select(axis, source.clamp(min=0))
-    return out.index_fill_(axis, (source < 0).nonzero().squeeze(1), fresh)
+    chosen, is_fresh = source.clamp(min=0), source < 0
+    if source.dim() == 1:
+        return value.index_select(axis, chosen).index_fill_(axis, is_fresh.nonzero().squeeze(1), fresh)
+    if value.dim() == source.dim():  # factored: one number per row
+        return value.gather(-1, chosen).masked_fill_(is_fresh, fresh)
+    return take_rows(value, chosen, axis).masked_fill_(along_slice(is_fresh, axis), fresh)
 
 
-def _carry_bitsandbytes(state: dict[str, Any], key: str, axis: int, source: Tensor) -> None:
+def _carry_bitsandbytes(state: dict[str, Any], key: str, shape: torch.Size, axis: int, source: Tensor) -> None:
     import bitsandbytes.functional as bnb
 
     number = key[-1]
     codes, absmax, code = state[key], state["absmax" + number], state["qmap" + number]
     # AdEMAMix stacks two averages in one tensor, each quantised for itself
-    stacked = codes.view(-1, *codes.shape[-2:]).unbind(0)
+    stacked = codes.view(-1, *shape).unbind(0)
     for part, part_absmax in zip(stacked, absmax.view(len(stacked), -1).unbind(0), strict=True):
         values = bnb.dequantize_blockwise(part, absmax=part_absmax, code=code, blocksize=_BNB_BLOCK)
         moved = _moved(values, axis, source).contiguous()

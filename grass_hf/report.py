@@ -12,7 +12,9 @@ from rich.console import Group
 from rich.table import Table
 from torch import nn
 
-from .convert import grass_layers
+from . import experts
+from .convert import grass_slices
+from .modules import kind_of
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class StartReport:
     """What `start_report` found.
 
     Attributes:
-        targets: (layers, pattern of names, shape of the weight, side, rank, density) per kind.
+        targets: (weights, pattern of names, shape of the weight, side, rank, density) per kind.
         ordinary: (parameters, pattern of names, elements in all, reason) per kind of uncompressed parameter.
         grass: bytes of this run.
         adamw: bytes of a full AdamW run in the same dtypes.
     """
 
-    targets: list[tuple[int, str, tuple[int, int], str, int, float]]
+    targets: list[tuple[int, str, tuple[int, ...], str, int, float]]
     ordinary: list[tuple[int, str, int, str]]
     grass: Bytes
     adamw: Bytes
@@ -44,11 +46,11 @@ class StartReport:
 def start_report(model: nn.Module, optimizer: torch.optim.Optimizer) -> StartReport:
     """Describe a converted model and the optimizer that drives it."""
     targets: Counter = Counter()
-    for layer in grass_layers(model):
-        state = layer.slice_state
+    for layer in grass_slices(model):
+        state = layer.state
         shape = tuple(layer.weight.shape)
         targets[_pattern(state.name), shape, layer.side, state.rank, state.rank / state.size] += 1
-    slices = {id(layer.active) for layer in grass_layers(model)}
+    slices = {id(layer.active) for layer in grass_slices(model)}
     ordinary: dict[tuple[str, str], list[int]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad and id(param) not in slices:
@@ -64,10 +66,10 @@ def start_report(model: nn.Module, optimizer: torch.optim.Optimizer) -> StartRep
 def render(report: StartReport) -> Group:
     """The report as rich tables, to print."""
     compressed = Table(title="Grass trains a slice of", title_justify="left")
-    for heading in ("layers", "modules", "weight", "side", "r", "density"):
+    for heading in ("weights", "modules", "shape", "side", "r", "density"):
         compressed.add_column(heading, justify="left" if heading in ("modules", "side") else "right")
-    for count, name, (rows, columns), side, rank, density in report.targets:
-        compressed.add_row(str(count), name, f"{rows} x {columns}", side, str(rank), f"{density:.1%}")
+    for count, name, shape, side, rank, density in report.targets:
+        compressed.add_row(str(count), name, " x ".join(map(str, shape)), side, str(rank), f"{density:.1%}")
     ordinary = Table(title="and in full", title_justify="left")
     for heading in ("parameters", "names", "elements", "why"):
         ordinary.add_column(heading, justify="left" if heading in ("names", "why") else "right")
@@ -92,27 +94,32 @@ def _pattern(name: str) -> str:
 
 def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
     owner, _, leaf = name.rpartition(".")
-    if leaf == "weight" and owner in model.grass.left_out:
-        return model.grass.left_out[owner]
+    left_out = model.grass.left_out
+    if name in left_out or (leaf == "weight" and owner in left_out):
+        return left_out.get(name) or left_out[owner]
     if param.dim() < 2:
         return "a vector: nothing to select from"
     module = model.get_submodule(owner)
+    if module is getattr(model, "get_output_embeddings", lambda: None)():
+        return "the output head, not in target_modules"
     if isinstance(module, nn.Embedding):
         return "an embedding, not in target_modules"
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if module is head:
-        return "the output head, not in target_modules"
+    kind = kind_of(module)
+    if kind is None:
+        return f"a parameter of {type(module).__name__}, which is no linear layer, Conv1D, embedding or experts"
+    if leaf != "weight" and leaf not in experts.parameters(module):
+        return f"a parameter beside the {kind.name} weights"
     return "not in target_modules"
 
 
 def _grass_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Bytes:
     trainable = [p for p in model.parameters() if p.requires_grad]
-    slices = sum(layer.active.nbytes for layer in grass_layers(model))
+    slices = sum(layer.active.nbytes for layer in grass_slices(model))
     return Bytes(slices, sum(p.nbytes for p in trainable), _state_bytes(optimizer))
 
 
 def _adamw_bytes(model: nn.Module) -> Bytes:
-    converted = list(grass_layers(model))
+    converted = list(grass_slices(model))
     slices = {id(layer.active) for layer in converted}
     weights = sum(layer.weight.nbytes for layer in converted)
     full = weights + sum(p.nbytes for p in model.parameters() if p.requires_grad and id(p) not in slices)

@@ -29,19 +29,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Selection:
-    """Rows chosen for one layer, on the CPU.
+    """Rows chosen for one matrix, or for each of E experts with a leading dimension; on the CPU.
 
     Attributes:
-        index: int64 (r,), ascending in its first `count` entries; what follows is padding.
-        count: number u of distinct rows, u <= r.
+        index: int64 (r,), ascending; padding at its end repeats the first row.
         rho: float64 (r,), the multiplier of the gradient, 0 at padding; None when it is 1 everywhere.
         write: float64 (r,), the multiplier c rho of the write-back, 1 at padding; None with `rho`.
     """
 
     index: Tensor
-    count: int
     rho: Tensor | None = None
     write: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Number u of distinct rows of one matrix, u <= r."""
+        return self.index.shape[-1] if self.rho is None else int((self.rho != 0).sum())
+
+    def __getitem__(self, expert: int) -> Selection:
+        return Selection(*(None if v is None else v[expert] for v in (self.index, self.rho, self.write)))
+
+    @staticmethod
+    def stack(selections: list[Selection]) -> Selection:
+        """One selection per expert as one."""
+        columns = zip(*((s.index, s.rho, s.write) for s in selections), strict=True)
+        return Selection(*(None if values[0] is None else torch.stack(values) for values in columns))
+
+    def energy(self, scores: Tensor) -> Tensor:
+        """Sum of the scores (..., size) of the chosen rows, each counted once."""
+        held = scores.gather(-1, self.index)
+        return (held if self.rho is None else held.masked_fill(self.rho == 0, 0.0)).sum()
 
 
 def needs_scores(rule: str) -> bool:
@@ -56,13 +73,18 @@ def with_replacement(rule: str) -> bool:
 
 def strided(size: int, rank: int) -> Selection:
     """The evenly strided rows with which every layer starts: aligned with every even sharding of the side."""
-    return Selection(index=torch.arange(rank) * size // rank, count=rank)
+    return Selection(index=torch.arange(rank) * size // rank)
+
+
+def seeded(key: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on nothing but its arguments: ranks agree, and resume needs no saved RNG."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def generator(seed: int, step: int, layer: str) -> torch.Generator:
-    """A CPU generator that depends on nothing but its arguments: ranks agree, and resume needs no saved RNG."""
-    digest = hashlib.blake2b(f"{seed}:{step}:{layer}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    """The CPU generator of one layer's draws at one step."""
+    return seeded(f"{seed}:{step}:{layer}")
 
 
 def select(rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.Generator) -> Selection:
@@ -78,7 +100,7 @@ def select(rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.
     if rule == "top_r":
         # stable: among equal norms the first rows win, on every device and rank
         order = torch.sort(scores.double().cpu(), descending=True, stable=True).indices
-        return Selection(index=order[:rank].sort().values, count=rank)
+        return Selection(index=order[:rank].sort().values)
     q = probabilities(rule, scores, size)
     if with_replacement(rule):
         drawn = torch.multinomial(q, rank, replacement=True, generator=draws)
@@ -89,7 +111,7 @@ def select(rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.
     noise = torch.rand(size, generator=draws, dtype=torch.float64).clamp_(min=torch.finfo(torch.float64).tiny)
     gumbel = -torch.log(-torch.log(noise))
     keys = torch.where(q > 0, q.clamp(min=torch.finfo(torch.float64).tiny).log(), -1e6) + gumbel
-    return Selection(index=keys.topk(rank).indices.sort().values, count=rank)
+    return Selection(index=keys.topk(rank).indices.sort().values)
 
 
 def probabilities(rule: str, scores: Tensor | None, size: int) -> Tensor:
@@ -111,4 +133,4 @@ def _weighted(rows: Tensor, multiplicity: Tensor, q: Tensor, rank: int) -> Selec
     write = torch.ones(rank, dtype=torch.float64)
     rho[:count] = (rank * q[rows]).rsqrt()
     write[:count] = multiplicity * rho[:count]
-    return Selection(index=index, count=count, rho=rho, write=write)
+    return Selection(index=index, rho=rho, write=write)

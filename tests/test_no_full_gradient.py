@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from grass_hf import GrassConfig, convert_to_grass, functional, grass_optimizer
-from grass_hf.convert import grass_layers
+from grass_hf.convert import grass_slices
 
 # Sizes whose products no other tensor has.
 TOKENS, WIDTHS = 7, (61, 83, 53)
@@ -66,7 +66,7 @@ def test_no_tensor_of_full_size_on_any_step(monkeypatch, side, checkpointed, rul
     convert_to_grass(model, GrassConfig(density=0.25, update_interval=3, side=side, selection=rule))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
     for step in range(7):
-        observing = [layer.norms is not None for layer in grass_layers(model)]
+        observing = [layer.norms is not None for layer in grass_slices(model)]
         assert all(observing) == (step % 3 == 0 and rule != "uniform_nr")
         sizes = sizes_in_step(model, optimizer, checkpointed)
         assert not sizes & FULL, f"step {step}"

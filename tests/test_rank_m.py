@@ -9,7 +9,7 @@ from torch import nn
 
 import grass_hf
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_layers, is_converted
+from grass_hf.convert import grass_slices, is_converted
 
 PLAIN = {
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
@@ -25,7 +25,7 @@ TRAINER = ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop", "a
 
 
 def assert_fully_compressed(model):
-    layers = list(grass_layers(model))
+    layers = list(grass_slices(model))
     assert layers
     for layer in layers:
         assert layer.active.shape == layer.weight.shape and not layer.weight.requires_grad
@@ -103,6 +103,6 @@ def test_through_the_trainer_float64(tmp_path, base, side):
 def test_rank_m_is_not_reached_by_leaving_layers_ordinary():
     model = tiny_llama()
     convert_to_grass(model, GrassConfig(density=1.0))
-    assert all(type(layer).__name__ == "GrassLinear" for layer in grass_layers(model))
-    assert len(list(grass_layers(model))) == 14
+    assert all(type(part.owner).__name__ == "GrassLinear" for part in grass_slices(model))
+    assert len(list(grass_slices(model))) == 14
     assert grass_hf.GrassConfig(rank=32).rank_for(32) == 32

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_layers
+from grass_hf.convert import grass_slices
 
 ROOT = Path(__file__).parents[1]
 STEPS = 9
@@ -84,7 +84,7 @@ def test_saving_never_changes_a_run(tmp_path):
 def test_bfloat16_weights_with_float32_slices(tmp_path, options):
     optim_args = f"{SETTINGS[0]},{options}"
     whole = run(tmp_path / "a", optim_args, tiny_llama().bfloat16(), save_strategy="steps", save_steps=1)
-    assert next(grass_layers(whole.model)).active.dtype == torch.float32
+    assert next(grass_slices(whole.model)).active.dtype == torch.float32
     for step in (3, 5, 6):
         start = str(tmp_path / "a" / f"checkpoint-{step}")
         assert_same_run(run(tmp_path / "b", optim_args, tiny_llama().bfloat16(), resume=start), whole)
@@ -287,7 +287,7 @@ def test_loading_only_weights_refreshes_the_slices():
             param.mul_(2)
     result = model.load_state_dict(other.state_dict())
     assert not result.missing_keys and not result.unexpected_keys
-    for layer in grass_layers(model):
+    for layer in grass_slices(model):
         assert torch.equal(layer.active, layer.weight.index_select(layer.dim, layer.index))
     layer.write_back()
     assert_same_weights(model, other)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
+from grass_hf.convert import grass_slices
 from grass_hf.functional import squared_norms, tap
 
 M, N, R = 10, 14, 4
@@ -127,15 +128,15 @@ def model_of(side, observing=False, **options):
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh()).double()
     convert_to_grass(model, GrassConfig(density=0.5, side=side, **options))
-    for layer in (model[0], model[2]):
+    for part in grass_slices(model):
         if observing:
-            layer.observe()
+            part.observe()
     return model
 
 
 def gradients(model):
     found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
-    return found + [layer.norms.grad.clone() for layer in (model[0], model[2]) if layer.norms is not None]
+    return found + [part.norms.grad.clone() for part in grass_slices(model) if part.norms is not None]
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
@@ -160,8 +161,8 @@ def test_a_module_called_twice_adds_both_gradients(side):
     x = torch.randn(4, 8, dtype=torch.float64)
     model(torch.tanh(model(x))).square().sum().backward()
     F.linear(torch.tanh(F.linear(x, reference, bias)), reference, bias).square().sum().backward()
-    expected = reference.grad.index_select(layer.dim, layer.index)
-    torch.testing.assert_close(layer.active.grad, expected, rtol=0, atol=1e-12)
+    expected = reference.grad.index_select(layer.weight_slice.dim, layer.weight_slice.index)
+    torch.testing.assert_close(layer.weight_slice.active.grad, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
@@ -176,8 +177,8 @@ def test_frozen_inputs_and_in_place_use_of_the_output(side, observing):
     y += 1.0  # models do this; a view made inside a custom function would refuse it
     (torch.relu_(y) ** 2).sum().backward()
     (torch.relu(F.linear(x, reference, layer.bias.detach()) + 1.0) ** 2).sum().backward()
-    expected = reference.grad.index_select(layer.dim, layer.index)
-    torch.testing.assert_close(layer.active.grad, expected, rtol=0, atol=1e-12)
+    expected = reference.grad.index_select(layer.weight_slice.dim, layer.weight_slice.index)
+    torch.testing.assert_close(layer.weight_slice.active.grad, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
@@ -187,14 +188,15 @@ def test_a_module_called_twice_adds_the_norms_of_each_call(side):
     reference = layer.weight.detach().clone()
     model = nn.Sequential(layer)
     convert_to_grass(model, GrassConfig(rank=3, side=side))
-    layer.observe()
+    part = layer.weight_slice
+    part.observe()
     xs = torch.randn(2, 4, 8, dtype=torch.float64)
     (layer(xs[0]).sin().sum() + layer(xs[1]).sin().sum()).backward()
     expected = torch.zeros(8, dtype=torch.float64)
     for x in xs:
         full = F.linear(x, reference).cos().t() @ x  # dL/dy = cos(y)
-        expected += full.square().sum(dim=1 - layer.dim)
-    torch.testing.assert_close(layer.end_observation(), expected)
+        expected += full.square().sum(dim=-1 if side == "output" else -2)
+    torch.testing.assert_close(part.end_observation(), expected)
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
@@ -283,7 +285,7 @@ def test_no_graph_without_gradients(context):
     model = model_of("input", observing=True)
     with context():
         assert not model(torch.randn(2, 8, dtype=torch.float64)).requires_grad
-    assert model[0].norms.grad is None
+    assert model[0].weight_slice.norms.grad is None
 
 
 def llama_steps(backend, **options):

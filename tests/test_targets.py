@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.convert import grass_layers, is_converted
+from grass_hf.convert import grass_slices, is_converted
 from grass_hf.report import start_report
 from grass_hf.targets import plan
 
@@ -47,7 +47,7 @@ REFUSED = [
     ({"target_modules": "q_proj"}, ["'q_proj'", "regular expression", "q_proj"]),
     ({"target_modules": "(q_proj"}, ["'(q_proj'", "regular expression"]),
     ({"exclude_modules": ["nothing"]}, ["exclude_modules=['nothing']", "matches no module"]),
-    ({"target_modules": ["embed_tokens"]}, ["embed_tokens", "Embedding"]),
+    ({"target_modules": ["input_layernorm"]}, ["input_layernorm", "LlamaRMSNorm is no linear layer"]),
 ]
 
 
@@ -59,13 +59,13 @@ def test_refused_before_anything_is_changed(settings, words):
     for word in words:
         assert word in str(error.value)
     assert not is_converted(model) and all(p.requires_grad for p in model.parameters())
-    assert not list(grass_layers(model))
+    assert not list(grass_slices(model))
 
 
 def test_layers_below_rank_train_in_full_and_are_named():
     model = tiny_llama()  # k_proj and v_proj have 16 rows, under grouped-query attention
     convert_to_grass(model, GrassConfig(rank=20))
-    assert all("k_proj" not in layer.slice_state.name for layer in grass_layers(model))
+    assert all("k_proj" not in layer.state.name for layer in grass_slices(model))
     assert model.model.layers[0].self_attn.k_proj.weight.requires_grad
     report = start_report(model, grass_optimizer(model, torch.optim.AdamW, lr=1e-3))
     reasons = {name: reason for _, name, _, reason in report.ordinary}
@@ -74,7 +74,7 @@ def test_layers_below_rank_train_in_full_and_are_named():
     assert "output head" in reasons["lm_head.weight"]
     assert "vector" in reasons["model.norm.weight"]
     listed = sum(elements for _, _, elements, _ in report.ordinary)
-    slices = sum(layer.active.numel() for layer in grass_layers(model))
+    slices = sum(layer.active.numel() for layer in grass_slices(model))
     assert listed + slices == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -99,16 +99,33 @@ def test_sides():
     assert chosen == {"0": ("output", 24), "1": ("input", 24), "2": ("output", 8)}
 
 
-def test_tied_frozen_and_replaced_weights_are_left_and_named():
-    model = tiny_llama(tie_word_embeddings=True)
+def test_frozen_and_replaced_weights_are_left_and_named():
+    model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     down = model.model.layers[0].mlp.down_proj
     down.forward = down.forward  # what accelerate's offloading hooks do
-    found = plan(model, GrassConfig(density=0.5, target_modules=["lm_head", "up_proj", "down_proj"]))
-    assert "tied" in found.left_out["lm_head"]
+    found = plan(model, GrassConfig(density=0.5, target_modules=["up_proj", "down_proj"]))
     assert "frozen by you" in found.left_out["model.layers.0.mlp.up_proj"]
     assert "replaced" in found.left_out["model.layers.0.mlp.down_proj"]
     assert len(found.targets) == 2
+
+
+def test_all_matrices_adds_embeddings_and_the_head_by_feature_columns():
+    model = tiny_llama()
+    found = {t.name: t for t in plan(model, GrassConfig(density=0.5, target_modules="all-matrices")).targets}
+    assert found.keys() - names(tiny_llama()) == {"model.embed_tokens", "lm_head"}
+    assert all(found[name].size == 32 for name in ("model.embed_tokens", "lm_head"))  # the width, not the vocabulary
+
+
+def test_a_tied_weight_is_one_target_by_whatever_name():
+    for patterns in ("all-matrices", ["lm_head"], ["embed_tokens"]):
+        model = tiny_llama(tie_word_embeddings=True)
+        convert_to_grass(model, GrassConfig(density=0.5, target_modules=patterns))
+        assert model.lm_head.weight_slice is model.model.embed_tokens.weight_slice
+        assert sum(part.weight is model.lm_head.weight for part in grass_slices(model)) == 1
+    model = tiny_llama(tie_word_embeddings=True)
+    found = plan(model, GrassConfig(target_modules="all-matrices", exclude_modules=["lm_head"]))
+    assert "tied to lm_head, which exclude_modules names" in found.left_out["model.embed_tokens"]
 
 
 def test_classification_head_is_no_target():
@@ -131,7 +148,7 @@ def test_converting_twice_and_wrapped_models_stop():
         convert_to_grass(nn.DataParallel(tiny_llama()), GrassConfig(rank=8))
     with pytest.raises(ValueError, match="not converted"):
         grass_optimizer(tiny_llama(), torch.optim.AdamW)
-    with pytest.raises(ValueError, match="no Grass layers"):
+    with pytest.raises(ValueError, match="no Grass slices"):
         restore_model(tiny_llama())
 
 
@@ -181,6 +198,33 @@ def test_subclasses_of_linear_keep_their_own_forward():
     model = nn.Sequential(Doubled(4, 4))
     x = torch.randn(2, 4)
     before = model(x)
+    before.sum().backward()
+    expected = model[0].weight.grad.clone()
     convert_to_grass(model, GrassConfig(density=0.5))
     torch.testing.assert_close(model(x), before)
+    model(x).sum().backward()
+    part = model[0].weight_slice
+    torch.testing.assert_close(part.active.grad, expected[part.index])  # what follows the product is in it
     assert type(restore_model(model)[0]) is Doubled
+
+
+def test_subclasses_that_write_the_product_out_are_tapped_from_outside():
+    class WrittenOut(nn.Linear):
+        def forward(self, input):
+            return input @ self.weight.T + self.bias
+
+    class Other(nn.Linear):
+        def forward(self, input):
+            return 3 * (input @ self.weight.T) + self.bias
+
+    model = nn.Sequential(WrittenOut(4, 4), Other(4, 4))
+    x = torch.randn(2, 4)
+    model[0](x).sum().backward()
+    expected = model[0].weight.grad.clone()
+    convert_to_grass(model, GrassConfig(density=0.5))
+    model(x)
+    model[0](x).sum().backward()
+    part = model[0].weight_slice
+    torch.testing.assert_close(part.active.grad, expected[part.index])
+    assert "something else than a plain linear product" in model.grass.left_out["1"]
+    assert type(restore_model(model)[0]) is WrittenOut

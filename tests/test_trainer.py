@@ -21,7 +21,7 @@ from grass_hf import (
     grass_optimizer,
     restore_model,
 )
-from grass_hf.convert import grass_layers, is_converted
+from grass_hf.convert import grass_slices, is_converted
 
 CONFIG = GrassConfig(density=0.25, update_interval=3)
 SETTINGS = {"weight_decay": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -148,7 +148,7 @@ def test_energy_is_the_selected_rows_share(tmp_path):
     optimizer.step()
     norms = before.grad.pow(2).sum(1)
     assert optimizer.grass.metrics()["grass/energy"] == pytest.approx(float(norms.topk(2).values.sum() / norms.sum()))
-    assert model[0].index.tolist() == norms.topk(2).indices.sort().values.tolist()
+    assert model[0].weight_slice.index.tolist() == norms.topk(2).indices.sort().values.tolist()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -247,7 +247,7 @@ def test_gradscaler_overflow_is_skipped_cleanly(fused):
         optimizer.zero_grad()
 
     def state():
-        return [t.clone() for t in model.state_dict().values()] + [layer.index.clone() for layer in grass_layers(model)]
+        return [t.clone() for t in model.state_dict().values()] + [layer.index.clone() for layer in grass_slices(model)]
 
     for overflow in (True, False, False, True, True, False):
         before, count = state(), optimizer.grass.step
@@ -255,8 +255,8 @@ def test_gradscaler_overflow_is_skipped_cleanly(fused):
         same = all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
         assert same == overflow
         assert optimizer.grass.step == count + (not overflow)
-    for layer in grass_layers(model):
-        assert layer.slice_state.energy is not None and 0 < layer.slice_state.energy[0] < float("inf")
+    for layer in grass_slices(model):
+        assert layer.state.energy is not None and 0 < layer.state.energy[0] < float("inf")
     assert all(t.isfinite().all() for t in model.state_dict().values())
 
 
@@ -297,7 +297,7 @@ def test_bad_settings_stop_before_the_trainer_exists(tmp_path, text, words):
 
 def test_optim_target_modules_of_the_trainer_is_read(tmp_path):
     job = trainer(tmp_path, optim_args="rank=8", optim_target_modules=["q_proj"])
-    assert {layer.slice_state.name.rsplit(".", 1)[1] for layer in grass_layers(job.model)} == {"q_proj"}
+    assert {layer.state.name.rsplit(".", 1)[1] for layer in grass_slices(job.model)} == {"q_proj"}
 
 
 def test_two_different_configs_stop(tmp_path):
@@ -384,17 +384,17 @@ import sys; sys.path[:0] = [{tests!r}, {root!r}]
 import torch, torch.distributed as dist
 from helpers import *
 import grass_hf
-from grass_hf.convert import grass_layers
+from grass_hf.convert import grass_slices
 job = trainer({folder!r}, optim_args={optim_args!r}, per_device_train_batch_size=2, max_steps=7)
 job.train()
 assert dist.get_world_size() == 2 and job.args.world_size == 2
 flat = torch.cat([t.double().flatten() for t in plain_state(job.model).values()]
-                 + [l.index.double() for l in grass_layers(job.model)])
+                 + [l.index.double() for l in grass_slices(job.model)])
 both = [torch.empty_like(flat) for _ in range(2)]
 dist.all_gather(both, flat)
 assert torch.equal(both[0], both[1]), "ranks differ"
 if dist.get_rank() == 0:
-    torch.save((plain_state(job.model), [l.index for l in grass_layers(job.model)]), {folder!r} + "/end.pt")
+    torch.save((plain_state(job.model), [l.index for l in grass_slices(job.model)]), {folder!r} + "/end.pt")
 """
 
 
@@ -428,4 +428,4 @@ def test_two_processes_under_ddp(tmp_path, rule):
         single.train()
         for name, value in plain_state(single.model).items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=2e-4)
-        assert all(torch.equal(i, layer.index) for i, layer in zip(index, grass_layers(single.model), strict=True))
+        assert all(torch.equal(i, layer.index) for i, layer in zip(index, grass_slices(single.model), strict=True))

@@ -14,7 +14,7 @@ from torch import nn
 
 from grass_hf import GrassConfig, controller, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.config import SELECTIONS
-from grass_hf.convert import grass_layers
+from grass_hf.convert import grass_slices
 from grass_hf.selection import generator, select
 
 STEPS, INTERVAL, DENSITY = 30, 7, 0.25
@@ -209,8 +209,8 @@ def test_a_step_that_was_skipped_leaves_no_trace(fused, set_to_none, compiled):
         runs.append((model, optimizer))
     (plain, first), (skipped, second) = runs
     assert first.grass.step == second.grass.step == 3
-    for ours, theirs in zip(grass_layers(plain), grass_layers(skipped), strict=True):
-        assert ours.slice_state.energy == theirs.slice_state.energy
+    for ours, theirs in zip(grass_slices(plain), grass_slices(skipped), strict=True):
+        assert ours.state.energy == theirs.state.energy
         assert torch.equal(ours.index, theirs.index) and torch.equal(ours.weight, theirs.weight)
 
 
@@ -239,5 +239,5 @@ def test_every_row_has_its_turn():
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.grass.metrics()["grass/coverage"] == 1.0
-    for layer, old in zip(grass_layers(model), before, strict=True):
+    for layer, old in zip(grass_slices(model), before, strict=True):
         assert (layer.weight != old).any(dim=1).all()
