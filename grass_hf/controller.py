@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, distributed, selection
+from . import checkpoint, distributed, guards, selection
 from .convert import grass_slices
 from .remap import carry_rows
 from .slices import Slice
@@ -55,6 +55,7 @@ class GrassController:
         self.config = model.grass.config
         self.step = 0
         self.due: set[str] = set()
+        self._has_stepped = False
         self._full_rates: list[tuple[dict, Any]] = []
         self._follow_step()
         self._follow_zero_grad()
@@ -140,34 +141,13 @@ class GrassController:
         layers = self.slices
         if not layers:  # restore_model was called
             return
+        if not self._has_stepped:
+            held = {id(part.active) for part in layers}
+            params = (p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in held)
+            guards.check_reached(layers, params, self.step)
         if not hasattr(self.optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
-            self._check_gradients(layers)
+            guards.check_finite(layers, self.step)
         self._ramp_learning_rate(layers)
-
-    def _check_gradients(self, layers: list[Slice]) -> None:
-        grads = [layer.active.grad for layer in layers if layer.active.grad is not None]
-        if not grads:
-            others = any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
-            if others:
-                raise RuntimeError(
-                    f"no Grass layer received a gradient at optimizer step {self.step}, but other parameters did. "
-                    "With gradient checkpointing, either pass gradient_checkpointing_kwargs={'use_reentrant': False} "
-                    "or call model.enable_input_require_grads() when the embeddings are frozen."
-                )
-            return
-        if not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
-            finite = {
-                layer.state.name: layer.active.grad is None or bool(layer.active.grad.isfinite().all())
-                for layer in layers
-            }
-            if all(finite.values()):
-                return  # only the norm overflowed, in half precision
-            bad = next(name for name, ok in finite.items() if not ok)
-            raise FloatingPointError(
-                f"the gradient of {bad} is not finite at optimizer step {self.step}, and training stopped before any "
-                "weight was changed: lower the learning rate, clip gradients, or look at this batch for bad data "
-                "(float16 needs a GradScaler, fp16=True in TrainingArguments)."
-            )
 
     def _ramp_learning_rate(self, layers: list[Slice]) -> None:
         if self.config.state_policy != "reset_warmup":
@@ -193,6 +173,7 @@ class GrassController:
         if not self._was_real(layers):
             self.look_ahead()  # forget what a skipped step observed
             return
+        self._has_stepped = True
         groups = {id(p): group for group in self._slice_groups() for p in group["params"]}
         for layer in layers:
             layer.write_back()

@@ -12,7 +12,7 @@ FLOORS = {
     0: ["config", "_import_hook"],
     1: ["functional", "grouped", "rounding", "selection", "distributed"],
     2: ["slices", "experts", "modules", "targets", "convert"],
-    3: ["remap", "checkpoint", "controller", "optim", "report"],
+    3: ["guards", "remap", "checkpoint", "controller", "optim", "report"],
     4: ["integrations"],
     5: ["cli", "bench", "__main__"],
 }

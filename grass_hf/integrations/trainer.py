@@ -110,6 +110,12 @@ class FollowTraining(TrainerCallback):
                 console.width = 160  # a log file has no width; no column should wrap
             console.print(render(start_report(model, controller.optimizer)))
 
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        # GradScaler may have skipped the step before, and the Trainer clears gradients through the model.
+        controller = _controller(optimizer)
+        if controller is not None:
+            controller.forget_norms()
+
     def on_log(self, args, state, control, logs=None, model=None, optimizer=None, **kwargs):
         controller = _controller(optimizer)
         if controller is None or not logs or "loss" not in logs:

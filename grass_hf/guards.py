@@ -1,0 +1,79 @@
+"""What is checked before a step is taken: that gradients are finite, and that they reach every slice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .slices import Slice
+
+logger = logging.getLogger(__name__)
+
+
+def check_finite(slices: list[Slice], step: int) -> None:
+    """Stop before a weight is changed by a gradient that is not finite.
+
+    Raises:
+        FloatingPointError: naming the first such slice.
+    """
+    grads = [part.active.grad for part in slices if part.active.grad is not None]
+    if not grads or bool(torch.nn.utils.get_total_norm(grads).isfinite()):
+        return
+    for part in slices:
+        grad = part.active.grad
+        if grad is not None and not bool(grad.isfinite().all()):
+            raise FloatingPointError(
+                f"the gradient of {part.state.name} is not finite at optimizer step {step}, and training stopped "
+                "before any weight was changed: lower the learning rate, clip gradients, or look at this batch for "
+                "bad data (float16 needs a GradScaler, fp16=True in TrainingArguments)."
+            )
+    # else only the norm overflowed, in half precision
+
+
+def check_reached(slices: list[Slice], others: Iterable[nn.Parameter], step: int) -> None:
+    """Stop if a weight is trained in vain: frozen, and read by the model without calling the module that has it.
+
+    Fused kernels do that (Mamba's), and fused losses with the output head. A slice without a gradient whose
+    neighbours, the slices under the same parent module, have one is taken for such a case; a whole branch without
+    gradients (an image tower on a batch of text, an expert) is not.
+
+    Args:
+        slices: of the model.
+        others: its other trainable parameters.
+        step: number of the optimizer step, for errors.
+
+    Raises:
+        RuntimeError: no slice has a gradient though other parameters have, or one is missing among its neighbours.
+    """
+    reached = [part for part in slices if part.active.grad is not None]
+    if not reached:
+        if any(param.grad is not None for param in others):
+            raise RuntimeError(
+                f"no Grass layer received a gradient at optimizer step {step}, but other parameters did. "
+                "With gradient checkpointing, either pass gradient_checkpointing_kwargs={'use_reentrant': False} "
+                "or call model.enable_input_require_grads() when the embeddings are frozen."
+            )
+        return
+    parents = {parent for part in reached for parent in _parents(part.state.name)}
+    for part in slices:
+        name = part.state.name
+        if part.active.grad is not None or _parents(name)[0] not in parents:
+            continue
+        if isinstance(part.owner, nn.Embedding):
+            logger.warning("%s received no gradient: the model was given inputs_embeds, perhaps.", name)
+            continue
+        leaf = name.rpartition(".")[2]
+        raise RuntimeError(
+            f"{name} received no gradient at optimizer step {step}, though its neighbours did: the model reads its "
+            f"weight without calling it (a fused kernel or a fused loss), or does not use it. Train it in full with "
+            f"exclude_modules=['{leaf}'], or switch the fused kernel off."
+        )
+
+
+def _parents(name: str) -> list[str]:
+    """Names of the modules around a layer, the nearest first; the model itself is ""."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
