@@ -47,6 +47,8 @@ class GrassConfig:
         selection: how rows are chosen from the row norms of the gradient, see `grass_hf.selection`.
         side: "output" selects rows of the weight (the paper), "input" columns, "auto" the longer side, which
             gives the smallest slice for a given `rank` (a square matrix takes "output").
+        share_index: with side "input", let layers that read the same input (q, k and v; gate and up) select the same
+            columns, by the sum of their scores, and keep them for backward once.
         scale: alpha, the multiplier of the learning rate of the slices.
         target_modules: "all-linear" (every linear layer, Conv1D and expert but the output head), "all-matrices"
             (embeddings and output head too), a list of name suffixes, or a regular expression matched against the
@@ -72,6 +74,7 @@ class GrassConfig:
     update_interval: int = 200
     selection: str = "top_r"
     side: str = "output"
+    share_index: bool = True
     scale: float = 1.0
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] | None = None

@@ -18,19 +18,16 @@ zero gradients), changes nothing here.
 from __future__ import annotations
 
 import functools
-import logging
 import types
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import checkpoint, distributed, guards, selection
+from . import checkpoint, guards, reselect, selection
 from .convert import grass_slices
 from .remap import carry_rows
 from .slices import Slice
-
-logger = logging.getLogger(__name__)
 
 # A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
 GROUP_KEY = "grass_phase"
@@ -198,72 +195,22 @@ class GrassController:
             state.owed *= 1.0 - float(group["lr"]) * float(decay)
 
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
-        """Load new rows into the layers that are due; one that could not be observed stays due."""
-        if not due:
-            return
-        rule = self.config.selection
-        scores = self._observed(due) if selection.needs_scores(rule) else [None] * len(due)
-        for layer, norms2 in zip(due, scores, strict=True):
-            state = layer.state
-            if selection.needs_scores(rule) and norms2 is None:
-                continue
-            layer.mark_trained()
-            chosen = self._choose(layer, norms2)
-            if norms2 is not None:
-                state.energy = (float(chosen.energy(norms2)), float(norms2.sum()))
-            source = layer.load_selection(chosen, self._rounding_seed(layer))
-            group = groups[id(layer.active)]
+        """Load new rows into the slices that are due; one that could not be observed stays due."""
+        for part, chosen in reselect.choose(due, self.config, self.step):
+            part.mark_trained()
+            source = part.load_selection(chosen, self._rounding_seed(part))
             if self.config.state_policy == "carry":
-                carry_rows(
-                    self.optimizer.state.get(layer.active, {}),
-                    layer.active.shape,
-                    layer.dim,
-                    source,
-                    group,
-                    state.name,
-                )
+                state, group = self.optimizer.state.get(part.active, {}), groups[id(part.active)]
+                carry_rows(state, part.active.shape, part.dim, source, group, part.state.name)
             else:
-                self.optimizer.state.pop(layer.active, None)
-                state.reset_step = self.step
-            self.due.discard(state.name)
-
-    def _choose(self, part: Slice, norms2: Tensor | None) -> selection.Selection:
-        rule, state = self.config.selection, part.state
-
-        def select(scores: Tensor | None, name: str) -> selection.Selection:
-            draws = selection.generator(self.config.seed, self.step, name)
-            return selection.select(rule, scores, state.size, state.rank, draws)
-
-        if part.index.dim() == 1:
-            return select(norms2, state.name)
-        now = part.current_selection()
-        each = []
-        for expert in range(part.index.shape[0]):
-            scores = None if norms2 is None else norms2[expert]
-            if scores is not None and not bool(scores.any()):
-                each.append(now[expert])  # no token came its way: nothing to choose by
-            else:
-                each.append(select(scores, f"{state.name}.{expert}"))
-        return selection.Selection.stack(each)
+                self.optimizer.state.pop(part.active, None)
+                part.state.reset_step = self.step
+            self.due.discard(part.state.name)
 
     def _rounding_seed(self, part: Slice) -> str | None:
         if self.config.rounding == "nearest":
             return None
         return f"{self.config.seed}:{self.step}:{part.state.name}:rounding"
-
-    def _observed(self, due: list[Slice]) -> list[Tensor | None]:
-        """Squared norms of the due layers summed over all ranks, on the CPU; None where they cannot be used."""
-        norms = [layer.end_observation() for layer in due]
-        usable = []
-        for layer, vector in zip(due, distributed.sum_over_ranks(norms), strict=True):
-            vector = vector.double().cpu()
-            if not bool(vector.isfinite().all()):
-                logger.warning("%s: its gradient overflowed, it selects a step later.", layer.state.name)
-                usable.append(None)
-            else:
-                # A layer that no token reached (an unused branch) has nothing to choose by.
-                usable.append(vector if bool(vector.any()) else None)
-        return usable
 
     def look_ahead(self) -> None:
         """Let the layers that are due after the coming step observe its backward passes."""

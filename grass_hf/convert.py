@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,9 @@ from torch import nn
 
 from .config import GrassConfig
 from .modules import GrassModule, attach_slice, detach_slices
+from .rounding import loses_digits
 from .selection import with_replacement
+from .sharing import SharedColumns
 from .slices import Slice
 from .targets import plan
 
@@ -56,7 +59,10 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
     _refuse_wrapped(model)
     todo = plan(model, config)
     weighted = with_replacement(config.selection)
-    for number, target in enumerate(todo.targets):
+    leaders = list(dict.fromkeys(target.leader for target in todo.targets))
+    followed = Counter(target.leader for target in todo.targets)
+    columns = {name: SharedColumns() for name, count in followed.items() if count > 1}
+    for target in todo.targets:
         attach_slice(
             target.module,
             target.parameter,
@@ -67,7 +73,9 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
             side=target.side,
             weighted=weighted,
             dtype=_slice_dtype(getattr(target.module, target.parameter).dtype, config),
-            phase=number * config.update_interval // len(todo.targets) if config.stagger else 0,
+            phase=leaders.index(target.leader) * config.update_interval // len(leaders) if config.stagger else 0,
+            leader=target.leader,
+            columns=columns.get(target.leader),
         )
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     # transformers drops these keys in save_pretrained, which keeps its checkpoints plain
@@ -115,7 +123,7 @@ def _slice_dtype(weight_dtype: torch.dtype, config: GrassConfig) -> torch.dtype:
     if config.slice_dtype is not None:
         return getattr(torch, config.slice_dtype)
     # An update below half a unit in the weight's last place would be lost at every step: docs/precision.md
-    return torch.float32 if weight_dtype in (torch.bfloat16, torch.float16) else weight_dtype
+    return torch.float32 if loses_digits(weight_dtype, torch.float32) else weight_dtype
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

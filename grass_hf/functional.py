@@ -40,6 +40,7 @@ def tap(
     transposed: bool = False,
     multiplier: Tensor | None = None,
     norms: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
     """Return `y` unchanged and, in backward, give `active` the gradient of the selected rows or columns.
 
@@ -53,10 +54,11 @@ def tap(
         multiplier: rho, (r,), multiplies the rows (columns) of the slice's gradient; None means 1.
         norms: leaf of shape (m,) for "output", (n,) for "input", which receives the squared norms of the rows
             (columns) of the full gradient as its gradient; None when no observation is due.
+        columns: ``x[..., index]`` in the dtype of `y` for side "input", if it has been gathered already.
 
     Source: Grass, section 3 and Algorithm 1; see the module's docstring.
     """
-    return _Tap.apply(y, x, active, index, multiplier, norms, side, transposed)
+    return _Tap.apply(y, x, active, index, multiplier, norms, columns, side, transposed)
 
 
 def embedding_tap(
@@ -153,6 +155,7 @@ class _Tap(torch.autograd.Function):
         index: Tensor,
         multiplier: Tensor | None,
         norms: Tensor | None,
+        columns: Tensor | None,
         side: str,
         transposed: bool,
     ) -> Tensor:
@@ -160,7 +163,8 @@ class _Tap(torch.autograd.Function):
         ctx.observe = norms is not None
         ctx.active_dtype = active.dtype
         if side == "input" and not ctx.observe:
-            x = x.index_select(-1, index).to(y.dtype)  # all that backward needs: activation memory falls to r/n
+            # all that backward needs: activation memory falls to r/n
+            x = x.index_select(-1, index).to(y.dtype) if columns is None else columns
         ctx.save_for_backward(x, index, multiplier)
         return alias(y)
 
@@ -186,7 +190,7 @@ class _Tap(torch.autograd.Function):
             grad = torch.mm(left.t(), right).to(ctx.active_dtype)
             if multiplier is not None:
                 grad = grad * along_slice(multiplier.to(grad.dtype), selected_dim(ctx.side, ctx.transposed))
-        return dy, None, grad, None, None, norms2, None, None
+        return dy, None, grad, None, None, norms2, None, None, None
 
 
 class _EmbeddingTap(torch.autograd.Function):

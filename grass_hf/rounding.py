@@ -31,3 +31,8 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, draws: torch.Genera
     uniform = torch.rand(values.shape, generator=draws, dtype=values.dtype, device=values.device)
     moves = (uniform * gap < error.abs()) & neighbour.isfinite()
     return torch.where(moves, neighbour, nearest)
+
+
+def loses_digits(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether `dtype` is a half precision and `other` is not."""
+    return dtype in (torch.bfloat16, torch.float16) and other in (torch.float32, torch.float64)

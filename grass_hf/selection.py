@@ -55,6 +55,16 @@ class Selection:
         columns = zip(*((s.index, s.rho, s.write) for s in selections), strict=True)
         return Selection(*(None if values[0] is None else torch.stack(values) for values in columns))
 
+    def positions_in(self, old: Selection, size: int) -> Tensor:
+        """int64 (..., r): where an earlier selection of `size` rows has the rows of this one, -1 where it does not;
+        -1 at padding."""
+        numbers = torch.arange(old.index.shape[-1]).expand_as(old.index)
+        if old.rho is not None:
+            numbers = numbers.masked_fill(old.rho == 0, 0)  # padding repeats the first row, which is at position 0
+        position = torch.full((*old.index.shape[:-1], size), -1, dtype=torch.int64)
+        source = position.scatter_(-1, old.index, numbers).gather(-1, self.index)
+        return source if self.rho is None else source.masked_fill(self.rho == 0, -1)
+
     def energy(self, scores: Tensor) -> Tensor:
         """Sum of the scores (..., size) of the chosen rows, each counted once."""
         held = scores.gather(-1, self.index)

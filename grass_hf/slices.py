@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from . import functional
 from .functional import accumulation_dtype, along_slice, put_rows, selected_dim, take_rows
 from .grouped import grouped_linear
-from .rounding import round_stochastically
+from .rounding import loses_digits, round_stochastically
 from .selection import Selection, seeded, strided
+from .sharing import SharedColumns
 
 # Rows of a weight that are converted to float32 at a time, to multiply decay into a half-precision weight.
 _DECAY_BLOCK = 256
@@ -40,6 +41,7 @@ class SliceState:
         size: rows on the selected side.
         rank: rows of the slice, r.
         phase: the slice selects at steps phase, phase + K, phase + 2K, ...
+        leader: name under which it chooses rows; slices that share an index have the same.
         owed: factor of weight decay that the rows outside the slice have not had yet.
         trained: bool (size,) or (E, size), rows trained so far; on the CPU.
         energy: squared gradient norm of the rows selected last and of all rows, at that observation.
@@ -50,6 +52,7 @@ class SliceState:
     size: int
     rank: int
     phase: int = 0
+    leader: str = ""
     owed: float = 1.0
     trained: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     energy: tuple[float, float] | None = None
@@ -69,6 +72,8 @@ class Slice(nn.Module):
         weighted: whether the selection rule carries multipliers (draws with replacement).
         dtype: of the slice, None for the weight's.
         phase: step of the first selection.
+        leader: name under which it chooses rows, None for its own.
+        columns: what slices with the same leader keep for backward together.
 
     Attributes:
         active: Parameter, (..., r, n) for side "output", (..., m, r) for "input", or transposed as the weight is.
@@ -94,6 +99,8 @@ class Slice(nn.Module):
         weighted: bool = False,
         dtype: torch.dtype | None = None,
         phase: int = 0,
+        leader: str | None = None,
+        columns: SharedColumns | None = None,
     ):
         super().__init__()
         # not registered: the owner is the parent
@@ -115,7 +122,8 @@ class Slice(nn.Module):
         self.register_buffer("write", None if multipliers is None else multipliers.clone(), persistent=False)
         self.norms: Tensor | None = None
         trained = torch.zeros(*batch, size, dtype=torch.bool)
-        self.state = SliceState(name, size, rank, phase, trained=trained)
+        self.columns = columns
+        self.state = SliceState(name, size, rank, phase, leader or name, trained=trained)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -126,8 +134,11 @@ class Slice(nn.Module):
         """`functional.tap` for a product ``y`` of this weight, which this use of it may see transposed."""
         if not torch.is_grad_enabled():
             return y
+        extras = self._extras()
         side = "output" if self.dim == selected_dim("output", transposed) else "input"
-        return functional.tap(y, x, self.active, self.index, side=side, transposed=transposed, **self._extras())
+        if self.columns is not None and self.norms is None and not torch.compiler.is_compiling():
+            extras["columns"] = self.columns.gather(x, self.index, y.dtype)
+        return functional.tap(y, x, self.active, self.index, side=side, transposed=transposed, **extras)
 
     def embedding_tap(self, y: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
         """`functional.embedding_tap` for rows of this weight."""
@@ -174,7 +185,7 @@ class Slice(nn.Module):
             # Padding repeats the first row's number, so it must repeat its value.
             padding = along_slice(self.rho == 0, self.dim)
             rows = torch.where(padding, rows.narrow(self.dim, 0, 1), rows)
-        if seed is not None and _holds_fewer_digits(weight.dtype, rows.dtype):
+        if seed is not None and loses_digits(weight.dtype, rows.dtype):
             rounded = round_stochastically(rows, weight.dtype, seeded(seed, rows.device))
             if self.write is not None:
                 rounded = torch.where(padding, rounded.narrow(self.dim, 0, 1), rounded)
@@ -191,7 +202,7 @@ class Slice(nn.Module):
         if self.state.owed == 1.0:
             return
         weight = self.weight
-        if seed is not None and _holds_fewer_digits(weight.dtype, torch.float32):
+        if seed is not None and loses_digits(weight.dtype, torch.float32):
             draws = seeded(seed + ".decay", weight.device)
             for rows in weight.flatten(0, -2).split(_DECAY_BLOCK):
                 rows.copy_(round_stochastically(rows.float() * self.state.owed, weight.dtype, draws))
@@ -215,7 +226,7 @@ class Slice(nn.Module):
         """
         self.settle_decay(seed)
         self.write_back(seed)
-        source = self._positions_of(selection).to(self.index.device)
+        source = selection.positions_in(self.current_selection(), self.state.size).to(self.index.device)
         new = selection.index.to(self.index.device)
         values = take_rows(self.weight, new, self.dim).to(self.active.dtype)
         rows = take_rows(self.active, source.clamp(min=0), self.dim)
@@ -260,18 +271,6 @@ class Slice(nn.Module):
         """Note that the rows in the slice have been trained."""
         self.state.trained.scatter_(-1, self.index.cpu(), True)
 
-    def _positions_of(self, selection: Selection) -> Tensor:
-        """Where the rows of a selection are in the present slice, -1 where they are not."""
-        size, rank = self.state.size, self.state.rank
-        old, batch = self.current_selection(), self.index.shape[:-1]
-        numbers = torch.arange(rank).expand(*batch, rank)
-        if old.rho is not None:
-            # padding repeats the first row, which is at position 0
-            numbers = numbers.masked_fill(old.rho == 0, 0)
-        position = torch.full((*batch, size), -1, dtype=torch.int64).scatter_(-1, old.index, numbers)
-        source = position.gather(-1, selection.index)
-        return source if selection.rho is None else source.masked_fill(selection.rho == 0, -1)
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
         # A plain checkpoint has no slice, and the one in a converted model's state dict may belong to another
         # index: the owner's weight decides, and optimizer.load_state_dict brings index and slice afterwards.
@@ -287,7 +286,3 @@ class Slice(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.state.rank}, side={self.side}"
-
-
-def _holds_fewer_digits(dtype: torch.dtype, other: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16) and other in (torch.float32, torch.float64)

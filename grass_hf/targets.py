@@ -26,6 +26,19 @@ PRESETS = {
 }
 
 
+# Linear layers of one parent module that read the same input, by the field's names for them.
+SIBLINGS = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"gate_proj", "up_proj"},
+    {"query", "key", "value"},
+    {"q", "k", "v"},
+    {"q_lin", "k_lin", "v_lin"},
+    {"wi_0", "wi_1"},
+    {"w1", "w3"},
+    {"q_a_proj", "kv_a_proj_with_mqa"},
+)
+
+
 @dataclass(frozen=True)
 class Use:
     """A weight in a module: the module's (for experts, the parameter's) qualified name, and where it is."""
@@ -50,6 +63,7 @@ class Target:
         transposed: the weight is stored (input, output).
         size: rows (columns) on that side.
         rank: how many of them are trained at a time.
+        leader: name of the first target that selects the same columns of the same input; its own, mostly.
     """
 
     name: str
@@ -60,6 +74,7 @@ class Target:
     transposed: bool
     size: int
     rank: int
+    leader: str
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,9 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
             too_small.append(size)
             continue
         sharers = tuple(other.module for other in sharing[1:])
-        targets.append(Target(use.name, use.module, use.parameter, sharers, side, transposed, size, rank))
+        placed = (use.module, use.parameter, sharers, side, transposed, size, rank)
+        leader = _leader(use, side, targets) if config.share_index else use.name
+        targets.append(Target(use.name, *placed, leader))
     if targets:
         return Plan(targets, left_out)
     if too_small:
@@ -113,6 +130,20 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
         f"target_modules={_shown(config.target_modules)} matches {len(left_out)} modules, and none can be compressed: "
         f"{first}: {reason}."
     )
+
+
+def _leader(use: Use, side: str, earlier: list[Target]) -> str:
+    """Name of the first sibling of a linear layer that selects columns of the same input."""
+    parent, _, leaf = use.name.rpartition(".")
+    family = next((names for names in SIBLINGS if leaf in names), set())
+    for target in reversed(earlier):
+        other_parent, _, other_leaf = target.name.rpartition(".")
+        if other_parent != parent:
+            continue
+        alike = target.side == side == "input" and target.module.weight.shape[1] == use.weight.shape[1]
+        if alike and other_leaf in family and target.module.weight.dtype == use.weight.dtype:
+            return target.leader
+    return use.name
 
 
 def _side(sharing: list[Use], heads: set[int], config: GrassConfig, transposed: bool) -> str:

@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grass_hf"
 FLOORS = {
     0: ["config", "_import_hook"],
-    1: ["functional", "grouped", "rounding", "selection", "distributed"],
+    1: ["functional", "grouped", "rounding", "selection", "sharing", "distributed"],
     2: ["slices", "experts", "modules", "targets", "convert"],
-    3: ["guards", "remap", "checkpoint", "controller", "optim", "report"],
+    3: ["guards", "reselect", "remap", "checkpoint", "controller", "optim", "report"],
     4: ["integrations"],
     5: ["cli", "bench", "__main__"],
 }

@@ -1,0 +1,70 @@
+"""Reselection: from the norms that slices observed to the rows they train next.
+
+All slices that are due reduce their norms over the ranks in one all-reduce and choose; the randomness depends on
+(seed, step, name) alone, so ranks agree and resuming repeats it. Slices that share an index (projections of one
+input) choose together, by the sum of their scores: as if their weights were one matrix.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import Tensor
+
+from . import distributed, selection
+from .config import GrassConfig
+from .slices import Slice
+
+logger = logging.getLogger(__name__)
+
+
+def choose(due: list[Slice], config: GrassConfig, step: int) -> list[tuple[Slice, selection.Selection]]:
+    """What each slice that is due trains next; a slice without usable norms is left out, and stays due.
+
+    Ends the observations and notes the energy that the chosen rows held.
+    """
+    observed = _observed(due) if selection.needs_scores(config.selection) else dict.fromkeys(due)
+    groups: dict[str, list[Slice]] = {}
+    for part in due:
+        groups.setdefault(part.state.leader, []).append(part)
+    chosen = []
+    for name, parts in groups.items():
+        norms2 = [observed[part] for part in parts]
+        scores = None
+        if selection.needs_scores(config.selection):
+            if any(vector is None for vector in norms2):
+                logger.warning("%s: its gradient overflowed, it selects a step later.", name)
+                continue
+            scores = sum(norms2)
+            if not bool(scores.any()):
+                continue  # no token reached it (an unused branch): nothing to choose by
+        rows = _rows(parts[0], name, scores, config, step)
+        for part, own in zip(parts, norms2, strict=True):
+            if own is not None:
+                part.state.energy = (float(rows.energy(own)), float(own.sum()))
+            chosen.append((part, rows))
+    return chosen
+
+
+def _rows(part: Slice, name: str, scores: Tensor | None, config: GrassConfig, step: int) -> selection.Selection:
+    def select(scores: Tensor | None, name: str) -> selection.Selection:
+        draws = selection.generator(config.seed, step, name)
+        return selection.select(config.selection, scores, part.state.size, part.state.rank, draws)
+
+    if part.index.dim() == 1:
+        return select(scores, name)
+    now = part.current_selection()
+    each = []
+    for expert in range(part.index.shape[0]):
+        own = None if scores is None else scores[expert]
+        # an expert that no token came to has nothing to choose by
+        idle = own is not None and not bool(own.any())
+        each.append(now[expert] if idle else select(own, f"{name}.{expert}"))
+    return selection.Selection.stack(each)
+
+
+def _observed(due: list[Slice]) -> dict[Slice, Tensor | None]:
+    """Squared norms summed over all ranks, in float64 on the CPU; None where they overflowed."""
+    norms = distributed.sum_over_ranks([part.end_observation() for part in due])
+    vectors = [vector.double().cpu() for vector in norms]
+    return {part: v if bool(v.isfinite().all()) else None for part, v in zip(due, vectors, strict=True)}
