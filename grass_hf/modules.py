@@ -27,6 +27,11 @@ from .slices import Slice
 class GrassModule(nn.Module):
     """Mixin of every converted module."""
 
+    def __reduce_ex__(self, protocol):
+        # the classes are made as they are needed, so pickle is told how to make them
+        found = [key for key, converted in _CONVERTED.items() if converted is type(self)]
+        return (_new, found[0], self.__dict__) if found else super().__reduce_ex__(protocol)
+
     def own_slices(self) -> dict[str, Slice]:
         """The slices of this module's weights by attribute, also one that it shares with the module that holds it."""
         members = {**self._modules, **self.__dict__}
@@ -103,7 +108,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     return None
 
 
-_CONVERTED: dict[tuple[type[nn.Module], bool], type[GrassModule]] = {}
+_CONVERTED: dict[tuple[type[nn.Module], Kind, bool], type[GrassModule]] = {}
 
 
 def converted_class(module: nn.Module) -> type[GrassModule] | None:
@@ -117,13 +122,23 @@ def converted_class(module: nn.Module) -> type[GrassModule] | None:
         if not _computes_product(module, kind):
             return None
         outside = True
-    if (cls, outside) not in _CONVERTED:
-        order = (kind.mixin, cls) if outside else (cls, type("Tapped", (kind.mixin, kind.base), {}))
-        _CONVERTED[cls, outside] = type(f"Grass{cls.__name__}", order, {})
-    converted = _CONVERTED[cls, outside]
+    converted = _class(cls, kind, outside)
     if kind.base is None and not _agree(module, converted, *experts.trial_input(module)):
         return None
     return converted
+
+
+def _class(cls: type[nn.Module], kind: Kind, outside: bool) -> type[GrassModule]:
+    key = (cls, kind, outside)
+    if key not in _CONVERTED:
+        order = (kind.mixin, cls) if outside else (cls, type("Tapped", (kind.mixin, kind.base), {}))
+        _CONVERTED[key] = type(f"Grass{cls.__name__}", order, {})
+    return _CONVERTED[key]
+
+
+def _new(cls: type[nn.Module], kind: Kind, outside: bool) -> GrassModule:
+    converted = _class(cls, kind, outside)
+    return converted.__new__(converted)
 
 
 def attach_slice(
@@ -157,7 +172,7 @@ def detach_slices(module: GrassModule) -> None:
     for name, part in module.own_slices().items():
         delattr(module, name)
         getattr(module, part.parameter).requires_grad_(True)
-    module.__class__ = next(plain for (plain, _), converted in _CONVERTED.items() if converted is type(module))
+    module.__class__ = next(plain for (plain, *_), converted in _CONVERTED.items() if converted is type(module))
 
 
 def _swap(module: nn.Module) -> None:
