@@ -5,10 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints/dev.txt
 METADATA := setup.cfg pyproject.toml constraints/dev.txt
+OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_precision.py test_input_side.py \
+	test_models.py test_resume.py test_targets.py
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow support-table quality bench-speed docs clean
+.PHONY: help venv demo test test-slow test-oldest support-table quality bench-speed docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +39,11 @@ $(VENV)/.stamp-smollm2: constraints/dev.txt | $(VENV)/.stamp-dev
 	$(PIP) chitchat-dataset gguf
 	@touch $@
 
+test-oldest: ## Run the tests of the method on the oldest supported versions (.venv-oldest; large downloads)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints/oldest.txt -e . pytest
+	cd tests && ../.venv-oldest/bin/python -m pytest -m "not slow" $(OLDEST)
+
 support-table: $(VENV)/.stamp-dev ## Try every model of the matrix and write docs/support.md
 	$(BIN)/python scripts/support_table.py
 
@@ -52,5 +59,5 @@ docs: $(VENV)/.stamp-docs ## Build the documentation site (site/)
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove the environment and everything that was generated
-	rm -rf $(VENV) build dist site runs *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist site runs *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

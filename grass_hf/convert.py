@@ -116,7 +116,9 @@ def grass_slices(model: nn.Module) -> Iterator[Slice]:
 
 
 def _slice_keys(model: nn.Module) -> list[str]:
-    return [f"{name}.active" for name, module in model.named_modules() if isinstance(module, Slice)]
+    # by every name: one module may be registered in several places (T5's embedding)
+    modules = model.named_modules(remove_duplicate=False)
+    return [f"{name}.active" for name, module in modules if isinstance(module, Slice)]
 
 
 def _slice_dtype(weight_dtype: torch.dtype, config: GrassConfig) -> torch.dtype:

@@ -138,7 +138,7 @@ def _leader(use: Use, side: str, earlier: list[Target]) -> str:
     family = next((names for names in SIBLINGS if leaf in names), set())
     for target in reversed(earlier):
         other_parent, _, other_leaf = target.name.rpartition(".")
-        if other_parent != parent:
+        if other_parent != parent or use.parameter != "weight" or target.parameter != "weight":
             continue
         alike = target.side == side == "input" and target.module.weight.shape[1] == use.weight.shape[1]
         if alike and other_leaf in family and target.module.weight.dtype == use.weight.dtype:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from model_matrix import CAUSAL, SHAPE, batch, build, step
 from test_no_full_gradient import Allocations
 from torch import nn
@@ -13,6 +14,9 @@ from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_mod
 from grass_hf.convert import grass_slices
 from grass_hf.grouped import grouped_linear
 
+needs_interface = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="transformers 4.57 has no experts interface"
+)
 E, M, N, R = 4, 10, 6, 3
 TOKENS = [3, 0, 4, 1]
 
@@ -81,6 +85,7 @@ def test_autocast_computes_in_half_precision_and_returns_full_gradients(side):
     torch.testing.assert_close(active.grad, expected, rtol=0.05, atol=0.05)
 
 
+@needs_interface
 def test_no_tensor_of_an_experts_size_in_backward(monkeypatch):
     from grass_hf import functional
 
@@ -214,6 +219,7 @@ def test_an_expert_without_tokens_keeps_its_rows():
 
 
 @pytest.mark.parametrize("model_type", [name for name in CAUSAL if "experts" in str(CAUSAL[name])])
+@needs_interface
 def test_resumes_bit_for_bit(model_type):
     def run(model, optimizer, numbers):
         return [step(model, optimizer, batch(model), seed=number) for number in numbers]
@@ -234,6 +240,28 @@ def test_resumes_bit_for_bit(model_type):
     assert run(resumed, optimizer, range(4, 8)) == expected
     for (name, ours), theirs in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@needs_interface
+@pytest.mark.parametrize("base", ["adamw_torch_fused", "adafactor", "lion_32bit", "adamw_bnb_8bit", "adagrad"])
+def test_base_optimizers_carry_the_state_of_experts(tmp_path, base):
+    if "bnb" in base or "lion" in base:
+        pytest.importorskip("bitsandbytes")
+    from helpers import VOCABULARY as TOKENS_OF_HELPERS
+    from helpers import trainer
+
+    sizes = {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": TOKENS_OF_HELPERS, "hidden_size": 64}
+    config = AutoConfig.for_model("mixtral", **{**SHAPE, **sizes}, use_cache=False)
+    torch.manual_seed(0)
+    optim_args = f"density=0.25,update_interval=3,target_modules=all-matrices,base={base}"
+    rate = 1e-3 if "lion" in base else 5e-3
+    job = trainer(
+        tmp_path, AutoModelForCausalLM.from_config(config), optim_args=optim_args, max_steps=16, learning_rate=rate
+    )
+    job.train()
+    losses = [entry["loss"] for entry in job.state.log_history if "loss" in entry]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert all(part.weight.isfinite().all() for part in grass_slices(job.model))
 
 
 def test_a_forward_that_keeps_no_promises_is_left_and_named():

@@ -17,7 +17,10 @@ DOCS = ROOT / "docs" / "support.md"
 sys.path.insert(0, str(ROOT / "scripts"))
 import support_table  # noqa: E402
 
-TYPES = [*CAUSAL, *OTHERS]
+# transformers 4.57 has no experts interface, and these models of its know no float64.
+OLD = transformers.__version__.startswith("4.")
+NOT_IN_OLD = {"gpt_oss", "granitemoe", "mpt", "deepseek_v3"} if OLD else set()
+TYPES = [name for name in [*CAUSAL, *OTHERS] if name not in NOT_IN_OLD]
 WHOLE = [*TYPES, *(pytest.param(name, marks=pytest.mark.slow) for name in [*MORE, *PARTLY])]
 
 
@@ -64,6 +67,7 @@ def test_reloads_without_grass_hf_the_whole_matrix(saved):
     test_reloads_without_grass_hf_with_the_same_logits(saved)
 
 
+@pytest.mark.skipif(OLD, reason="Mamba of transformers 4.57 calls the module")
 def test_a_weight_that_is_read_without_a_call_stops_at_the_first_step():
     model = build("mamba")
     convert_to_grass(model, GrassConfig(target_modules="all-matrices"))

@@ -288,12 +288,12 @@ def test_no_graph_without_gradients(context):
     assert model[0].weight_slice.norms.grad is None
 
 
-def llama_steps(backend, **options):
+def llama_steps(backend, tied=False, **options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=50, use_cache=False))
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=50, use_cache=False, tie_word_embeddings=tied))
     convert_to_grass(model, GrassConfig(rank=8, update_interval=3, **options))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
     forward = torch.compile(model, fullgraph=True, backend=backend) if backend else model
@@ -308,7 +308,14 @@ def llama_steps(backend, **options):
     return losses
 
 
-COMPILED = [{}, {"side": "input"}, {"selection": "multinomial_norm"}, {"selection": "uniform_nr"}]
+COMPILED = [
+    {},
+    {"side": "input"},
+    {"selection": "multinomial_norm"},
+    {"selection": "uniform_nr"},
+    {"target_modules": "all-matrices"},
+    {"target_modules": "all-matrices", "tied": True},
+]
 
 
 @pytest.mark.parametrize("options", COMPILED, ids=str)
