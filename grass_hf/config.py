@@ -63,6 +63,8 @@ class GrassConfig:
             half-precision weights, which would lose small updates otherwise, and else the weight's.
         rounding: how a row is rounded to a half-precision weight when it leaves the slice: "stochastic" keeps the
             digits in the mean, "nearest" drops them.
+        row_blocks: equal parts of the rows of a weight that each train their share of the slice. 1 chooses among
+            all rows; fully sharded training needs a multiple of the number of shards, and takes that number by itself.
         seed: seed of the random selections.
 
     Raises:
@@ -83,6 +85,7 @@ class GrassConfig:
     decay: str = "all"
     slice_dtype: str | None = None
     rounding: str = "stochastic"
+    row_blocks: int = 1
     seed: int = 0
 
     def __post_init__(self):
@@ -114,6 +117,8 @@ class GrassConfig:
             )
         if not 0.0 < self.scale < float("inf"):
             raise ValueError(f"scale={self.scale} is not a positive number: 1.0 gives the slices the learning rate.")
+        if self.row_blocks < 1:
+            raise ValueError(f"row_blocks={self.row_blocks} is not a positive number of parts: 1 has no parts.")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is negative: give 0 or a positive integer.")
         _check_choice("selection", self.selection, SELECTIONS)

@@ -26,6 +26,7 @@ from torch import nn
 
 from . import checkpoint, guards, reselect, selection
 from .convert import grass_slices
+from .distributed import local
 from .remap import carry_rows
 from .slices import Slice
 
@@ -142,6 +143,8 @@ class GrassController:
             held = {id(part.active) for part in layers}
             params = (p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in held)
             guards.check_reached(layers, params, self.step)
+            for part in layers:
+                part.check_alignment()
         if not hasattr(self.optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
             guards.check_finite(layers, self.step)
         self._ramp_learning_rate(layers)
@@ -186,7 +189,7 @@ class GrassController:
         grads = [layer.active.grad for layer in layers if layer.active.grad is not None]
         if any(group["lr"] is None or group["lr"] > 0 for group in self.optimizer.param_groups):
             return bool(grads)
-        return any(bool(grad.any()) for grad in grads)
+        return any(bool(local(grad).any()) for grad in grads)
 
     def _owe_decay(self, layer: Slice, group: dict[str, Any]) -> None:
         state = layer.state
@@ -201,7 +204,7 @@ class GrassController:
             source = part.load_selection(chosen, self._rounding_seed(part))
             if self.config.state_policy == "carry":
                 state, group = self.optimizer.state.get(part.active, {}), groups[id(part.active)]
-                carry_rows(state, part.active.shape, part.dim, source, group, part.state.name)
+                carry_rows(state, local(part.active).shape, part.dim, source, group, part.state.name)
             else:
                 self.optimizer.state.pop(part.active, None)
                 part.state.reset_step = self.step

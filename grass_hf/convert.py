@@ -76,6 +76,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
             phase=leaders.index(target.leader) * config.update_interval // len(leaders) if config.stagger else 0,
             leader=target.leader,
             columns=columns.get(target.leader),
+            blocks=target.blocks,
         )
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     # transformers drops these keys in save_pretrained, which keeps its checkpoints plain

@@ -1,10 +1,18 @@
-"""The one collective that Grass adds to data-parallel training."""
+"""What Grass needs to know of other ranks: one collective, and where a sharded tensor's own part begins.
+
+FSDP2 keeps parameters as DTensors sharded on their first dimension, in the chunks of `torch.chunk`. Rows are chosen
+by blocks that match these chunks (`selection.bounds`), so every rank writes back and reloads its own rows, and the
+norms are all that ever travels.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from .selection import bounds
 
 
 def world_size() -> int:
@@ -24,3 +32,48 @@ def sum_over_ranks(vectors: list[Tensor]) -> list[Tensor]:
     dist.all_reduce(flat)
     parts = flat.split([v.numel() for v in vectors])
     return [part.view_as(v) for part, v in zip(parts, vectors, strict=True)]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; an ordinary tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, by a collective that every rank must join; an ordinary tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shards(tensor: Tensor) -> int:
+    """Number of parts that a tensor's first dimension is split into."""
+    return _place(tensor)[0]
+
+
+def shard_range(tensor: Tensor) -> tuple[int, int]:
+    """First and last (exclusive) row of this rank's part of a tensor.
+
+    Raises:
+        ValueError: it is sharded in another way than FSDP2's.
+    """
+    count, number = _place(tensor)
+    return bounds(tensor.shape[0], count)[number]
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    if not isinstance(tensor, DTensor):
+        return 1, 0
+    along = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if len(along) > 1 or any(tensor.placements[dim] != Shard(0) for dim in along):
+        raise ValueError(
+            f"a parameter is placed as {tensor.placements}: grass-hf runs with fully_shard's own placement (rows over "
+            "one dimension of the mesh, replicas over another), not with tensor parallelism."
+        )
+    if not along:
+        return 1, 0
+    mesh = tensor.device_mesh
+    return mesh.size(along[0]), mesh.get_local_rank(along[0])

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .distributed import whole
 from .slices import Slice
 
 logger = logging.getLogger(__name__)
@@ -20,11 +21,11 @@ def check_finite(slices: list[Slice], step: int) -> None:
         FloatingPointError: naming the first such slice.
     """
     grads = [part.active.grad for part in slices if part.active.grad is not None]
-    if not grads or bool(torch.nn.utils.get_total_norm(grads).isfinite()):
+    if not grads or bool(whole(torch.nn.utils.get_total_norm(grads)).isfinite()):
         return
     for part in slices:
         grad = part.active.grad
-        if grad is not None and not bool(grad.isfinite().all()):
+        if grad is not None and not bool(whole(grad.isfinite().all())):
             raise FloatingPointError(
                 f"the gradient of {part.state.name} is not finite at optimizer step {step}, and training stopped "
                 "before any weight was changed: lower the learning rate, clip gradients, or look at this batch for "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import local
 from .functional import along_slice, take_rows
 
 # bitsandbytes quantises optimizer state in blocks of this many elements (optimizer.py, init_state)
@@ -28,7 +29,7 @@ def carry_rows(
 
     Args:
         state: ``optimizer.state[active]``; empty before the first step.
-        shape: of the slice.
+        shape: of the slice, of this rank's part of it where it is sharded.
         dim: dimension, -2 or -1, of the slice along which rows are selected.
         source: int64 (..., r) on the CPU: the old position of each new row, -1 for a fresh row.
         group: the slice's parameter group.
@@ -40,6 +41,7 @@ def carry_rows(
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.dim() == 0 or _is_codebook(key):
             continue
+        value = local(value)
         axis = _row_axis(key, value, shape, dim, state)
         if axis is None:
             continue

@@ -49,7 +49,7 @@ def choose(due: list[Slice], config: GrassConfig, step: int) -> list[tuple[Slice
 def _rows(part: Slice, name: str, scores: Tensor | None, config: GrassConfig, step: int) -> selection.Selection:
     def select(scores: Tensor | None, name: str) -> selection.Selection:
         draws = selection.generator(config.seed, step, name)
-        return selection.select(config.selection, scores, part.state.size, part.state.rank, draws)
+        return selection.select(config.selection, scores, part.state.size, part.state.rank, draws, part.blocks())
 
     if part.index.dim() == 1:
         return select(scores, name)

@@ -32,7 +32,7 @@ class Selection:
     """Rows chosen for one matrix, or for each of E experts with a leading dimension; on the CPU.
 
     Attributes:
-        index: int64 (r,), ascending; padding at its end repeats the first row.
+        index: int64 (r,), ascending; padding repeats a row that stands before it.
         rho: float64 (r,), the multiplier of the gradient, 0 at padding; None when it is 1 everywhere.
         write: float64 (r,), the multiplier c rho of the write-back, 1 at padding; None with `rho`.
     """
@@ -55,14 +55,23 @@ class Selection:
         columns = zip(*((s.index, s.rho, s.write) for s in selections), strict=True)
         return Selection(*(None if values[0] is None else torch.stack(values) for values in columns))
 
+    @staticmethod
+    def concatenate(selections: list[Selection]) -> Selection:
+        """One selection of all the rows that selections of different rows have."""
+        columns = zip(*((s.index, s.rho, s.write) for s in selections), strict=True)
+        return Selection(*(None if values[0] is None else torch.cat(values) for values in columns))
+
+    def first_positions(self, size: int) -> Tensor:
+        """int64 (..., r): where each row stands first; padding stands at the row that it repeats."""
+        numbers = torch.arange(self.index.shape[-1], device=self.index.device).expand_as(self.index)
+        first = torch.full((*self.index.shape[:-1], size), size, dtype=torch.int64, device=self.index.device)
+        return first.scatter_reduce_(-1, self.index, numbers, "amin").gather(-1, self.index)
+
     def positions_in(self, old: Selection, size: int) -> Tensor:
         """int64 (..., r): where an earlier selection of `size` rows has the rows of this one, -1 where it does not;
         -1 at padding."""
-        numbers = torch.arange(old.index.shape[-1]).expand_as(old.index)
-        if old.rho is not None:
-            numbers = numbers.masked_fill(old.rho == 0, 0)  # padding repeats the first row, which is at position 0
         position = torch.full((*old.index.shape[:-1], size), -1, dtype=torch.int64)
-        source = position.scatter_(-1, old.index, numbers).gather(-1, self.index)
+        source = position.scatter_(-1, old.index, old.first_positions(size)).gather(-1, self.index)
         return source if self.rho is None else source.masked_fill(self.rho == 0, -1)
 
     def energy(self, scores: Tensor) -> Tensor:
@@ -81,9 +90,26 @@ def with_replacement(rule: str) -> bool:
     return rule in ("multinomial_norm", "multinomial_norm2", "uniform")
 
 
-def strided(size: int, rank: int) -> Selection:
+def bounds(size: int, blocks: int) -> list[tuple[int, int]]:
+    """First and last (exclusive) row of each block of a side, in the chunks that `torch.chunk` and FSDP2 make; the
+    last ones may be shorter, or empty."""
+    length = -(-size // blocks)
+    return [(min(b * length, size), min((b + 1) * length, size)) for b in range(blocks)]
+
+
+def fits(size: int, rank: int, blocks: int) -> bool:
+    """Whether every block of the side has as many rows as its block of the slice."""
+    pairs = zip(bounds(size, blocks), bounds(rank, blocks), strict=True)
+    return all(high - low >= last - first for (low, high), (first, last) in pairs)
+
+
+def strided(size: int, rank: int, blocks: int = 1) -> Selection:
     """The evenly strided rows with which every layer starts: aligned with every even sharding of the side."""
-    return Selection(index=torch.arange(rank) * size // rank)
+    parts = []
+    for (low, high), (first, last) in zip(bounds(size, blocks), bounds(rank, blocks), strict=True):
+        if last > first:
+            parts.append(low + torch.arange(last - first) * (high - low) // (last - first))
+    return Selection(index=torch.cat(parts))
 
 
 def seeded(key: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -97,8 +123,10 @@ def generator(seed: int, step: int, layer: str) -> torch.Generator:
     return seeded(f"{seed}:{step}:{layer}")
 
 
-def select(rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.Generator) -> Selection:
-    """Choose `rank` of `size` rows.
+def select(
+    rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.Generator, blocks: int = 1
+) -> Selection:
+    """Choose `rank` of `size` rows, of each block its share of them.
 
     Args:
         rule: a name of the table above.
@@ -106,7 +134,18 @@ def select(rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.
         size: rows on the selected side.
         rank: rows to choose, at most `size`.
         draws: source of randomness, see `generator`.
+        blocks: parts of the side that choose for themselves, so that every shard of it trains its own rows; the
+            slice is the slices of the blocks one after the other. `fits` says whether that is possible.
     """
+    parts = []
+    for (low, high), (first, last) in zip(bounds(size, blocks), bounds(rank, blocks), strict=True):
+        if last > first:
+            part = _select(rule, None if scores is None else scores[low:high], high - low, last - first, draws)
+            parts.append(Selection(part.index + low, part.rho, part.write))
+    return parts[0] if len(parts) == 1 else Selection.concatenate(parts)
+
+
+def _select(rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.Generator) -> Selection:
     if rule == "top_r":
         # stable: among equal norms the first rows win, on every device and rank
         order = torch.sort(scores.double().cpu(), descending=True, stable=True).indices

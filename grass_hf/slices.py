@@ -16,47 +16,19 @@ lets it arrive in the mean. The draws depend on (seed, step, name) alone, so res
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import distributed, functional
 from .functional import accumulation_dtype, along_slice, put_rows, selected_dim, take_rows
 from .grouped import grouped_linear
+from .parts import SliceState, local_part
 from .rounding import loses_digits, round_stochastically
 from .selection import Selection, seeded, strided
 from .sharing import SharedColumns
 
 # Rows of a weight that are converted to float32 at a time, to multiply decay into a half-precision weight.
 _DECAY_BLOCK = 256
-
-
-@dataclass
-class SliceState:
-    """What one slice remembers between steps, beside its tensors; the controller keeps it.
-
-    Attributes:
-        name: qualified name of the layer (of the parameter, for experts), without wrappers' prefixes.
-        size: rows on the selected side.
-        rank: rows of the slice, r.
-        phase: the slice selects at steps phase, phase + K, phase + 2K, ...
-        leader: name under which it chooses rows; slices that share an index have the same.
-        owed: factor of weight decay that the rows outside the slice have not had yet.
-        trained: bool (size,) or (E, size), rows trained so far; on the CPU.
-        energy: squared gradient norm of the rows selected last and of all rows, at that observation.
-        reset_step: step at which the optimizer state was last dropped, None if never.
-    """
-
-    name: str
-    size: int
-    rank: int
-    phase: int = 0
-    leader: str = ""
-    owed: float = 1.0
-    trained: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
-    energy: tuple[float, float] | None = None
-    reset_step: int | None = None
 
 
 class Slice(nn.Module):
@@ -74,6 +46,7 @@ class Slice(nn.Module):
         phase: step of the first selection.
         leader: name under which it chooses rows, None for its own.
         columns: what slices with the same leader keep for backward together.
+        blocks: parts of the side that choose rows for themselves.
 
     Attributes:
         active: Parameter, (..., r, n) for side "output", (..., m, r) for "input", or transposed as the weight is.
@@ -101,6 +74,7 @@ class Slice(nn.Module):
         phase: int = 0,
         leader: str | None = None,
         columns: SharedColumns | None = None,
+        blocks: int = 1,
     ):
         super().__init__()
         # not registered: the owner is the parent
@@ -111,7 +85,7 @@ class Slice(nn.Module):
         self.dim = selected_dim(side, transposed)
         weight = self.weight
         size, batch = weight.shape[self.dim], weight.shape[:-2]
-        index = strided(size, rank).index.expand(*batch, rank).clone().to(weight.device)
+        index = strided(size, rank, blocks).index.expand(*batch, rank).clone().to(weight.device)
         self.active = nn.Parameter(take_rows(weight.detach(), index, self.dim).to(dtype or weight.dtype))
         self.register_buffer("index", index, persistent=False)
         multipliers = None
@@ -123,7 +97,7 @@ class Slice(nn.Module):
         self.norms: Tensor | None = None
         trained = torch.zeros(*batch, size, dtype=torch.bool)
         self.columns = columns
-        self.state = SliceState(name, size, rank, phase, leader or name, trained=trained)
+        self.state = SliceState(name, size, rank, phase, leader or name, blocks, trained=trained)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -158,6 +132,8 @@ class Slice(nn.Module):
 
     def observe(self) -> None:
         """Collect squared gradient norms during the coming backward passes, until `end_observation`."""
+        # FSDP puts other parameters in its place, whose gradients go elsewhere after every backward
+        self.active.grass_keeps_grad = not distributed.is_sharded(self.active)
         dtype = accumulation_dtype(self.weight.dtype)
         shape = (*self.weight.shape[:-2], self.state.size)
         self.norms = torch.zeros(shape, dtype=dtype, device=self.weight.device, requires_grad=True)
@@ -169,7 +145,9 @@ class Slice(nn.Module):
 
     def drop_stale_norms(self) -> None:
         """Forget norms whose gradients are gone: GradScaler may skip a step without telling the optimizer."""
-        if self.norms is not None and self.norms.grad is not None and self.active.grad is None:
+        if self.norms is None or self.norms.grad is None or not getattr(self.active, "grass_keeps_grad", False):
+            return
+        if self.active.grad is None:
             self.norms.grad = None
 
     @torch.no_grad()
@@ -179,18 +157,14 @@ class Slice(nn.Module):
         Args:
             seed: of the draws, to round stochastically; None rounds to nearest. See [Note: rounding].
         """
-        weight, rows = self.weight, self.active
-        if self.write is not None:
-            rows = rows * along_slice(self.write, self.dim)
-            # Padding repeats the first row's number, so it must repeat its value.
-            padding = along_slice(self.rho == 0, self.dim)
-            rows = torch.where(padding, rows.narrow(self.dim, 0, 1), rows)
-        if seed is not None and loses_digits(weight.dtype, rows.dtype):
-            rounded = round_stochastically(rows, weight.dtype, seeded(seed, rows.device))
-            if self.write is not None:
-                rounded = torch.where(padding, rounded.narrow(self.dim, 0, 1), rounded)
-            rows = rounded
-        put_rows(weight, self.index, rows.to(weight.dtype), self.dim)
+        part = local_part(self)
+        rows = part.active if part.write is None else part.active * along_slice(part.write, self.dim)
+        if seed is not None and loses_digits(part.weight.dtype, rows.dtype):
+            rows = round_stochastically(rows, part.weight.dtype, seeded(seed + part.place, rows.device))
+        if part.write is not None:
+            # Padding repeats another row's number, so it must repeat its value.
+            rows = take_rows(rows, Selection(part.index).first_positions(self.state.size), self.dim)
+        put_rows(part.weight, part.index, rows.to(part.weight.dtype), self.dim)
 
     @torch.no_grad()
     def settle_decay(self, seed: str | None = None) -> None:
@@ -201,13 +175,13 @@ class Slice(nn.Module):
         """
         if self.state.owed == 1.0:
             return
-        weight = self.weight
-        if seed is not None and loses_digits(weight.dtype, torch.float32):
-            draws = seeded(seed + ".decay", weight.device)
-            for rows in weight.flatten(0, -2).split(_DECAY_BLOCK):
-                rows.copy_(round_stochastically(rows.float() * self.state.owed, weight.dtype, draws))
+        part = local_part(self)
+        if seed is not None and loses_digits(part.weight.dtype, torch.float32):
+            draws = seeded(seed + part.place + ".decay", part.weight.device)
+            for rows in part.weight.flatten(0, -2).split(_DECAY_BLOCK):
+                rows.copy_(round_stochastically(rows.float() * self.state.owed, part.weight.dtype, draws))
         else:
-            weight.mul_(self.state.owed)
+            part.weight.mul_(self.state.owed)
         self.state.owed = 1.0
         self.write_back()
 
@@ -222,24 +196,29 @@ class Slice(nn.Module):
             seed: of the draws, to round leaving rows stochastically; None rounds to nearest.
 
         Returns:
-            int64 (..., r) on the CPU: the old position of each row of the new slice, -1 for a fresh row.
+            int64 (..., r) on the CPU: the old position of each row of the new slice, -1 for a fresh row; of this
+            rank's part, where the slice is sharded.
         """
         self.settle_decay(seed)
         self.write_back(seed)
-        source = selection.positions_in(self.current_selection(), self.state.size).to(self.index.device)
-        new = selection.index.to(self.index.device)
-        values = take_rows(self.weight, new, self.dim).to(self.active.dtype)
-        rows = take_rows(self.active, source.clamp(min=0), self.dim)
+        source = selection.positions_in(self.current_selection(), self.state.size)
+        old = local_part(self)
+        kept, before = old.active.clone(), None if old.write is None else old.write.clone()
+        self.index.copy_(selection.index)
         if selection.write is not None:
-            rows = rows * along_slice(self.write.gather(-1, source.clamp(min=0)), self.dim)
             self.rho.copy_(selection.rho)
             self.write.copy_(selection.write)
+        part = local_part(self)
+        source = part.of(source).to(part.active.device)
+        values = take_rows(part.weight, part.index, self.dim).to(part.active.dtype)
+        rows = take_rows(kept, source.clamp(min=0), self.dim)
+        if before is not None:
+            rows = rows * along_slice(before.gather(-1, source.clamp(min=0)), self.dim)
         values = torch.where(along_slice(source >= 0, self.dim), rows.to(values.dtype), values)
-        if selection.write is not None:
-            values = values / along_slice(self.write, self.dim)
-            values = values.masked_fill(along_slice(self.rho == 0, self.dim), 0.0)
-        self.active.copy_(values)
-        self.index.copy_(new)
+        if part.write is not None:
+            values = values / along_slice(part.write, self.dim)
+            values = values.masked_fill(along_slice(part.rho == 0, self.dim), 0.0)
+        part.active.copy_(values)
         if seed is not None:
             self.write_back()  # rows that stay are kept at their nearest value
         return source.cpu()
@@ -250,17 +229,43 @@ class Slice(nn.Module):
 
         A slice that already agrees with the weight is left alone: it may hold more digits than the weight.
         """
-        rows = take_rows(self.weight, self.index, self.dim)
-        values, agrees = self.active, None
-        if self.write is not None:
-            values = values * along_slice(self.write, self.dim)
-            agrees = along_slice(self.rho == 0, self.dim)  # padding is nothing to agree on
+        part = local_part(self)
+        if part.active.is_meta or part.weight.is_meta:
+            return
+        rows = take_rows(part.weight, part.index, self.dim)
+        values, padding = part.active, None
+        if part.write is not None:
+            values = values * along_slice(part.write, self.dim)
+            padding = along_slice(part.rho == 0, self.dim)  # nothing to agree on
         same = values.to(rows.dtype) == rows
-        if not bool((same if agrees is None else same | agrees).all()):
-            rows = rows.to(self.active.dtype)
-            if self.write is not None:
-                rows = (rows / along_slice(self.write, self.dim)).masked_fill(agrees, 0.0)
-            self.active.copy_(rows)
+        if not bool((same if padding is None else same | padding).all()):
+            rows = rows.to(part.active.dtype)
+            if part.write is not None:
+                rows = (rows / along_slice(part.write, self.dim)).masked_fill(padding, 0.0)
+            part.active.copy_(rows)
+
+    def blocks(self) -> int:
+        """Number of blocks of the side that choose rows for themselves: a multiple of the shards of the rows."""
+        count = distributed.shards(self.active) if self._rows_are_sharded() else 1
+        return self.state.blocks if self.state.blocks % count == 0 else count
+
+    def check_alignment(self) -> None:
+        """Check that every rank's part of the slice holds rows of its own part of the weight.
+
+        Raises:
+            ValueError: it does not.
+        """
+        part = local_part(self)
+        size = part.weight.shape[self.dim]
+        if part.index.numel() and not bool(((part.index >= 0) & (part.index < size)).all()):
+            raise ValueError(
+                f"{self.state.name}: {self.state.rank} of {self.state.size} rows do not lie evenly in "
+                f"{distributed.shards(self.active)} shards: convert with row_blocks={distributed.shards(self.active)}, "
+                "or side='input'."
+            )
+
+    def _rows_are_sharded(self) -> bool:
+        return self.dim == -2 and self.index.dim() == 1 and distributed.is_sharded(self.active)
 
     def current_selection(self) -> Selection:
         """The rows in the slice now, on the CPU."""
@@ -274,8 +279,9 @@ class Slice(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
         # A plain checkpoint has no slice, and the one in a converted model's state dict may belong to another
         # index: the owner's weight decides, and optimizer.load_state_dict brings index and slice afterwards.
+        # (A slice on the meta device is being filled: accelerate's cpu_ram_efficient_loading.)
         key = prefix + "active"
-        stored = state_dict.pop(key, None)
+        stored = None if self.active.is_meta else state_dict.pop(key, None)
         try:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
         finally:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "grass_hf"
 FLOORS = {
     0: ["config", "_import_hook"],
     1: ["functional", "grouped", "rounding", "selection", "sharing", "distributed"],
-    2: ["slices", "experts", "modules", "targets", "convert"],
+    2: ["parts", "slices", "experts", "modules", "patterns", "targets", "convert"],
     3: ["guards", "reselect", "remap", "checkpoint", "controller", "optim", "report"],
     4: ["integrations"],
     5: ["cli", "bench", "__main__"],

@@ -75,7 +75,7 @@ def bench_speed(
     hidden: int = typer.Option(768, help="Its width; the feed-forward layer is 8/3 as wide.", min=64),
     batch: int = typer.Option(4, help="Sequences per step.", min=1),
     sequence: int = typer.Option(256, help="Tokens per sequence.", min=1),
-    rounds: int = typer.Option(15, help="Counted steps of every method, after two that are not.", min=1),
+    rounds: int = typer.Option(18, help="Counted steps of every method, after two that are not.", min=1),
     device: str = typer.Option("", help="cpu or cuda; empty takes cuda where there is one."),
     slow_dtypes: bool = typer.Option(False, help="Time a dtype even where this CPU has no fast matmul for it."),
     json: Path | None = JSON,

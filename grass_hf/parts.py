@@ -1,0 +1,89 @@
+"""What a slice remembers, and which part of it one rank holds.
+
+Under FSDP2 weight and slice are sharded on their first dimension. Where rows are selected, blocks of the slice choose
+among the rows of the weight's shard that the same rank holds (`selection.bounds`); where columns are selected, or each
+expert selects for itself, every choice is local anyway. So all that is done to a slice is done to a rank's own part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import distributed
+
+if TYPE_CHECKING:
+    from .slices import Slice
+
+
+@dataclass
+class SliceState:
+    """What one slice remembers between steps, beside its tensors; the controller keeps it.
+
+    Attributes:
+        name: qualified name of the layer (of the parameter, for experts), without wrappers' prefixes.
+        size: rows on the selected side.
+        rank: rows of the slice, r.
+        phase: the slice selects at steps phase, phase + K, phase + 2K, ...
+        leader: name under which it chooses rows; slices that share an index have the same.
+        blocks: parts of the side that choose rows for themselves.
+        owed: factor of weight decay that the rows outside the slice have not had yet.
+        trained: bool (size,) or (E, size), rows trained so far; on the CPU.
+        energy: squared gradient norm of the rows selected last and of all rows, at that observation.
+        reset_step: step at which the optimizer state was last dropped, None if never.
+    """
+
+    name: str
+    size: int
+    rank: int
+    phase: int = 0
+    leader: str = ""
+    blocks: int = 1
+    owed: float = 1.0
+    trained: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    energy: tuple[float, float] | None = None
+    reset_step: int | None = None
+
+
+@dataclass
+class Part:
+    """What one rank holds of a weight and its slice.
+
+    Attributes:
+        weight, active, index, rho, write: as `Slice`'s; rows are numbered within this rank's part.
+        place: distinguishes the parts' draws; empty without FSDP.
+        rows: the part's range of the slice's rows (or of the experts), None for all.
+    """
+
+    weight: Tensor
+    active: Tensor
+    index: Tensor
+    rho: Tensor | None
+    write: Tensor | None
+    place: str
+    rows: slice | None = None
+
+    def of(self, positions: Tensor) -> Tensor:
+        """This part of a vector over the slice's rows that holds positions in the slice, -1 for none."""
+        if self.rows is None:
+            return positions
+        own = positions[self.rows]
+        return own if own.dim() > 1 else torch.where(own >= 0, own - self.rows.start, own)
+
+
+def local_part(part: Slice) -> Part:
+    """This rank's part of the weight, the slice and what belongs to it; all of them without FSDP."""
+    weight, active = distributed.local(part.weight), distributed.local(part.active)
+    if not distributed.is_sharded(part.active):
+        return Part(weight, active, part.index, part.rho, part.write, "")
+    rows = slice(*distributed.shard_range(part.active))
+    place = f".{rows.start}"
+    if part.index.dim() == 1 and part.dim == -1:
+        return Part(weight, active, part.index, part.rho, part.write, place)
+    index, rho, write = (v if v is None else v[rows] for v in (part.index, part.rho, part.write))
+    if part.index.dim() == 1:
+        index = index - distributed.shard_range(part.weight)[0]
+    return Part(weight, active, index, rho, write, place, rows)
