@@ -1,15 +1,24 @@
-"""What a run must remember to resume bit for bit, as the entry ``"grass"`` of the optimizer's state dict.
+"""What a run must remember to resume bit for bit, inside the optimizer's own state dict.
 
-Tensors and plain types only, so that ``torch.load(weights_only=True)`` reads it. The model's own checkpoint stays
-plain: it holds the weights exactly as the next forward pass would use them.
+It travels with the state of each slice's parameter, as the tensors ``grass_*``, and in the parameter groups, as the
+JSON text ``grass``: tensors and plain types, so that ``torch.load(weights_only=True)`` reads it, and of a form that
+torch.distributed.checkpoint shards, gathers and redistributes like any optimizer state. The model's own checkpoint
+stays plain: it holds the weights exactly as the next forward pass would use them.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from .distributed import is_sharded, shard_range, shards, whole
+from .parts import local_part
+from .selection import aligned, strided
+from .slices import Slice
 
 if TYPE_CHECKING:
     from .controller import GrassController
@@ -17,90 +26,164 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEY = "grass"
-VERSION = 2
-_TENSORS = ("active", "index", "rho", "write")
+PREFIX = "grass_"
+VERSION = 3
 
 
 def add(state_dict: dict[str, Any], controller: GrassController) -> dict[str, Any]:
-    """Add the entry to an optimizer's state dict; its tensors are references, as the optimizer's own are."""
-    layers = {}
-    for layer in controller.slices:
-        state = layer.state
-        entry = {name: tensor.detach() for name in _TENSORS if (tensor := getattr(layer, name)) is not None}
-        entry.update(
-            side=layer.side,
-            owed=state.owed,
-            trained=state.trained,
-            energy=state.energy,
-            reset_step=state.reset_step,
-        )
-        layers[state.name] = entry
-    state_dict[KEY] = {
-        "version": VERSION,
-        "config": controller.config.to_dict(),
-        "step": controller.step,
-        "due": sorted(controller.due),
-        "layers": layers,
-    }
+    """Add what Grass remembers to an optimizer's state dict; its tensors are references, as the optimizer's own are."""
+    slices = {id(part.active): part for part in controller.slices}
+    state = dict(state_dict["state"])
+    for group, packed in zip(controller.optimizer.param_groups, state_dict["param_groups"], strict=True):
+        names = []
+        for param, key in zip(group["params"], packed["params"], strict=True):
+            if (part := slices.get(id(param))) is not None:
+                state[key] = {**state.get(key, {}), **_entry(part)}
+                names.append(part.state.name)
+        if names:
+            meta = {"version": VERSION, "config": controller.config.to_dict(), "step": controller.step}
+            packed[KEY] = json.dumps({**meta, "due": sorted(controller.due), "layers": names})
+    state_dict["state"] = state
     return state_dict
 
 
-def restore(state_dict: dict[str, Any], controller: GrassController) -> None:
-    """Put the entry back into the model and the controller, before the optimizer loads the rest.
+def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str, Any]:
+    """Put it back into the model and the controller, before the optimizer loads the rest.
+
+    Returns:
+        The state dict without it.
 
     Raises:
         ValueError: the state dict was not written by Grass, or by another shape of run. Nothing is changed then.
     """
-    entry = state_dict.get(KEY)
-    _check(entry, controller)
-    controller.step = entry["step"]
-    controller.due = set(entry["due"])
-    with torch.no_grad():
-        for layer in controller.slices:
-            saved, state = entry["layers"][layer.state.name], layer.state
-            for name in _TENSORS:
-                if name in saved:
-                    getattr(layer, name).copy_(saved[name])
-            state.owed = saved["owed"]
-            state.trained = saved["trained"].cpu().clone()
-            state.energy = saved["energy"] and tuple(saved["energy"])
-            state.reset_step = saved["reset_step"]
+    meta, entries = read(state_dict)
+    _check(meta, entries, controller)
+    controller.step = meta["step"]
+    controller.due = set(meta["due"])
+    unaligned = [part.state.name for part in controller.slices if not _restore_slice(part, entries[part.state.name])]
+    if unaligned:
+        logger.warning(
+            "the rows of %d slices do not lie evenly in this run's shards (%s, ...): they start from evenly strided "
+            "rows again, without their optimizer state. row_blocks=%d before saving keeps them.",
+            len(unaligned),
+            unaligned[0],
+            max(shards(part.active) for part in controller.slices),
+        )
     controller.look_ahead()
+    return _stripped(state_dict, set(unaligned))
 
 
-def _check(entry: Any, controller: GrassController) -> None:
-    if not isinstance(entry, dict):
+def read(state_dict: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, dict[str, Tensor]]]:
+    """What Grass wrote into a state dict: the common part, None if it wrote nothing, and the tensors by slice."""
+    meta, entries = None, {}
+    for group in state_dict["param_groups"]:
+        if KEY not in group:
+            continue
+        meta = json.loads(group[KEY])
+        slices = (state_dict["state"].get(key, {}) for key in group["params"])
+        own = [{k.removeprefix(PREFIX): v for k, v in s.items() if str(k).startswith(PREFIX)} for s in slices]
+        entries.update(zip(meta["layers"], own, strict=True))
+    return meta, entries
+
+
+def _stripped(state_dict: dict[str, Any], without_state: set[str]) -> dict[str, Any]:
+    state, groups = dict(state_dict["state"]), []
+    for group in state_dict["param_groups"]:
+        groups.append({k: v for k, v in group.items() if k != KEY})
+        names = json.loads(group[KEY])["layers"] if KEY in group else [None] * len(group["params"])
+        for name, key in zip(names, group["params"], strict=True):
+            rest = {k: v for k, v in state.pop(key, {}).items() if not str(k).startswith(PREFIX)}
+            if rest and name not in without_state:
+                state[key] = rest
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _entry(part: Slice) -> dict[str, Tensor]:
+    state, device = part.state, part.index.device
+    held, seen = state.energy or (-1.0, -1.0)  # no energy is negative
+    numbers = [state.owed, held, seen, -1.0 if state.reset_step is None else float(state.reset_step)]
+    entry = {
+        "active": part.active.detach(),
+        "index": part.index,
+        # on one device with the rest, which torch.distributed.checkpoint insists on
+        "trained": state.trained.to(device),
+        "numbers": torch.tensor(numbers, dtype=torch.float64, device=device),
+    }
+    if part.rho is not None:
+        entry.update(rho=part.rho, write=part.write)
+    return {PREFIX + key: value for key, value in entry.items()}
+
+
+@torch.no_grad()
+def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
+    """Whether the rows could be taken up; if not, evenly strided ones are."""
+    state = part.state
+    state.owed, held, seen, reset_step = whole(entry["numbers"]).tolist()
+    state.trained = whole(entry["trained"]).cpu().clone()
+    state.energy = None if held < 0 else (held, seen)
+    state.reset_step = None if reset_step < 0 else int(reset_step)
+    blocks = part.blocks()
+    index = whole(entry["index"])
+    if blocks > 1 and not aligned(index.cpu(), state.size, blocks):
+        part.index.copy_(strided(state.size, state.rank, blocks).index)
+        if part.rho is not None:
+            part.rho.fill_(1.0)
+            part.write.fill_(1.0)
+        state.reset_step = None
+        part.reload()
+        return False
+    part.index.copy_(index)
+    if part.rho is not None:
+        part.rho.copy_(whole(entry["rho"]))
+        part.write.copy_(whole(entry["write"]))
+    saved = entry["active"]
+    if is_sharded(part.active):
+        saved = saved.to_local() if is_sharded(saved) else saved[slice(*shard_range(part.active))]
+    local_part(part).active.copy_(whole(saved))
+    return True
+
+
+def _check(meta: dict[str, Any] | None, entries: dict[str, dict[str, Tensor]], controller: GrassController) -> None:
+    if meta is None:
         raise ValueError(
             "this optimizer state was not written by a Grass run, it has no 'grass' entry: resume from a checkpoint of "
             "one, or start anew from its weights alone (model_name_or_path)."
         )
-    if entry["version"] != VERSION:
+    if meta["version"] != VERSION:
         raise ValueError(
-            f"this optimizer state has Grass format {entry['version']}, and this grass-hf reads format {VERSION}: "
+            f"this optimizer state has Grass format {meta['version']}, and this grass-hf reads format {VERSION}: "
             "resume with the version that wrote it."
         )
-    layers = {layer.state.name: layer for layer in controller.slices}
-    saved = entry["layers"]
-    if saved.keys() != layers.keys():
-        name = sorted(saved.keys() ^ layers.keys())[0]
-        where = "the checkpoint and not in this run" if name in saved else "this run and not in the checkpoint"
+    slices = {part.state.name: part for part in controller.slices}
+    if entries.keys() != slices.keys():
+        name = sorted(entries.keys() ^ slices.keys())[0]
+        where = "the checkpoint and not in this run" if name in entries else "this run and not in the checkpoint"
         raise ValueError(f"{name} is a Grass layer in {where}: resume with the same target_modules, rank and model.")
-    for name, layer in layers.items():
-        if saved[name]["active"].shape != layer.active.shape or saved[name]["side"] != layer.side:
+    for name, part in slices.items():
+        if not {"active", "index", "trained", "numbers"} <= entries[name].keys():
             raise ValueError(
-                f"{name} has a slice of shape {tuple(layer.active.shape)} on side={layer.side!r}, the checkpoint one "
-                f"of {tuple(saved[name]['active'].shape)} on side={saved[name]['side']!r}: resume with the same rank "
-                "and side."
+                f"{name} has no rows in this optimizer state, which is incomplete: resume from another one."
             )
-        if ("rho" in saved[name]) != (layer.rho is not None):
+        shape = entries[name]["active"].shape
+        if shape != part.active.shape:
             raise ValueError(
-                f"{name}: the checkpoint was written with selection={entry['config']['selection']!r}, this run has "
+                f"{name} has a slice of shape {tuple(part.active.shape)} on side={part.side!r}, the checkpoint one of "
+                f"{tuple(shape)}: resume with the same rank and side."
+            )
+        if ("rho" in entries[name]) != (part.rho is not None):
+            raise ValueError(
+                f"{name}: the checkpoint was written with selection={meta['config']['selection']!r}, this run has "
                 f"{controller.config.selection!r}, and one of them weights its rows: resume with the same selection."
             )
     now = controller.config.to_dict()
-    changed = [key for key, value in entry["config"].items() if now.get(key) != value]
+    if meta["config"]["side"] != now["side"]:
+        raise ValueError(
+            f"the checkpoint has slices on side={meta['config']['side']!r}, this run on side={now['side']!r}: resume "
+            "with the same rank and side."
+        )
+    changed = [key for key, value in meta["config"].items() if now.get(key) != value]
     if changed:
         logger.warning(
             "resuming with other settings than the checkpoint's: %s",
-            ", ".join(f"{key}={now.get(key)!r} (was {entry['config'][key]!r})" for key in changed),
+            ", ".join(f"{key}={now.get(key)!r} (was {meta['config'][key]!r})" for key in changed),
         )

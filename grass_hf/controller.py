@@ -95,8 +95,7 @@ class GrassController:
 
         @functools.wraps(load)
         def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            checkpoint.restore(state_dict, self)
-            load({k: v for k, v in state_dict.items() if k != checkpoint.KEY}, *args, **kwargs)
+            load(checkpoint.restore(state_dict, self), *args, **kwargs)
 
         self.optimizer.load_state_dict = load_state_dict
 

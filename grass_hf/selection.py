@@ -103,6 +103,12 @@ def fits(size: int, rank: int, blocks: int) -> bool:
     return all(high - low >= last - first for (low, high), (first, last) in pairs)
 
 
+def aligned(index: Tensor, size: int, blocks: int) -> bool:
+    """Whether every block of a slice (r,) holds rows of its own block of the side."""
+    pairs = zip(bounds(size, blocks), bounds(index.numel(), blocks), strict=True)
+    return all(bool(((index[p:q] >= low) & (index[p:q] < high)).all()) for (low, high), (p, q) in pairs)
+
+
 def strided(size: int, rank: int, blocks: int = 1) -> Selection:
     """The evenly strided rows with which every layer starts: aligned with every even sharding of the side."""
     parts = []

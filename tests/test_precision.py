@@ -7,7 +7,7 @@ import torch
 from helpers import VOCABULARY, assert_same_weights, tiny_llama, trainer
 from torch import nn
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf import GrassConfig, checkpoint, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.convert import grass_slices
 from grass_hf.rounding import round_stochastically
 from grass_hf.selection import seeded
@@ -197,13 +197,13 @@ class Overflow:
 
     def everything(self):
         state = copy.deepcopy(self.optimizer.state_dict())
-        layers = state.pop("grass")
+        meta, entries = checkpoint.read(state)
         # the fused kernel makes its state, zero, even on a step it skips
-        moments = [v for s in state["state"].values() for v in s.values() if v.any()]
+        moments = [v for s in state["state"].values() for k, v in s.items() if v.any() and not k.startswith("grass_")]
         tensors = [*self.model.state_dict().values(), *moments]
-        for entry in layers["layers"].values():
+        for entry in entries.values():
             tensors += [entry["index"], entry["trained"]]
-        return [t.clone() for t in tensors if isinstance(t, torch.Tensor)], layers["step"], layers["due"]
+        return [t.clone() for t in tensors if isinstance(t, torch.Tensor)], meta["step"], meta["due"]
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -110,7 +110,7 @@ def test_bitsandbytes_8bit_base(tmp_path):
 
 
 PLAIN_LOAD = """
-import importlib.abc, sys, torch
+import importlib.abc, json, sys, torch
 class Never(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "grass_hf": raise ImportError("grass_hf must not be needed")
@@ -120,7 +120,7 @@ model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_i
 assert not info["missing_keys"] and not info["unexpected_keys"], info
 assert torch.load(sys.argv[1] + "/training_args.bin", weights_only=False).optim == "grass"
 state = torch.load(sys.argv[1] + "/optimizer.pt", weights_only=True)
-print("step", state["grass"]["step"], float(model.lm_head.weight.sum()))
+print("step", json.loads(state["param_groups"][-1]["grass"])["step"], float(model.lm_head.weight.sum()))
 """
 
 
@@ -215,10 +215,12 @@ def test_another_runs_optimizer_state_stops(tmp_path, checkpoint):
     )
     assert "same selection" in refused(tmp_path, checkpoint, "density=0.25,base=adamw_torch,selection=uniform")
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    entry = state.pop("grass")
+    texts = [group.pop("grass", None) for group in state["param_groups"]]
     torch.save(state, checkpoint / "optimizer.pt")
     assert "not written by a Grass run" in refused(tmp_path, checkpoint)
-    torch.save(state | {"grass": entry | {"version": 99}}, checkpoint / "optimizer.pt")
+    for group, text in zip(state["param_groups"], texts, strict=True):
+        group.update({"grass": json.dumps(json.loads(text) | {"version": 99})} if text else {})
+    torch.save(state, checkpoint / "optimizer.pt")
     assert "format 99" in refused(tmp_path, checkpoint)
 
 
