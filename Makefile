@@ -10,7 +10,7 @@ OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_prec
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-oldest support-table quality bench-speed docs clean
+.PHONY: help venv demo test test-slow test-dist test-oldest support-table quality bench-speed docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ demo: $(VENV)/.stamp-demo ## Train a small LLaMA with Grass on the SOTU speeches
 	$(BIN)/grass-hf run examples/pretrain_sotu.py $(RECIPE)
 
 test: $(VENV)/.stamp-dev ## Run the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not dist"
 
 test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## Run the slow tests: a real model, compilers, more model types
 	$(BIN)/python -m pytest -m slow
@@ -39,10 +39,13 @@ $(VENV)/.stamp-smollm2: constraints/dev.txt | $(VENV)/.stamp-dev
 	$(PIP) chitchat-dataset gguf
 	@touch $@
 
+test-dist: $(VENV)/.stamp-dev ## Run the distributed tests with up to eight processes
+	$(BIN)/python -m pytest -m dist
+
 test-oldest: ## Run the tests of the method on the oldest supported versions (.venv-oldest; large downloads)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet -c constraints/oldest.txt -e . pytest
-	cd tests && ../.venv-oldest/bin/python -m pytest -m "not slow" $(OLDEST)
+	cd tests && ../.venv-oldest/bin/python -m pytest -m "not slow and not dist" $(OLDEST)
 
 support-table: $(VENV)/.stamp-dev ## Try every model of the matrix and write docs/support.md
 	$(BIN)/python scripts/support_table.py

@@ -82,9 +82,8 @@ class GrassController:
         # Norms observed belong to the gradients: a step whose gradients are dropped must not leave its norms behind.
         original = self.optimizer.zero_grad
 
-        @functools.wraps(original)
-        def zero_grad(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-            original(*args, **kwargs)
+        def zero_grad(_: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+            original(set_to_none=set_to_none)  # accelerate looks for this argument's name
             self.forget_norms()
 
         self.optimizer.zero_grad = types.MethodType(zero_grad, self.optimizer)

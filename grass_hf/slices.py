@@ -24,7 +24,7 @@ from .functional import accumulation_dtype, along_slice, put_rows, selected_dim,
 from .grouped import grouped_linear
 from .parts import SliceState, local_part
 from .rounding import loses_digits, round_stochastically
-from .selection import Selection, seeded, strided
+from .selection import Selection, aligned, seeded, strided
 from .sharing import SharedColumns
 
 # Rows of a weight that are converted to float32 at a time, to multiply decay into a half-precision weight.
@@ -253,15 +253,13 @@ class Slice(nn.Module):
         """Check that every rank's part of the slice holds rows of its own part of the weight.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it does not; every rank finds the same.
         """
-        part = local_part(self)
-        size = part.weight.shape[self.dim]
-        if part.index.numel() and not bool(((part.index >= 0) & (part.index < size)).all()):
+        count = distributed.shards(self.active) if self._rows_are_sharded() else 1
+        if count > 1 and not aligned(self.index.cpu(), self.state.size, count):
             raise ValueError(
-                f"{self.state.name}: {self.state.rank} of {self.state.size} rows do not lie evenly in "
-                f"{distributed.shards(self.active)} shards: convert with row_blocks={distributed.shards(self.active)}, "
-                "or side='input'."
+                f"{self.state.name}: its {self.state.rank} of {self.state.size} rows do not lie in the {count} shards "
+                f"that hold them: convert with row_blocks={count} and a rank that {count} divides, or side='input'."
             )
 
     def _rows_are_sharded(self) -> bool:

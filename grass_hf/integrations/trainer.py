@@ -12,7 +12,6 @@ import pickle
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from rich.console import Console
 from torch import nn
@@ -24,6 +23,7 @@ from ..controller import GROUP_KEY
 from ..convert import convert_to_grass, is_converted
 from ..optim import attach, grass_optimizer
 from ..report import render, start_report
+from .accelerate import adapt_to_engine, engine_kind, fsdp_version
 from .base import base_class_and_kwargs, default_base, driven
 from .registration import NAME
 
@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 _ENGINES = {
     DistributedType.NO,
+    DistributedType.FSDP,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_XPU,
@@ -201,22 +202,26 @@ def _parse(args):
 
 def _convert(model: nn.Module, config: GrassConfig, args) -> None:
     """Convert once: the Trainer asks when it is made, and again for a model that `model_init` rebuilt."""
+    _refuse_engine(args, config)
+    config = adapt_to_engine(config, model)
     if is_converted(model):
         if model.grass.config != config:
             raise ValueError(
                 f"the model is converted with {model.grass.config}, and now {config} is asked for: keep one."
             )
         return
-    _refuse_engine(args, config)
     convert_to_grass(model, config)
 
 
 def _refuse_engine(args, config: GrassConfig) -> None:
-    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
+    kind = engine_kind()
     if args.deepspeed or kind == DistributedType.DEEPSPEED:
         engine = "DeepSpeed"
-    elif args.fsdp or kind == DistributedType.FSDP:
-        engine = "FSDP"
+    elif kind == DistributedType.FSDP and fsdp_version() != 2:
+        raise ValueError(
+            "grass-hf does not run under FSDP1, which flattens parameters: use FSDP2 (fsdp_version: 2 in the "
+            "accelerate config), or DDP."
+        )
     elif kind not in _ENGINES:
         engine = str(kind.value)
     elif args.n_gpu > 1:
@@ -227,7 +232,7 @@ def _refuse_engine(args, config: GrassConfig) -> None:
     else:
         engine = None
     if engine:
-        raise ValueError(f"grass-hf does not run under {engine} yet: use DDP (accelerate launch --multi_gpu).")
+        raise ValueError(f"grass-hf does not run under {engine} yet: use DDP (accelerate launch --multi_gpu) or FSDP2.")
     if config.stagger and args.torch_compile:
         raise ValueError(
             "stagger=True with torch_compile=True would compile one graph per layer that observes: use stagger=False."

@@ -1,0 +1,50 @@
+"""What the engine that Accelerate runs asks of the settings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers.utils import logging
+
+from ..config import GrassConfig
+from ..distributed import world_size
+
+logger = logging.get_logger(__name__)
+
+
+def engine_kind() -> DistributedType:
+    """The engine of this process; `DistributedType.NO` before Accelerate has been set up."""
+    return AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
+
+
+def fsdp_version() -> int:
+    """1 or 2, 0 without FSDP."""
+    plugin = getattr(AcceleratorState(), "fsdp_plugin", None) if AcceleratorState._shared_state else None
+    return 0 if plugin is None else int(plugin.fsdp_version)
+
+
+def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:
+    """The settings as the engine needs them, which are the given ones but under FSDP2.
+
+    There every rank trains rows of its own shard, so rows are chosen by as many blocks as there are ranks; and the
+    trainable parameters of one shard must have one dtype, so without mixed precision half-precision weights get
+    slices of their own dtype.
+    """
+    if fsdp_version() != 2:
+        return config
+    if config.row_blocks % world_size():
+        config = dataclasses.replace(config, row_blocks=world_size())
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    half = dtypes & {torch.bfloat16, torch.float16}
+    if config.slice_dtype is None and half and AcceleratorState().mixed_precision == "no":
+        name = str(half.pop()).removeprefix("torch.")
+        logger.warning_once(
+            f"FSDP2 wants trainable parameters of one dtype, so slices are {name} like the weights, and updates below "
+            "half a unit in their last place are lost: load the model in float32 with mixed_precision: bf16 instead."
+        )
+        config = dataclasses.replace(config, slice_dtype=name)
+    return config

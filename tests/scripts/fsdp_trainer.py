@@ -1,0 +1,34 @@
+"""A Trainer with Grass under whatever engine launched it: prints its losses. fsdp_trainer.py SETTINGS [CHECKPOINT]"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import torch.distributed as dist
+from helpers import trainer
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+import grass_hf  # noqa: F401
+from grass_hf.convert import grass_slices
+
+
+class Look(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        parts = list(grass_slices(model))
+        if parts and all(isinstance(part.active, DTensor) and isinstance(part.weight, DTensor) for part in parts):
+            print(f"sharded over {parts[0].active.device_mesh.size()}", flush=True)
+
+
+settings = json.loads(sys.argv[1])
+folder = settings.pop("output_dir")
+defaults = {"use_cpu": False, "save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+job = trainer(
+    folder, trainer_options={"callbacks": [Look()]}, **{**defaults, "per_device_train_batch_size": 2, **settings}
+)
+job.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
+assert job.args.world_size == dist.get_world_size() > 1
+if job.is_world_process_zero():
+    print("losses", json.dumps([entry["loss"] for entry in job.state.log_history if "loss" in entry]))
