@@ -317,16 +317,16 @@ def test_an_optimizer_that_does_not_drive_the_slices_stops(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"fsdp": "full_shard"}, "FSDP"),
+        ({"deepspeed": "zero3.json"}, "DeepSpeed yet: use DDP"),
         ({"torch_compile": True, "optim_args": "rank=8,stagger=true"}, "stagger=False"),
     ],
 )
 def test_engines_that_cannot_work_are_refused(tmp_path, options, words, monkeypatch):
     from grass_hf.integrations.trainer import FollowTraining
 
-    if "fsdp" in options:
+    if "deepspeed" in options:
         args = arguments(tmp_path)
-        args.fsdp = ["full_shard"]
+        args.deepspeed = options["deepspeed"]  # as if it were installed
     else:
         args = arguments(tmp_path, **options)
     model = tiny_llama()
