@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from . import checkpoint, guards, reselect, selection
-from .convert import grass_slices
-from .distributed import local
+from .convert import describe, grass_slices
+from .distributed import check_agreement, local
 from .remap import carry_rows
 from .slices import Slice
 
@@ -140,6 +140,7 @@ class GrassController:
         if not self._has_stepped:
             held = {id(part.active) for part in layers}
             params = (p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in held)
+            check_agreement("the first step", f"step={self.step}; {describe(self.model)}")
             guards.check_reached(layers, params, self.step)
             for part in layers:
                 part.check_alignment()

@@ -116,6 +116,13 @@ def grass_slices(model: nn.Module) -> Iterator[Slice]:
     return (module for module in model.modules() if isinstance(module, Slice))
 
 
+def describe(model: nn.Module) -> str:
+    """Settings and slices of a converted model in one line, equal on ranks that can train together."""
+    settings = [f"{key}={value}" for key, value in model.grass.config.to_dict().items()]
+    slices = [f"{p.state.name} {tuple(p.active.shape)} of {tuple(p.weight.shape)}" for p in grass_slices(model)]
+    return "; ".join([*settings, *slices])
+
+
 def _slice_keys(model: nn.Module) -> list[str]:
     # by every name: one module may be registered in several places (T5's embedding)
     modules = model.named_modules(remove_duplicate=False)

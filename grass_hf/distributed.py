@@ -7,12 +7,18 @@ norms are all that ever travels.
 
 from __future__ import annotations
 
+import itertools
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from .selection import bounds
+
+# How long a rank waits for the others before it says that they are missing.
+AGREEMENT_SECONDS = 45.0
 
 
 def world_size() -> int:
@@ -32,6 +38,45 @@ def sum_over_ranks(vectors: list[Tensor]) -> list[Tensor]:
     dist.all_reduce(flat)
     parts = flat.split([v.numel() for v in vectors])
     return [part.view_as(v) for part, v in zip(parts, vectors, strict=True)]
+
+
+def check_agreement(what: str, digest: str, timeout: float = AGREEMENT_SECONDS) -> None:
+    """Check that every rank says the same, through the process group's store and not by a collective, which would hang
+    where a rank does not join.
+
+    Args:
+        what: names the check; every rank makes it once.
+        digest: what this rank says.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        RuntimeError: a rank says something else, or nothing; on every rank that takes part.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"grass/{what}/{dist.get_rank()}", digest)
+    for rank in range(ranks):
+        try:
+            store.wait([f"grass/{what}/{rank}"], timedelta(seconds=timeout))
+        except (RuntimeError, dist.DistStoreError) as error:
+            raise RuntimeError(
+                f"rank {rank} of {ranks} has not begun {what} with Grass within {timeout:.0f} s: start every rank with "
+                "the same command, optimizer and model."
+            ) from error
+        other = store.get(f"grass/{what}/{rank}").decode()
+        if other != digest:
+            raise RuntimeError(
+                f"rank {dist.get_rank()} and rank {rank} disagree on {what} with Grass: {_difference(digest, other)}. "
+                "Start every rank with the same settings and model."
+            )
+
+
+def _difference(ours: str, theirs: str) -> str:
+    pairs = itertools.zip_longest(ours.split("; "), theirs.split("; "), fillvalue="nothing")
+    mine, other = next((a, b) for a, b in pairs if a != b)
+    return f"{mine!r} here, {other!r} there"
 
 
 def is_sharded(tensor: Tensor) -> bool:

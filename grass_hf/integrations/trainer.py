@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from ..config import GrassConfig, parse_optim_args
 from ..controller import GROUP_KEY
-from ..convert import convert_to_grass, is_converted
+from ..convert import convert_to_grass, describe, is_converted
+from ..distributed import check_agreement
 from ..optim import attach, grass_optimizer
 from ..report import render, start_report
 from .accelerate import adapt_to_engine, engine_kind, fsdp_version
@@ -211,6 +212,8 @@ def _convert(model: nn.Module, config: GrassConfig, args) -> None:
             )
         return
     convert_to_grass(model, config)
+    # before DDP or FSDP compare parameters in their own words, or wait for each other
+    check_agreement("conversion", describe(model))
 
 
 def _refuse_engine(args, config: GrassConfig) -> None:
