@@ -25,6 +25,7 @@ SELECTIONS = (
     "uniform",
     "uniform_nr",
 )
+SCORES = ("batch", "sequence")
 SIDES = ("output", "input", "auto")
 STATE_POLICIES = ("carry", "reset", "reset_warmup")
 DECAYS = ("all", "active")
@@ -45,6 +46,9 @@ class GrassConfig:
             With neither, 0.25 (the paper's r = d/4).
         update_interval: optimizer steps K between two selections of rows; the paper uses 200.
         selection: how rows are chosen from the row norms of the gradient, see `grass_hf.selection`.
+        score_by: what the norms are of. "batch": the gradient of what one backward pass sees, as in the paper.
+            "sequence": every sequence's own gradient, and their squares are added up, so that the rows do not depend
+            on how a batch is split into micro-batches and ranks (experts score by batch).
         side: "output" selects rows of the weight (the paper), "input" columns, "auto" the longer side, which
             gives the smallest slice for a given `rank` (a square matrix takes "output").
         share_index: with side "input", let layers that read the same input (q, k and v; gate and up) select the same
@@ -75,6 +79,7 @@ class GrassConfig:
     density: float | None = None
     update_interval: int = 200
     selection: str = "top_r"
+    score_by: str = "batch"
     side: str = "output"
     share_index: bool = True
     scale: float = 1.0
@@ -123,6 +128,7 @@ class GrassConfig:
             raise ValueError(f"seed={self.seed} is negative: give 0 or a positive integer.")
         _check_choice("selection", self.selection, SELECTIONS)
         _check_choice("side", self.side, SIDES)
+        _check_choice("score_by", self.score_by, SCORES)
         _check_choice("state_policy", self.state_policy, STATE_POLICIES)
         _check_choice("decay", self.decay, DECAYS)
         _check_choice("rounding", self.rounding, ROUNDINGS)

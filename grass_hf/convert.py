@@ -77,6 +77,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
             leader=target.leader,
             columns=columns.get(target.leader),
             blocks=target.blocks,
+            by_sequence=config.score_by == "sequence",
         )
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     # transformers drops these keys in save_pretrained, which keeps its checkpoints plain

@@ -8,6 +8,7 @@ norms are all that ever travels.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from datetime import timedelta
 
 import torch
@@ -19,6 +20,7 @@ from .selection import bounds
 
 # How long a rank waits for the others before it says that they are missing.
 AGREEMENT_SECONDS = 45.0
+_checks: Counter[str] = Counter()
 
 
 def world_size() -> int:
@@ -45,7 +47,7 @@ def check_agreement(what: str, digest: str, timeout: float = AGREEMENT_SECONDS) 
     where a rank does not join.
 
     Args:
-        what: names the check; every rank makes it once.
+        what: names the check; every rank makes it equally often.
         digest: what this rank says.
         timeout: seconds to wait for the others.
 
@@ -56,16 +58,18 @@ def check_agreement(what: str, digest: str, timeout: float = AGREEMENT_SECONDS) 
     if ranks == 1:
         return
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"grass/{what}/{dist.get_rank()}", digest)
+    _checks[what] += 1
+    key = f"grass/{what}/{_checks[what]}"
+    store.set(f"{key}/{dist.get_rank()}", digest)
     for rank in range(ranks):
         try:
-            store.wait([f"grass/{what}/{rank}"], timedelta(seconds=timeout))
+            store.wait([f"{key}/{rank}"], timedelta(seconds=timeout))
         except (RuntimeError, dist.DistStoreError) as error:
             raise RuntimeError(
                 f"rank {rank} of {ranks} has not begun {what} with Grass within {timeout:.0f} s: start every rank with "
                 "the same command, optimizer and model."
             ) from error
-        other = store.get(f"grass/{what}/{rank}").decode()
+        other = store.get(f"{key}/{rank}").decode()
         if other != digest:
             raise RuntimeError(
                 f"rank {dist.get_rank()} and rank {rank} disagree on {what} with Grass: {_difference(digest, other)}. "

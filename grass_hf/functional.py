@@ -20,6 +20,7 @@ one call per step, otherwise the second moment of the micro-batch gradients (doc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def tap(
     transposed: bool = False,
     multiplier: Tensor | None = None,
     norms: Tensor | None = None,
+    by_sequence: bool = False,
     columns: Tensor | None = None,
 ) -> Tensor:
     """Return `y` unchanged and, in backward, give `active` the gradient of the selected rows or columns.
@@ -54,11 +56,13 @@ def tap(
         multiplier: rho, (r,), multiplies the rows (columns) of the slice's gradient; None means 1.
         norms: leaf of shape (m,) for "output", (n,) for "input", which receives the squared norms of the rows
             (columns) of the full gradient as its gradient; None when no observation is due.
+        by_sequence: sum the squared norms of every sequence's own gradient, for ``x`` of (B, T, n), instead of the
+            norms of the gradient of all of them: a sum that does not depend on how a batch is split up.
         columns: ``x[..., index]`` in the dtype of `y` for side "input", if it has been gathered already.
 
     Source: Grass, section 3 and Algorithm 1; see the module's docstring.
     """
-    return _Tap.apply(y, x, active, index, multiplier, norms, columns, side, transposed)
+    return _Tap.apply(y, x, active, index, multiplier, norms, columns, side, transposed, by_sequence)
 
 
 def embedding_tap(
@@ -70,6 +74,7 @@ def embedding_tap(
     padding_idx: int | None = None,
     multiplier: Tensor | None = None,
     norms: Tensor | None = None,
+    by_sequence: bool = False,
 ) -> Tensor:
     """Return the looked-up rows `y` unchanged and, in backward, give `active` the gradient of the selected columns.
 
@@ -79,10 +84,10 @@ def embedding_tap(
         active: the active slice, (V, r).
         index: int64 (r,), the selected columns of the table.
         padding_idx: row that takes no gradient, as in `torch.nn.Embedding`.
-        multiplier, norms: as for `tap`; `norms` is of shape (d,).
+        multiplier, norms, by_sequence: as for `tap`; `norms` is of shape (d,).
     """
     padding = -1 if padding_idx is None else padding_idx
-    return _EmbeddingTap.apply(y, ids, active, index, multiplier, norms, padding)
+    return _EmbeddingTap.apply(y, ids, active, index, multiplier, norms, padding, by_sequence)
 
 
 def squared_norms(a: Tensor, b: Tensor, block: int = NORM_BLOCK) -> Tensor:
@@ -158,8 +163,9 @@ class _Tap(torch.autograd.Function):
         columns: Tensor | None,
         side: str,
         transposed: bool,
+        by_sequence: bool,
     ) -> Tensor:
-        ctx.side, ctx.transposed = side, transposed
+        ctx.side, ctx.transposed, ctx.by_sequence = side, transposed, by_sequence
         ctx.observe = norms is not None
         ctx.active_dtype = active.dtype
         if side == "input" and not ctx.observe:
@@ -178,11 +184,11 @@ class _Tap(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.side == "output":
                 if ctx.observe:
-                    norms2 = squared_norms(dy2, x2)
+                    norms2 = _observed(squared_norms, dy, x.to(dy.dtype), ctx.by_sequence)
                 left, right = dy2.index_select(1, index), x2
             else:
                 if ctx.observe:
-                    norms2 = squared_norms(x2, dy2)
+                    norms2 = _observed(squared_norms, x.to(dy.dtype), dy, ctx.by_sequence)
                     x2 = x2.index_select(1, index)
                 left, right = dy2, x2
             if ctx.transposed:
@@ -190,7 +196,13 @@ class _Tap(torch.autograd.Function):
             grad = torch.mm(left.t(), right).to(ctx.active_dtype)
             if multiplier is not None:
                 grad = grad * along_slice(multiplier.to(grad.dtype), selected_dim(ctx.side, ctx.transposed))
-        return dy, None, grad, None, None, norms2, None, None, None
+        return dy, None, grad, None, None, norms2, None, None, None, None
+
+
+def _observed(norms: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, by_sequence: bool) -> Tensor:
+    """`norms` of all tokens at once, or summed over the sequences."""
+    parts = zip(a, b, strict=True) if by_sequence and a.dim() > 2 else [(a, b)]
+    return sum(norms(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])) for x, y in parts)
 
 
 class _EmbeddingTap(torch.autograd.Function):
@@ -204,8 +216,9 @@ class _EmbeddingTap(torch.autograd.Function):
         multiplier: Tensor | None,
         norms: Tensor | None,
         padding: int,
+        by_sequence: bool,
     ) -> Tensor:
-        ctx.observe = norms is not None
+        ctx.observe, ctx.by_sequence = norms is not None, by_sequence
         ctx.rows, ctx.active_dtype, ctx.padding = active.shape[0], active.dtype, padding
         ctx.save_for_backward(ids, index, multiplier)
         return alias(y)
@@ -214,11 +227,18 @@ class _EmbeddingTap(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):
         ids, index, multiplier = ctx.saved_tensors
         dy2, ids = dy.reshape(-1, dy.shape[-1]), ids.reshape(-1)
-        norms2 = embedding_squared_norms(dy2, ids, ctx.padding) if ctx.observe else None
+        norms2 = None
+        if ctx.observe:
+            sequences = ctx.by_sequence and dy.dim() > 2
+            pairs = zip(dy, ids.view(dy.shape[:-1]), strict=True) if sequences else [(dy2, ids)]
+            norms2 = sum(
+                embedding_squared_norms(rows.reshape(-1, rows.shape[-1]), own.reshape(-1), ctx.padding)
+                for rows, own in pairs
+            )
         grad = _sum_rows(dy2.index_select(1, index), ids, ctx.rows, ctx.padding).to(ctx.active_dtype)
         if multiplier is not None:
             grad = grad * multiplier.to(grad.dtype)
-        return dy, None, grad, None, None, norms2, None
+        return dy, None, grad, None, None, norms2, None, None
 
 
 def selected_dim(side: str, transposed: bool) -> int:

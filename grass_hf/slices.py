@@ -47,6 +47,7 @@ class Slice(nn.Module):
         leader: name under which it chooses rows, None for its own.
         columns: what slices with the same leader keep for backward together.
         blocks: parts of the side that choose rows for themselves.
+        by_sequence: what norms are of, see `functional.tap`.
 
     Attributes:
         active: Parameter, (..., r, n) for side "output", (..., m, r) for "input", or transposed as the weight is.
@@ -75,6 +76,7 @@ class Slice(nn.Module):
         leader: str | None = None,
         columns: SharedColumns | None = None,
         blocks: int = 1,
+        by_sequence: bool = False,
     ):
         super().__init__()
         # not registered: the owner is the parent
@@ -97,6 +99,7 @@ class Slice(nn.Module):
         self.norms: Tensor | None = None
         trained = torch.zeros(*batch, size, dtype=torch.bool)
         self.columns = columns
+        self.by_sequence = by_sequence
         self.state = SliceState(name, size, rank, phase, leader or name, blocks, trained=trained)
 
     @property
@@ -122,13 +125,15 @@ class Slice(nn.Module):
 
     def grouped_linear(self, x: Tensor, tokens: list[int]) -> Tensor:
         """`grouped.grouped_linear` with this weight of experts."""
+        extras = self._extras()
+        extras.pop("by_sequence")  # tokens come sorted by expert, their sequences are not known any more
         placed = {"side": self.side, "transposed": self.transposed}
-        return grouped_linear(x, self.weight, tokens, self.active, self.index, **placed, **self._extras())
+        return grouped_linear(x, self.weight, tokens, self.active, self.index, **placed, **extras)
 
-    def _extras(self) -> dict[str, Tensor | None]:
+    def _extras(self) -> dict[str, Tensor | bool | None]:
         if not torch.compiler.is_compiling():
             self.drop_stale_norms()
-        return {"multiplier": self.rho, "norms": self.norms}
+        return {"multiplier": self.rho, "norms": self.norms, "by_sequence": self.by_sequence}
 
     def observe(self) -> None:
         """Collect squared gradient norms during the coming backward passes, until `end_observation`."""

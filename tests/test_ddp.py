@@ -1,0 +1,51 @@
+"""DDP: a batch of eight on one rank, on two and on eight, is the same run with the same rows."""
+
+import json
+
+import pytest
+import torch
+from launch import torchrun
+
+SETTINGS = {
+    "plain": {},
+    "columns": {"side": "input"},
+    "all_matrices": {"target_modules": "all-matrices"},
+    "drawn": {"selection": "multinomial_norm"},
+    "clipped": {"clip": 0.5},
+    "bfloat16": {"bfloat16": True},
+    "checkpointing": {"checkpointing": True},
+}
+
+
+def outcome(tmp_path, ranks, options):
+    file = tmp_path / f"{ranks}.pt"
+    done = torchrun(ranks, "split_batch.py", str(file), json.dumps({"score_by": "sequence", **options}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(file)
+    assert found["ranks"] == ranks
+    return found
+
+
+def assert_same(ours, theirs, atol=1e-5):
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=atol)
+    for mine, other in zip(ours["chosen"], theirs["chosen"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+@pytest.mark.parametrize("name", ["plain", "all_matrices", "clipped"])
+def test_two_ranks_are_one(tmp_path, name):
+    one = outcome(tmp_path, 1, SETTINGS[name])
+    assert_same(outcome(tmp_path, 2, SETTINGS[name]), one)
+    assert any(not torch.equal(a, b) for a, b in zip(one["chosen"][0], one["chosen"][-1], strict=True))
+
+
+def test_two_ranks_with_accumulation_are_one_without(tmp_path):
+    assert_same(outcome(tmp_path, 2, {"accumulate": 2}), outcome(tmp_path, 1, {}))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", SETTINGS)
+def test_eight_ranks_are_one(tmp_path, name):
+    one = outcome(tmp_path, 1, SETTINGS[name])
+    # bfloat16 rounds other sums in other places
+    assert_same(outcome(tmp_path, 8, SETTINGS[name]), one, atol=5e-3 if name == "bfloat16" else 2e-5)
