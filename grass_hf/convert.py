@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .config import GrassConfig
+from .distributed import is_sharded
 from .modules import GrassModule, attach_slice, detach_slices
 from .rounding import loses_digits
 from .selection import with_replacement
@@ -92,10 +93,15 @@ def restore_model(model: nn.Module) -> nn.Module:
     Weight decay still owed to rows is multiplied in, slices are written back, weights are trainable again.
 
     Raises:
-        ValueError: the model is not converted.
+        ValueError: the model is not converted, or it is sharded.
     """
     if not is_converted(model):
         raise ValueError(f"{type(model).__name__} holds no Grass slices: convert_to_grass(model, config) makes them.")
+    if any(is_sharded(part.active) for part in grass_slices(model)):
+        raise ValueError(
+            f"{type(model).__name__} is sharded, and its modules cannot be put back in place: save it "
+            "(save_pretrained, get_model_state_dict) and load the checkpoint, which is plain."
+        )
     for part in list(grass_slices(model)):
         part.settle_decay()
         part.write_back()

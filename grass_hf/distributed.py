@@ -14,9 +14,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from .selection import bounds
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, Shard
+else:  # a torch that was built without: nothing is ever sharded
+
+    class DTensor: ...
+
 
 # How long a rank waits for the others before it says that they are missing.
 AGREEMENT_SECONDS = 45.0

@@ -28,6 +28,7 @@ CASES = [
     "goes_on_on_one_rank_and_comes_back",
     "rows_that_do_not_fit_the_shards_start_anew",
     "unaligned_rows_stop_with_a_sentence",
+    "a_sharded_model_is_not_put_back",
 ]
 CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 

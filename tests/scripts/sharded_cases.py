@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.convert import grass_slices
 
 SETTINGS = {"density": 0.25, "update_interval": 3}
@@ -342,6 +342,16 @@ def rows_that_do_not_fit_the_shards_start_anew():
         held = part.weight.full_tensor()[part.index]
         assert torch.equal(held, part.active.full_tensor())
     assert train(model, optimizer, range(2, 5))[-1] < 4.2
+
+
+def a_sharded_model_is_not_put_back():
+    model, _, _ = prepare(True)
+    try:
+        restore_model(model)
+    except ValueError as error:
+        assert "is sharded" in str(error)
+    else:
+        raise AssertionError("put back")
 
 
 def hybrid_sharding():
