@@ -200,15 +200,19 @@ class Simulation:
 
     def _make_state(self) -> None:
         """Let the optimizer make its state, by a step that no backward pass is needed for."""
+        self._observe_nothing()
         for param in self._trainable():
             param.grad = torch.zeros_like(param)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._observe_nothing()
+        self._mark_state()
+
+    def _observe_nothing(self) -> None:
         if (controller := getattr(self.optimizer, "grass", None)) is not None:
             controller.due.clear()
             for part in controller.slices:
                 part.norms = None
-        self._mark_state()
 
     def _let_observe(self) -> None:
         """Go to a step at which slices are due: with staggered ones, the step with most bytes of weights due."""
@@ -219,6 +223,20 @@ class Simulation:
         controller.step = controller.config.update_interval + due.most_common(1)[0][0]
         controller.due.clear()
         controller.look_ahead()
+        self._settle_one_of_each()
+
+    def _settle_one_of_each(self) -> None:
+        """Multiply owed decay into one weight of each shape and dtype only.
+
+        It takes thousands of small operations, nine tenths of the time of a simulation, and leaves nothing behind:
+        what lives meanwhile is the same for every weight of a shape.
+        """
+        seen = set()
+        for part in self.optimizer.grass.slices:
+            kind = (part.weight.shape, part.weight.dtype, part.active.dtype)
+            if kind in seen:
+                part.settle_decay = lambda seed=None: None
+            seen.add(kind)
 
     def _step(self) -> Breakdown:
         # cycles that wait for the collector would be counted or not by chance

@@ -3,7 +3,7 @@
     grass      the slices of the targets, and the ordinary parameters
     adamw      everything
     frozen     everything but the targets: the limit that Grass approaches at small ranks
-    lora       PEFT's adapters of the targets, of the same rank; nothing else
+    lora       PEFT's adapters of the targets, of the same rank and in the dtype of slices; nothing else
     adamw8bit  everything, with the state of bitsandbytes' AdamW8bit
     galore     everything; of each target the state is computed: 2 r max(m, n) for the moments, r min(m, n) for the
                projector, in the weight's dtype (arXiv 2403.03507, Table 1; galore_torch's "std" projection)
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .config import GrassConfig, unknown_key
 from .convert import convert_to_grass, slice_dtype
@@ -97,11 +98,16 @@ def _with_adapters(model: nn.Module, config: GrassConfig) -> nn.Module:
         if target.parameter != "weight":
             raise ValueError(f"method='lora' has no adapters for {target.name}, a tensor of experts: leave it out.")
     ranks = {target.name: target.rank for target in targets}
-    # dtype of the adapters as of the slices: float32 over half-precision weights, unless slice_dtype says otherwise
-    weight = targets[0].module.weight.dtype
-    upcast = slice_dtype(weight, config) != weight
     settings = LoraConfig(r=max(ranks.values()), target_modules=list(ranks), rank_pattern=ranks)
-    return get_peft_model(model, settings, autocast_adapter_dtype=upcast)
+    # PEFT casts adapters by swapping tensors, which fake ones refuse: they are made without memory and filled here
+    dtype = slice_dtype(targets[0].module.weight.dtype, config)
+    with unset_fake_temporarily():
+        model = get_peft_model(model, settings, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None and param.device.type == "meta":
+                module._parameters[name] = nn.Parameter(torch.zeros(param.shape, dtype=dtype))
+    return model
 
 
 def _low_rank_state(method: str, param: nn.Parameter, target: Target | None) -> list[torch.Size]:
