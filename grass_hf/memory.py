@@ -11,9 +11,12 @@ allocate inside themselves, and the driver's context.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -110,7 +113,7 @@ def estimate_memory(
         with mode:
             model = _fake_model(model_or_factory, mode, dtype)
             loss = loss or causal_loss(model, batch, sequence)
-            with LiveBytes(vocabulary_of(model)) as live:
+            with _as_in_training(), LiveBytes(vocabulary_of(model)) as live:
                 simulated = Simulation(live, model, loss, gradient_checkpointing)
                 step, observing = simulated.run(method, config, optimizer, optimizer_args)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -119,6 +122,20 @@ def estimate_memory(
             "have: its memory cannot be estimated."
         ) from error
     return MemoryEstimate(method, step, observing, method in COMPUTED)
+
+
+@contextmanager
+def _as_in_training() -> Iterator[None]:
+    """Let transformers not take fake tensors for the capture of a graph.
+
+    It then builds attention masks, and repeats keys and values for them, that training on unpadded sequences skips.
+    """
+    home = sys.modules.get("transformers.utils.import_utils")
+    if hasattr(home, "is_fake_tensor"):
+        with mock.patch.object(home, "is_fake_tensor", lambda _: False):
+            yield
+    else:
+        yield
 
 
 def _fake_model(
