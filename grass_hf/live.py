@@ -79,6 +79,7 @@ class LiveBytes(TorchDispatchMode):
         """Forget what is dead, and look for a new peak."""
         self._history = list(self._live.values())
         self.peak, self._peak_at = self.bytes, self._clock
+        self._clock += 1
 
     def mark(self, tensors: Iterable[Any], kind: str) -> None:
         """Say what the storages of some tensors are; those that were made elsewhere are counted from now on."""
@@ -108,13 +109,14 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
             return _answer(args[0].dtype)
-        self._clock += 1
         out = func(*args, **(kwargs or {}))
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
         if self.bytes > self.peak:
             self.peak, self._peak_at = self.bytes, self._clock
+        # only now: what is freed from here on lived at this operation's end
+        self._clock += 1
         return out
 
     def _see(self, tensor: Tensor, kind: str | None = None) -> None:

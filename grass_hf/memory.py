@@ -112,9 +112,8 @@ def estimate_memory(
     try:
         with mode:
             model = _fake_model(model_or_factory, mode, dtype)
-            loss = loss or causal_loss(model, batch, sequence)
             with _as_in_training(), LiveBytes(vocabulary_of(model)) as live:
-                simulated = Simulation(live, model, loss, gradient_checkpointing)
+                simulated = Simulation(live, model, loss or causal_loss(model, batch, sequence), gradient_checkpointing)
                 step, observing = simulated.run(method, config, optimizer, optimizer_args)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(

@@ -36,7 +36,7 @@ class Breakdown:
         optimizer_state: tensors of ``optimizer.state``.
         activations: what a forward pass, or a recomputation under gradient checkpointing, leaves for backward.
         logits: tensors with the vocabulary as last dimension, and their gradients.
-        temporaries: all the rest.
+        temporaries: all the rest, the batch too.
     """
 
     weights: int = 0
