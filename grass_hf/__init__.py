@@ -17,6 +17,7 @@ _HOMES = {
     "convert_to_grass": "convert",
     "restore_model": "convert",
     "grass_optimizer": "optim",
+    "estimate_memory": "memory",
     "register": "_import_hook",
     "GrassCallback": "integrations.trainer",
     "GrassOptimizerFactory": "integrations.trainer",

@@ -73,7 +73,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
             rank=target.rank,
             side=target.side,
             weighted=weighted,
-            dtype=_slice_dtype(getattr(target.module, target.parameter).dtype, config),
+            dtype=slice_dtype(getattr(target.module, target.parameter).dtype, config),
             phase=leaders.index(target.leader) * config.update_interval // len(leaders) if config.stagger else 0,
             leader=target.leader,
             columns=columns.get(target.leader),
@@ -136,7 +136,8 @@ def _slice_keys(model: nn.Module) -> list[str]:
     return [f"{name}.active" for name, module in modules if isinstance(module, Slice)]
 
 
-def _slice_dtype(weight_dtype: torch.dtype, config: GrassConfig) -> torch.dtype:
+def slice_dtype(weight_dtype: torch.dtype, config: GrassConfig) -> torch.dtype:
+    """The dtype of the slices over weights of a dtype."""
     if config.slice_dtype is not None:
         return getattr(torch, config.slice_dtype)
     # An update below half a unit in the weight's last place would be lost at every step: docs/precision.md

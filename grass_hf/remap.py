@@ -98,7 +98,9 @@ def _moved(value: Tensor, axis: int, source: Tensor, fresh: float = 0.0) -> Tens
     source = source.to(value.device)
     chosen, is_fresh = source.clamp(min=0), source < 0
     if source.dim() == 1:
-        return value.index_select(axis, chosen).index_fill_(axis, is_fresh.nonzero().squeeze(1), fresh)
+        # a mask and not the numbers of fresh rows, whose count the estimator's fake tensors do not know
+        mask = is_fresh.view([-1 if d == axis % value.dim() else 1 for d in range(value.dim())])
+        return value.index_select(axis, chosen).masked_fill_(mask, fresh)
     if value.dim() == source.dim():  # factored: one number per row
         return value.gather(-1, chosen).masked_fill_(is_fresh, fresh)
     return take_rows(value, chosen, axis).masked_fill_(along_slice(is_fresh, axis), fresh)

@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grass_hf"
 FLOORS = {
     0: ["config", "_import_hook"],
-    1: ["functional", "grouped", "rounding", "selection", "sharing", "distributed"],
+    1: ["functional", "grouped", "rounding", "selection", "sharing", "distributed", "live"],
     2: ["parts", "slices", "experts", "modules", "patterns", "targets", "convert"],
-    3: ["guards", "reselect", "remap", "checkpoint", "controller", "optim", "report"],
+    3: ["guards", "reselect", "remap", "checkpoint", "controller", "optim", "report", "methods", "simulate", "memory"],
     4: ["integrations"],
     5: ["cli", "bench", "__main__"],
 }
@@ -81,7 +81,7 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
 def test_public_names():
     import grass_hf
 
-    expected = {"GrassConfig", "convert_to_grass", "grass_optimizer", "restore_model", "register"}
+    expected = {"GrassConfig", "convert_to_grass", "grass_optimizer", "restore_model", "register", "estimate_memory"}
     assert set(grass_hf.__all__) == expected | {"GrassCallback", "GrassOptimizerFactory"}
     for name in grass_hf.__all__:
         assert getattr(grass_hf, name).__doc__

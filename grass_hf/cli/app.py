@@ -66,6 +66,63 @@ def autoload(
     typer.echo(autoload_module.switch(switch))
 
 
+@app.command()
+def estimate(
+    model: str = typer.Argument(..., help="A folder, a config JSON, a shipped config's name (llama_13b), or a hub id."),
+    method: list[str] = typer.Option(
+        ["grass"], help="grass, adamw, frozen, lora, adamw8bit, galore, apollo; several with commas or repeated."
+    ),
+    rank: int | None = typer.Option(None, help="Rows r of every target matrix that are trained at a time."),
+    density: float | None = typer.Option(None, help="The same as a share of the rows; 0.25 if neither is given."),
+    side: str = typer.Option("output", help="Side that is selected: output, input or auto."),
+    targets: str = typer.Option(
+        "all-linear", help="all-linear, all-matrices, a regular expression, or suffixes separated by commas."
+    ),
+    dtype: str = typer.Option("bfloat16", help="Dtype of the weights."),
+    slice_dtype: str | None = typer.Option(
+        None, help="Dtype of the slices and of LoRA's adapters; float32 over half-precision weights if not given."
+    ),
+    batch: int = typer.Option(1, help="Sequences per step."),
+    sequence: int = typer.Option(256, help="Tokens per sequence."),
+    gradient_checkpointing: bool = typer.Option(
+        False, "--gradient-checkpointing", help="Recompute layers in backward."
+    ),
+    base: str = typer.Option("", help="Base optimizer by its Trainer name (sgd, say); fused AdamW if not given."),
+    fit: str = typer.Option("", help="Find the largest rank that fits: 40GB (10^9 bytes each) or 40GiB (2^30)."),
+    json: Path | None = typer.Option(None, help="Write the result to this JSON file.", dir_okay=False),
+    png: Path | None = typer.Option(None, help="Draw a stacked bar per method into this file.", dir_okay=False),
+) -> None:
+    """Peak memory of a training step, simulated without a GPU and without allocating weights.
+
+      grass-hf estimate llama_13b --rank 512 --slice-dtype bfloat16 --method grass,adamw,lora
+
+      grass-hf estimate llama_13b --slice-dtype bfloat16 --fit 40GB
+
+    What is counted, and what comes on top of it, stands in docs/memory.md.
+    """
+    from .estimate import run_estimate
+
+    run_estimate(
+        model,
+        methods=method,
+        grass={
+            "rank": rank,
+            "density": density,
+            "side": side,
+            "target_modules": tuple(targets.split(",")) if "," in targets else targets,
+            "slice_dtype": slice_dtype,
+        },
+        dtype=dtype,
+        base=base,
+        fit=fit,
+        json=json,
+        png=png,
+        batch=batch,
+        sequence=sequence,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+
+
 @bench.command("speed")
 def bench_speed(
     rank: int = typer.Option(128, help="Rows r of every target matrix that Grass trains at a time.", min=1),

@@ -1,0 +1,183 @@
+"""``grass-hf estimate``: peaks of several methods side by side, or the largest rank that fits a card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import TrainingArguments
+from transformers.trainer import Trainer
+
+from ..bench.record import machine
+from ..config import GrassConfig
+from ..integrations.base import base_class_and_kwargs
+from ..memory import MemoryEstimate, estimate_memory, largest_rank
+from ..methods import check_method
+from ..simulate import Breakdown
+from .models import causal_model
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_PARTS = tuple(field.name for field in dataclasses.fields(Breakdown))
+
+
+def run_estimate(
+    model: str,
+    *,
+    methods: list[str],
+    grass: dict[str, Any],
+    dtype: str,
+    base: str,
+    fit: str,
+    json: Path | None,
+    png: Path | None,
+    **setting: Any,
+) -> None:
+    """Estimate every method, print one table, write `json` and `png`; or find the largest rank that fits."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known: choose one of {', '.join(_DTYPES)}.")
+    methods = list(dict.fromkeys(name.strip() for given in methods for name in given.split(",")))
+    for method in methods:
+        check_method(method)
+    budget = _bytes(fit) if fit else None
+    if budget and methods[0] != "grass":
+        raise ValueError(f"--fit finds the rank of grass, and --method {methods[0]} was given: leave --method out.")
+    pyplot = _pyplot() if png else None
+    if base:
+        setting |= dict(zip(("optimizer", "optimizer_args"), _base(base), strict=True))
+    config = GrassConfig(**grass)
+    model_config, factory = causal_model(model, getattr(torch, dtype))
+    console = Console()
+    if budget:
+        config = _fit(console, model, model_config, factory, config, budget, setting)
+    estimates = []
+    for method in methods:
+        with _progress(console, f"{method}: simulating training steps of {model}"):
+            estimates.append(estimate_memory(factory, config, method=method, **setting))
+    title = (
+        f"{model}, {dtype}, {setting['batch']} x {setting['sequence']} tokens"
+        + (", gradient checkpointing" if setting["gradient_checkpointing"] else "")
+        + f", {_rank(config)}, side={config.side}"
+    )
+    console.print(_table(estimates, title))
+    for line in _remarks(estimates):
+        console.print(line)
+    if json is not None:
+        _write(json, model, dtype, base, config, setting, estimates)
+    if pyplot is not None:
+        _draw(pyplot, estimates, title, png)
+
+
+def _fit(console: Console, model: str, model_config, factory, config: GrassConfig, budget: int, setting) -> GrassConfig:
+    """The config with the largest rank whose peak is within the budget."""
+    highest = max(
+        getattr(model_config.get_text_config(), name, 0) or 0 for name in ("intermediate_size", "hidden_size")
+    )
+    if not highest:
+        raise ValueError(f"--fit does not know how large a rank can be for {model}: give --rank instead.")
+
+    def peak_of(rank: int) -> int:
+        with _progress(console, f"rank {rank}: simulating training steps of {model}"):
+            tried = dataclasses.replace(config, rank=rank, density=None)
+            found = estimate_memory(factory, tried, **setting).peak
+        console.print(f"rank {rank}: {_gib(found)} GiB")
+        return found
+
+    found = largest_rank(peak_of, budget, highest)
+    if found is None:
+        raise ValueError(
+            f"--fit {_gib(budget)} GiB is less than {model} needs at rank 1: try --gradient-checkpointing, fewer "
+            "--sequence tokens, --slice-dtype bfloat16 or --targets all-matrices."
+        )
+    console.print(f"largest rank within {_gib(budget)} GiB ({budget:,} bytes): {found[0]}, peak {_gib(found[1])} GiB")
+    return dataclasses.replace(config, rank=found[0], density=None)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"--fit {text!r} is not a size: write 40GB (10^9 bytes each) or 40GiB (2^30).")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _base(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    args = TrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
+    return base_class_and_kwargs(args, name, {}, Trainer.get_optimizer_cls_and_kwargs)
+
+
+def _progress(console: Console, text: str) -> Progress:
+    progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console)
+    progress.live.transient = True
+    progress.add_task(text, total=None)
+    return progress
+
+
+def _rank(config: GrassConfig) -> str:
+    return f"density {config.density}" if config.rank is None else f"r = {config.rank}"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def _table(estimates: list[MemoryEstimate], title: str) -> Table:
+    table = Table(title=title, title_justify="left", caption="GiB (2^30 bytes) of live tensors", caption_justify="left")
+    table.add_column("at the peak")
+    for estimate in estimates:
+        table.add_column(estimate.method + ("*" if estimate.computed else ""), justify="right")
+    for part in _PARTS:
+        table.add_row(part.replace("_", " "), *(_gib(getattr(e.at_peak, part)) for e in estimates))
+    table.add_section()
+    table.add_row("peak", *(_gib(e.peak) for e in estimates), style="bold")
+    table.add_row("peak of an ordinary step", *(_gib(e.step.total) for e in estimates))
+    table.add_row("peak of an observing step", *(_gib(e.observing.total) if e.observing else "-" for e in estimates))
+    return table
+
+
+def _remarks(estimates: Iterable[MemoryEstimate]) -> Iterable[str]:
+    yield "An allocator's fragmentation, kernels' own workspace and the driver's context come on top."
+    if any(estimate.computed for estimate in estimates):
+        yield "* optimizer state by formula, its step's temporaries left out; the rest is simulated"
+
+
+def _write(path: Path, model, dtype, base, config, setting, estimates) -> None:
+    shown = {k: v for k, v in setting.items() if k not in ("optimizer", "optimizer_args")}
+    rows = [dataclasses.asdict(e) | {"peak": e.peak} for e in estimates]
+    result = {"model": model, "dtype": dtype, "base": base or "fused AdamW", "config": config.to_dict()}
+    result |= {"setting": shown, "bytes": rows} | {"versions": machine()["versions"], "date": machine()["date"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--png needs matplotlib, which is not installed: pip install matplotlib.") from None
+    matplotlib.use("Agg")  # no display is needed
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _draw(pyplot, estimates: list[MemoryEstimate], title: str, path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(2.5 + 1.1 * len(estimates), 4.5), layout="constrained")
+    names, bottom = [estimate.method for estimate in estimates], [0.0] * len(estimates)
+    for part in _PARTS:
+        heights = [getattr(estimate.at_peak, part) / 2**30 for estimate in estimates]
+        axes.bar(names, heights, bottom=bottom, label=part.replace("_", " "))
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.set_ylabel("GiB at the peak")
+    axes.set_title(title, fontsize="small", wrap=True)
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,66 @@
+"""What MODEL means on the command line: a folder, a config file, a shipped config's name, or a hub id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+# Shipped configs stand at the top of a checkout; an installed package has none.
+_SHIPPED = Path(__file__).parents[2] / "configs"
+
+
+def causal_model(name: str, dtype: torch.dtype) -> tuple[PretrainedConfig, Callable[[], nn.Module]]:
+    """The config of a causal language model, and a function that makes one with random weights.
+
+    Args:
+        name: a local folder, a config JSON, the name of a file in configs/ of a checkout, or a hub id.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: nothing of that name can be read, or it is no causal language model.
+    """
+    config = _config(name)
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise ValueError(
+            f"MODEL={name!r} is a {config.model_type} model, which transformers has no causal language model for: "
+            "from Python, estimate_memory takes any model with a loss function."
+        )
+    _ = mapping[type(config)]  # imported here, so that its constants are not made under fake tensors
+    return config, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _config(name: str) -> PretrainedConfig:
+    path = Path(name)
+    shipped = {file.stem: file for file in sorted(_SHIPPED.rglob("*.json"))}
+    if not path.exists() and path.name.removesuffix(".json") in shipped and len(path.parts) == 1:
+        path = shipped[path.name.removesuffix(".json")]
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"MODEL={name!r} is a folder without config.json: give a folder that save_pretrained wrote.")
+    if path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"MODEL={name!r} is not a readable JSON file ({error}): give a model's config.") from None
+        if not isinstance(values, dict) or "model_type" not in values:
+            raise ValueError(
+                f"MODEL={name!r} has no model_type, so it is no config of transformers: give a config.json."
+            )
+    elif path.suffix == ".json":
+        raise ValueError(f"MODEL={name!r} is not a file: {_known(shipped)}.")
+    try:
+        return AutoConfig.from_pretrained(path if path.exists() else name)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"MODEL={name!r} could not be read as a folder, a config file or a hub id ({first}): {_known(shipped)}."
+        ) from error
+
+
+def _known(shipped: dict[str, Path]) -> str:
+    return f"shipped configs are {', '.join(shipped)}" if shipped else "give the path of a config JSON"

@@ -1,0 +1,149 @@
+"""Counting live tensor bytes: every storage once, from the operation that made it to its last reference.
+
+A dispatch mode sees what every operation returns, in forward, backward (the autograd engine runs CPU nodes on the
+calling thread) and optimizer alike. A weak reference to each storage tells when it is freed. Nothing is rounded: an
+allocator's blocks, and what a kernel allocates inside itself, come on top.
+
+[Note: what lives at the peak] A storage shows what it was only later: a gradient is known once it is some
+parameter's ``.grad``, an activation by outliving the forward pass that made it. So all storages of a step are
+recorded with the times of their birth and death, and sorted afterwards into those that lived at the peak.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ACTIVATIONS, LOGITS, TEMPORARIES = "activations", "logits", "temporaries"
+
+_NEVER = float("inf")
+# What a fake tensor answers when Python asks for its value: gradients are finite, norms are not zero.
+_ANSWERS = {torch.bool: True}
+
+
+@dataclass(slots=True, eq=False)
+class _Forward:
+    """One forward pass, or the recomputation of a part of one; times are counts of operations."""
+
+    end: float = _NEVER
+
+
+@dataclass(slots=True, eq=False)
+class _Storage:
+    nbytes: int
+    born: int
+    forward: _Forward | None
+    kind: str | None = None
+    died: float = _NEVER
+    reference: weakref.ref | None = None
+
+    def sort(self) -> str:
+        if self.kind is not None:
+            return self.kind
+        return ACTIVATIONS if self.forward is not None and self.died > self.forward.end else TEMPORARIES
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live tensors while it is entered, of real tensors and of fake ones.
+
+    Enter it inside a `FakeTensorMode`, if there is one, so that it sees the operations first.
+
+    Args:
+        vocabulary: size of the last dimension by which logits are recognised; None for none.
+
+    Attributes:
+        bytes: live now.
+        peak: the most that was live at the end of an operation since `start`.
+    """
+
+    def __init__(self, vocabulary: int | None = None):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.bytes = 0
+        self.peak = 0
+        self._peak_at = 0
+        self._clock = 0
+        self._forward: _Forward | None = None
+        self._live: dict[int, _Storage] = {}
+        self._history: list[_Storage] = []
+
+    def start(self) -> None:
+        """Forget what is dead, and look for a new peak."""
+        self._history = list(self._live.values())
+        self.peak, self._peak_at = self.bytes, self._clock
+        self._clock += 1
+
+    def mark(self, tensors: Iterable[Any], kind: str) -> None:
+        """Say what the storages of some tensors are; those that were made elsewhere are counted from now on."""
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                self._see(tensor, kind)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """A forward pass or a recomputation: what it makes and leaves behind are activations."""
+        outer, self._forward = self._forward, _Forward()
+        try:
+            yield
+        finally:
+            self._forward.end = self._clock
+            self._forward = outer
+
+    def at_peak(self) -> dict[str, int]:
+        """Bytes that lived at the peak by kind; their sum is `peak`."""
+        found: dict[str, int] = {}
+        for storage in self._history:
+            if storage.born <= self._peak_at < storage.died:
+                kind = storage.sort()
+                found[kind] = found.get(kind, 0) + storage.nbytes
+        return found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
+            return _answer(args[0].dtype)
+        out = func(*args, **(kwargs or {}))
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        if self.bytes > self.peak:
+            self.peak, self._peak_at = self.bytes, self._clock
+        # only now: what is freed from here on lived at this operation's end
+        self._clock += 1
+        return out
+
+    def _see(self, tensor: Tensor, kind: str | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        record = self._live.get(key)
+        if record is None:
+            record = _Storage(storage.nbytes(), self._clock, self._forward)
+            if self.vocabulary is not None and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+                record.kind = LOGITS
+            # the callback must not keep this mode's storages, nor the storage itself, alive
+            record.reference = weakref.ref(storage, lambda _: self._free(key))
+            self._live[key] = record
+            self._history.append(record)
+            self.bytes += record.nbytes
+        if kind is not None:
+            record.kind = kind
+
+    def _free(self, key: int) -> None:
+        record = self._live.pop(key)
+        record.died = self._clock
+        self.bytes -= record.nbytes
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def _answer(dtype: torch.dtype) -> bool | float | int:
+    return _ANSWERS.get(dtype, 1.0 if dtype.is_floating_point else 1)

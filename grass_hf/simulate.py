@@ -1,0 +1,200 @@
+"""Training steps under a counter of live bytes, of fake tensors or of real ones.
+
+The optimizer first makes its state, by a step on gradients of zeros. Then an ordinary step is counted, and for Grass
+one that observes and selects rows: forward, backward and optimizer step each, as a training loop takes them.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import selection
+from .config import GrassConfig
+from .convert import grass_slices, is_converted
+from .live import LiveBytes
+from .methods import prepare
+
+Loss = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Bytes that live at the peak of one step, by what they are.
+
+    Attributes:
+        weights: parameters and buffers of the model, adapters included.
+        slices: active slices, their indices and multipliers.
+        gradients: what is in some parameter's ``.grad`` by the end of backward.
+        optimizer_state: tensors of ``optimizer.state``.
+        activations: what a forward pass, or a recomputation under gradient checkpointing, leaves for backward.
+        logits: tensors with the vocabulary as last dimension, and their gradients.
+        temporaries: all the rest, the batch too.
+    """
+
+    weights: int = 0
+    slices: int = 0
+    gradients: int = 0
+    optimizer_state: int = 0
+    activations: int = 0
+    logits: int = 0
+    temporaries: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak: the sum of the parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+class Simulation:
+    """Training steps of one model under a counter; of fake tensors or of real ones.
+
+    Args:
+        live: the counter, entered.
+        model: in its dtype; it is changed.
+        loss: of the model, a scalar.
+        gradient_checkpointing: as in `estimate_memory`.
+    """
+
+    def __init__(self, live: LiveBytes, model: nn.Module, loss: Loss, gradient_checkpointing: bool = False):
+        self.live, self.model, self.loss = live, model.train(), loss
+        if gradient_checkpointing:
+            enable = getattr(model, "gradient_checkpointing_enable", None)
+            if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
+                raise ValueError(
+                    f"gradient_checkpointing=True, but {type(model).__name__} has none: leave it out, or lower batch "
+                    "or sequence."
+                )
+            # the second context is entered where a layer is recomputed
+            contexts = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), live.forward())}
+            enable(gradient_checkpointing_kwargs=contexts)
+
+    def run(
+        self, method: str, config: GrassConfig, optimizer: type[torch.optim.Optimizer], args: Mapping[str, Any]
+    ) -> tuple[Breakdown, Breakdown | None]:
+        """The ordinary step and the observing one."""
+        self.live.mark([*self.model.parameters(), *self.model.buffers()], "weights")
+        self.model, self.optimizer = prepare(method, self.model, config, optimizer, args)
+        self._mark_model()
+        self._make_state()
+        step = self._step()
+        if method != "grass" or not selection.needs_scores(config.selection):
+            return step, None
+        self._let_observe()
+        return step, self._step()
+
+    def _mark_model(self) -> None:
+        self.live.mark([*self.model.parameters(), *self.model.buffers()], "weights")
+        if is_converted(self.model):
+            for part in grass_slices(self.model):
+                self.live.mark([part.active, part.index, part.rho, part.write, part.state.trained], "slices")
+
+    def _make_state(self) -> None:
+        """Let the optimizer make its state, by a step that no backward pass is needed for."""
+        self._observe_nothing()
+        for param in self._trainable():
+            param.grad = torch.zeros_like(param)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._observe_nothing()
+        self._mark_state()
+
+    def _observe_nothing(self) -> None:
+        if (controller := getattr(self.optimizer, "grass", None)) is not None:
+            controller.due.clear()
+            for part in controller.slices:
+                part.norms = None
+
+    def _let_observe(self) -> None:
+        """Go to a step at which slices are due: with staggered ones, the step with most bytes of weights due."""
+        controller = self.optimizer.grass
+        due: Counter[int] = Counter()
+        for part in controller.slices:
+            due[part.state.phase] += part.weight.nbytes
+        controller.step = controller.config.update_interval + due.most_common(1)[0][0]
+        controller.due.clear()
+        controller.look_ahead()
+        self._settle_one_of_each()
+
+    def _settle_one_of_each(self) -> None:
+        """Multiply owed decay into one weight of each shape and dtype only.
+
+        It takes thousands of small operations, nine tenths of the time of a simulation, and leaves nothing behind:
+        what lives meanwhile is the same for every weight of a shape.
+        """
+        seen = set()
+        for part in self.optimizer.grass.slices:
+            kind = (part.weight.shape, part.weight.dtype, part.active.dtype)
+            if kind in seen:
+                part.settle_decay = lambda seed=None: None
+            seen.add(kind)
+
+    def _step(self) -> Breakdown:
+        # cycles that wait for the collector would be counted or not by chance
+        gc.collect()
+        self.live.start()
+        with self.live.forward():
+            loss = self.loss(self.model)
+        loss.backward()
+        del loss
+        self.live.mark((param.grad for param in self._trainable()), "gradients")
+        self.optimizer.step()
+        self._mark_state()
+        self.optimizer.zero_grad()
+        return Breakdown(**self.live.at_peak())
+
+    def _mark_state(self) -> None:
+        for state in self.optimizer.state.values():
+            self.live.mark(state.values(), "optimizer_state")
+
+    def _trainable(self) -> Iterable[nn.Parameter]:
+        return (param for param in self.model.parameters() if param.requires_grad)
+
+
+def causal_loss(model: nn.Module, batch: int, sequence: int) -> Loss:
+    """The loss of a causal language model of transformers on `batch` sequences of random tokens.
+
+    Raises:
+        ValueError: the model is something else, or the sequence is longer than it can read.
+    """
+    vocabulary = vocabulary_of(model)
+    if vocabulary is None:
+        raise ValueError(
+            f"{type(model).__name__} has no config.vocab_size, so it is no language model of transformers: give "
+            "loss=, a function of the model that returns its loss."
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and sequence > longest:
+        raise ValueError(
+            f"sequence={sequence} is longer than the model's max_position_embeddings={longest}: give fewer tokens, or "
+            "a config with more positions."
+        )
+    model.config.use_cache = False
+    tokens = torch.randint(vocabulary, (batch, sequence))
+    return lambda model: model(input_ids=tokens, labels=tokens).loss
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """Size of a language model's vocabulary, None if it has none."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give a model's parameters another dtype, in place; ties stay, and buffers keep theirs, as in from_pretrained."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None and param.is_floating_point() and param.dtype != dtype:
+                if id(param) not in made:
+                    made[id(param)] = nn.Parameter(param.detach().to(dtype), requires_grad=param.requires_grad)
+                module._parameters[name] = made[id(param)]
+    return model
