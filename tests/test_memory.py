@@ -1,5 +1,8 @@
 """The estimator against real training steps, and what it refuses."""
 
+import dataclasses
+import importlib.util
+import json
 import weakref
 
 import pytest
@@ -10,6 +13,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grass_hf import GrassConfig, convert_to_grass, estimate_memory, grass_optimizer
+from grass_hf.cli import main
+from grass_hf.live import LiveBytes
+from grass_hf.memory import largest_rank
+from grass_hf.methods import METHODS, prepare
 
 
 class Counter(TorchDispatchMode):
@@ -30,9 +37,9 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def small_llama():
+def small_llama(layers=2):
     torch.manual_seed(0)
-    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": layers, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=300, use_cache=False))
 
 
@@ -104,3 +111,202 @@ def test_estimate_is_what_a_real_run_holds(setting):
     assert estimate.step.total == pytest.approx(ordinary, rel=0.01)
     assert estimate.observing.total == pytest.approx(observing, rel=0.01)
     assert estimate.peak == pytest.approx(max(ordinary, observing), rel=0.01)
+
+
+def test_the_real_counters_agree_and_parts_sum_to_the_peak():
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(model.config.vocab_size, (2, 8))
+    known = [*model.parameters(), *model.buffers(), tokens]
+    with LiveBytes(vocabulary=300) as live, Counter(*known) as counter:
+        live.mark(known, "weights")
+        live.start()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        live.mark((p.grad for p in model.parameters()), "gradients")
+        optimizer.step()
+        live.mark((v for state in optimizer.state.values() for v in state.values()), "optimizer_state")
+    assert live.peak == counter.peak == sum(live.at_peak().values())
+    weights = sum(p.nbytes for p in model.parameters())
+    assert live.at_peak()["gradients"] == weights  # so short a batch peaks in the optimizer's step
+    assert live.at_peak()["optimizer_state"] == 2 * weights + 4 * len(list(model.parameters()))
+
+
+def test_a_model_is_left_as_it_is_and_a_factory_gives_the_same():
+    model = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = GrassConfig(rank=8)
+    estimate = estimate_memory(model, config, sequence=16)
+    assert estimate == estimate_memory(tiny_llama, config, sequence=16)
+    assert not hasattr(model, "grass") and model.model.embed_tokens.weight.device.type == "cpu"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_methods_hold_what_they_say():
+    """Optimizer state of each method, from the shapes of the model."""
+    model, rank = tiny_llama(), 8
+    sizes = [p.numel() for p in model.parameters()]
+    targets = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    others = sum(sizes) - sum(w.numel() for w in targets)
+    low = sum(rank * max(w.shape) for w in targets)
+    clocks = 4 * len(sizes)  # AdamW's step counters
+    found = {m: estimate_memory(model, GrassConfig(rank=rank), method=m, sequence=16) for m in METHODS}
+    state = {method: estimate.step.optimizer_state for method, estimate in found.items()}
+    assert state["adamw"] == 8 * sum(sizes) + clocks
+    assert state["grass"] == 8 * (others + sum(rank * w.shape[1] for w in targets)) + clocks
+    assert state["frozen"] == 8 * others + 4 * (len(sizes) - len(targets))
+    assert state["lora"] == sum(8 * rank * sum(w.shape) + 2 * 4 for w in targets)
+    assert state["apollo"] == 8 * (others + low)
+    assert state["galore"] == state["apollo"] + 4 * sum(rank * min(w.shape) for w in targets)
+    assert [m for m, estimate in found.items() if estimate.computed] == ["galore", "apollo"]
+    assert found["lora"].step.weights == found["adamw"].step.weights + 4 * rank * sum(sum(w.shape) for w in targets)
+    assert found["grass"].step.slices > 0 and found["grass"].observing is not None
+    assert all(e.step.slices == 0 and e.observing is None for m, e in found.items() if m != "grass")
+    assert found["frozen"].peak < found["grass"].peak < found["adamw"].peak
+
+
+def test_8bit_state_is_that_of_the_real_optimizer():
+    model = small_llama()
+    estimate = estimate_memory(model, method="adamw8bit", sequence=16)
+    _, optimizer = prepare("adamw8bit", model, GrassConfig(), torch.optim.AdamW, {})
+    tokens = torch.randint(300, (1, 16))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    real = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    assert estimate.step.optimizer_state == real
+
+
+def test_input_side_keeps_less_and_checkpointing_least():
+    def activations(**options):
+        return estimate_memory(
+            tiny_llama, GrassConfig(rank=8, side=options.pop("side", "output")), batch=4, sequence=64, **options
+        ).step.activations
+
+    assert activations() > activations(side="input") > activations(gradient_checkpointing=True)
+
+
+def test_any_loss_will_do():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 8))
+    estimate = estimate_memory(model, GrassConfig(density=0.5), loss=lambda m: m(torch.ones(16, 64)).square().mean())
+    weights = sum(p.nbytes for p in model.parameters())
+    assert estimate.step.weights == weights and estimate.step.logits == 0
+    # the norms of a layer of 16 tokens take more than its gradient: blocks of it in float32 live meanwhile
+    assert estimate.peak == estimate.observing.total > estimate.step.total > weights
+
+
+@pytest.mark.parametrize("budget, rank", [(1000, 90), (999, 89), (110, 1), (5000, 400)])
+def test_largest_rank_that_fits(budget, rank):
+    tried = []
+
+    def peak_of(r):
+        tried.append(r)
+        return 100 + 10 * r + (r > 200) * 900  # with a step in it
+
+    assert largest_rank(peak_of, budget, 400) == (rank, peak_of(rank))
+    assert len(tried) < 12
+
+
+def test_no_rank_fits():
+    assert largest_rank(lambda r: 100 + r, 100, 50) is None
+
+
+class Branches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x[x > 0].view(-1, 8))
+
+
+@pytest.mark.parametrize(
+    "model, options, sentence",
+    [
+        (tiny_llama, {"method": "galor"}, "did you mean galore"),
+        (tiny_llama, {"batch": 0}, "batch=0 is not a positive whole number"),
+        (tiny_llama, {"dtype": "int8"}, "dtype='int8' is not known"),
+        (tiny_llama, {"sequence": 10**6}, "longer than the model's max_position_embeddings"),
+        (tiny_llama, {"config": GrassConfig(rank=10**6)}, "rank=1000000 is above the selected side"),
+        (Branches, {}, "no language model of transformers: give loss="),
+        (Branches, {"loss": lambda m: m(torch.ones(4, 8)).sum()}, "decides by the values of tensors"),
+        (Branches, {"loss": lambda m: 0, "gradient_checkpointing": True}, "Branches has none: leave it out"),
+    ],
+)
+def test_mistakes_get_a_sentence(model, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        estimate_memory(model, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    small_llama(layers=1).config.save_pretrained(path)
+    (path / "broken.json").write_text("{")
+    (path / "plain.json").write_text("{}")
+    (path / "t5.json").write_text('{"model_type": "t5"}')
+    return path
+
+
+@pytest.fixture
+def estimate_command(monkeypatch, capsys):
+    """`grass-hf estimate` in this process: exit code, what it printed, its error."""
+
+    def run(*words):
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr("sys.argv", ["grass-hf", "estimate", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_command_prints_a_table_and_writes_files(folder, estimate_command):
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    png = ["--png", folder / "out" / "bars.png"] if drawn else []
+    words = ["--rank", "24", "--sequence", "16", "--method", "grass,adamw", "--method", "galore", "--base", "sgd"]
+    code, out, err = estimate_command(folder, *words, "--json", folder / "out" / "row.json", *png)
+    assert code == 0, err
+    assert "galore*" in out and "peak of an observing step" in out
+    row = json.loads((folder / "out" / "row.json").read_text())
+    assert [entry["method"] for entry in row["bytes"]] == ["grass", "adamw", "galore"]
+    direct = estimate_memory(
+        small_llama(layers=1),
+        GrassConfig(rank=24),
+        dtype="bfloat16",
+        sequence=16,
+        optimizer=torch.optim.SGD,
+    )
+    assert row["bytes"][0]["step"] == dataclasses.asdict(direct.step)
+    assert row["bytes"][0]["peak"] == direct.peak
+    assert not drawn or (folder / "out" / "bars.png").stat().st_size > 1000
+
+
+def test_command_finds_the_largest_rank(folder, estimate_command):
+    code, out, err = estimate_command(folder / "config.json", "--sequence", "16", "--dtype", "float32", "--fit", "3MB")
+    assert code == 0, err
+    found = int(out.split("largest rank within")[1].split("bytes): ")[1].split(",")[0])
+    peaks = [estimate_memory(small_llama(layers=1), GrassConfig(rank=r), sequence=16).peak for r in (found, found + 1)]
+    assert peaks[0] <= 3_000_000 < peaks[1]
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["no_such_model.json"], "MODEL='no_such_model.json' is not a file: shipped configs are llama_130m"),
+        (["no/such-model"], "could not be read as a folder, a config file or a hub id"),
+        (["FOLDER/broken.json"], "is not a readable JSON file"),
+        (["FOLDER/plain.json"], "has no model_type"),
+        (["FOLDER/t5.json"], "no causal language model"),
+        (["llama_9m", "--fit", "much"], "--fit 'much' is not a size: write 40GB"),
+        (["FOLDER", "--fit", "1kB"], "needs at rank 1"),
+        (["llama_9m", "--base", "adamm"], "an optimizer of the installed Trainer"),
+        (["llama_9m", "--rank", "0"], "rank=0 is not a positive number of rows"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_command_refuses_with_a_sentence(folder, estimate_command, words, sentence):
+    code, _, err = estimate_command(*[word.replace("FOLDER", str(folder)) for word in words])
+    assert code == 2
+    assert sentence in err.replace("\n", " ") and "Traceback" not in err
