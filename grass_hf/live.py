@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 ACTIVATIONS, LOGITS, TEMPORARIES = "activations", "logits", "temporaries"
 
 _NEVER = float("inf")
-# What a fake tensor answers when Python asks for its value: gradients are finite, norms are not zero.
-_ANSWERS = {torch.bool: True}
+# What a fake tensor answers when Python asks for its value: gradients are finite, norms are not zero. Whole numbers get
+# no answer: they count things (the tokens of an expert), and an invented count would be an invented estimate.
+_ANSWERS = {torch.bool: True, torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 1.0, torch.float64: 1.0}
 
 
 @dataclass(slots=True, eq=False)
@@ -107,8 +108,8 @@ class LiveBytes(TorchDispatchMode):
         return found
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
-            return _answer(args[0].dtype)
+        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]) and args[0].dtype in _ANSWERS:
+            return _ANSWERS[args[0].dtype]
         out = func(*args, **(kwargs or {}))
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -143,7 +144,3 @@ class LiveBytes(TorchDispatchMode):
 
 def _is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, torch._subclasses.FakeTensor)
-
-
-def _answer(dtype: torch.dtype) -> bool | float | int:
-    return _ANSWERS.get(dtype, 1.0 if dtype.is_floating_point else 1)

@@ -124,6 +124,7 @@ def test_modules_run_too(tmp_path):
         ([], ["run", "autoload", "bench", "--optim grass"]),
         (["run"], ["accelerate launch -m grass_hf run", "Run an unmodified training script"]),
         (["autoload"], ["start-up line", "on, off, or status"]),
+        (["estimate"], ["without allocating weights", "--fit", "--slice-dtype", "--gradient-checkpointing"]),
         (["bench"], ["speed"]),
         (["bench", "speed"], ["frozen limit", "--rank", "--json", "--side"]),
     ],

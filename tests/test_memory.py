@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import sys
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from helpers import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from grass_hf import GrassConfig, convert_to_grass, estimate_memory, grass_optimizer
 from grass_hf.cli import main
@@ -238,6 +239,13 @@ def test_mistakes_get_a_sentence(model, options, sentence):
         estimate_memory(model, **options)
 
 
+def test_counts_of_tokens_per_expert_are_not_invented():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = MixtralForCausalLM(MixtralConfig(**shape, num_key_value_heads=2, vocab_size=50, num_local_experts=4))
+    with pytest.raises(ValueError, match="decides by the values of tensors"):
+        estimate_memory(model, GrassConfig(rank=8), dtype="bfloat16", sequence=16)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
@@ -281,6 +289,12 @@ def test_command_prints_a_table_and_writes_files(folder, estimate_command):
     assert row["bytes"][0]["step"] == dataclasses.asdict(direct.step)
     assert row["bytes"][0]["peak"] == direct.peak
     assert not drawn or (folder / "out" / "bars.png").stat().st_size > 1000
+
+
+def test_a_missing_matplotlib_gets_a_sentence(folder, estimate_command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = estimate_command(folder, "--png", folder / "bars.png")
+    assert code == 2 and "--png needs matplotlib, which is not installed" in err
 
 
 def test_command_finds_the_largest_rank(folder, estimate_command):
