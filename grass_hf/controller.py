@@ -137,11 +137,11 @@ class GrassController:
         layers = self.slices
         if not layers:  # restore_model was called
             return
+        params = (p for group in self.optimizer.param_groups for p in group["params"])
+        guards.check_any_reached(layers, params, self.step)
         if not self._has_stepped:
-            held = {id(part.active) for part in layers}
-            params = (p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in held)
             check_agreement("the first step", f"step={self.step}; {describe(self.model)}")
-            guards.check_reached(layers, params, self.step)
+            guards.check_each_reached(layers, self.step)
             for part in layers:
                 part.check_alignment()
         if not hasattr(self.optimizer, "found_inf"):  # else GradScaler decides, inside the fused step

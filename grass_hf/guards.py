@@ -34,7 +34,28 @@ def check_finite(slices: list[Slice], step: int) -> None:
     # else only the norm overflowed, in half precision
 
 
-def check_reached(slices: list[Slice], others: Iterable[nn.Parameter], step: int) -> None:
+def check_any_reached(slices: list[Slice], params: Iterable[nn.Parameter], step: int) -> None:
+    """Stop if only ordinary parameters are trained.
+
+    Args:
+        slices: of the model.
+        params: all that the optimizer holds.
+        step: number of the optimizer step, for errors.
+
+    Raises:
+        RuntimeError: no slice has a gradient though other parameters have.
+    """
+    if any(part.active.grad is not None for part in slices):
+        return
+    if any(param.grad is not None for param in params):
+        raise RuntimeError(
+            f"no Grass layer received a gradient at optimizer step {step}, but other parameters did. "
+            "With gradient checkpointing, either pass gradient_checkpointing_kwargs={'use_reentrant': False} "
+            "or call model.enable_input_require_grads() when the embeddings are frozen."
+        )
+
+
+def check_each_reached(slices: list[Slice], step: int) -> None:
     """Stop if a weight is trained in vain: frozen, and read by the model without calling the module that has it.
 
     Fused kernels do that (Mamba's), and fused losses with the output head. A slice without a gradient whose
@@ -43,21 +64,12 @@ def check_reached(slices: list[Slice], others: Iterable[nn.Parameter], step: int
 
     Args:
         slices: of the model.
-        others: its other trainable parameters.
         step: number of the optimizer step, for errors.
 
     Raises:
-        RuntimeError: no slice has a gradient though other parameters have, or one is missing among its neighbours.
+        RuntimeError: a slice has no gradient among neighbours that have one.
     """
     reached = [part for part in slices if part.active.grad is not None]
-    if not reached:
-        if any(param.grad is not None for param in others):
-            raise RuntimeError(
-                f"no Grass layer received a gradient at optimizer step {step}, but other parameters did. "
-                "With gradient checkpointing, either pass gradient_checkpointing_kwargs={'use_reentrant': False} "
-                "or call model.enable_input_require_grads() when the embeddings are frozen."
-            )
-        return
     parents = {parent for part in reached for parent in _parents(part.state.name)}
     for part in slices:
         name = part.state.name

@@ -1,14 +1,12 @@
 """The ways into the Trainer and into plain loops, what the user sees, and what stops a run."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from helpers import Sequences, arguments, assert_same_weights, plain_state, tiny_llama, trainer
+from launch import torchrun
 from torch import nn
 from transformers import Trainer
 
@@ -180,6 +178,18 @@ def test_slices_that_no_gradient_reaches_stop_the_run():
         optimizer.step()
     for name, value in plain_state(model).items():
         assert torch.equal(value, before[name])
+
+
+def test_slices_that_no_gradient_reaches_any_more_stop_the_run():
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 2))
+    convert_to_grass(model, GrassConfig(rank=2, target_modules=["0.0"]))
+    optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    model(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model[1](torch.randn(3, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"no Grass layer received a gradient at optimizer step 1"):
+        optimizer.step()
 
 
 def test_accumulating_4_is_batch_4(tmp_path):
@@ -388,21 +398,7 @@ def test_two_processes_under_ddp(tmp_path, rule):
     script.write_text(
         TWO_RANKS.format(tests=str(root / "tests"), root=str(root), folder=str(tmp_path), optim_args=optim_args)
     )
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port",
-        "0",
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-        str(script),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    out = subprocess.run(launch, capture_output=True, text=True, env=env, timeout=300)
+    out = torchrun(2, str(script))
     assert out.returncode == 0, out.stderr[-3000:]
     weights, index = torch.load(tmp_path / "end.pt")
     if rule == "uniform_nr":  # selects without scores, so one process with the whole batch walks the same way
