@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
 from . import experts
 from .slices import Slice
@@ -245,7 +245,7 @@ def _agree(module: nn.Module, converted: type, *inputs: Tensor) -> bool:
 def _same(output: object, expected: Tensor) -> bool:
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
-    if output.is_meta:
-        return True  # nothing to compare; shapes agree
+    if output.is_meta or isinstance(output, FakeTensor):
+        return True  # no values to compare; shapes agree
     half = output.dtype in (torch.bfloat16, torch.float16)
     return torch.allclose(output.float(), expected.float(), rtol=0.05 if half else 1e-3, atol=1e-2 if half else 1e-4)

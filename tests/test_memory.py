@@ -11,7 +11,14 @@ import torch
 from helpers import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from grass_hf import GrassConfig, convert_to_grass, estimate_memory, grass_optimizer
 from grass_hf.cli import main
@@ -194,6 +201,17 @@ def test_any_loss_will_do():
     assert estimate.step.weights == weights and estimate.step.logits == 0
     # the norms of a layer of 16 tokens take more than its gradient: blocks of it in float32 live meanwhile
     assert estimate.peak == estimate.observing.total > estimate.step.total > weights
+
+
+def test_a_layer_with_a_forward_of_its_own_counts_as_in_training():
+    """Falcon's linear layer is tried on two tokens, and fake tensors have no values to compare."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    model = FalconForCausalLM(FalconConfig(**shape, use_cache=False))
+    config = GrassConfig(density=0.25, update_interval=2)
+    estimate = estimate_memory(model, config, batch=2, sequence=16)
+    _, ordinary, observing = real_peaks(model, config, 2, 16, False)
+    assert estimate.step.total == pytest.approx(ordinary, rel=0.01)
+    assert estimate.observing.total == pytest.approx(observing, rel=0.01)
 
 
 @pytest.mark.parametrize("budget, rank", [(1000, 90), (999, 89), (110, 1), (5000, 400)])
