@@ -7,6 +7,7 @@ norms are all that ever travels.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import Counter
 from datetime import timedelta
@@ -63,22 +64,27 @@ def check_agreement(what: str, digest: str, timeout: float = AGREEMENT_SECONDS) 
     ranks = world_size()
     if ranks == 1:
         return
-    store = dist.distributed_c10d._get_default_store()
+    store, own = dist.distributed_c10d._get_default_store(), dist.get_rank()
     _checks[what] += 1
     key = f"grass/{what}/{_checks[what]}"
-    store.set(f"{key}/{dist.get_rank()}", digest)
-    for rank in range(ranks):
-        try:
-            store.wait([f"{key}/{rank}"], timedelta(seconds=timeout))
-        except (RuntimeError, dist.DistStoreError) as error:
+    # Every rank reads a few bytes of every other, and the whole of one only to say where it differs.
+    brief = hashlib.blake2b(digest.encode(), digest_size=16).hexdigest()
+    store.set(f"{key}/whole/{own}", digest)
+    store.set(f"{key}/{own}", brief)
+    keys = [f"{key}/{rank}" for rank in range(ranks)]
+    try:
+        store.wait(keys, timedelta(seconds=timeout))
+    except (RuntimeError, dist.DistStoreError) as error:
+        missing = next((rank for rank in range(ranks) if not store.check([keys[rank]])), own)
+        raise RuntimeError(
+            f"rank {missing} of {ranks} has not begun {what} with Grass within {timeout:.0f} s: start every rank with "
+            "the same command, optimizer and model."
+        ) from error
+    for rank, said in enumerate(store.multi_get(keys)):
+        if said.decode() != brief:
+            other = store.get(f"{key}/whole/{rank}").decode()
             raise RuntimeError(
-                f"rank {rank} of {ranks} has not begun {what} with Grass within {timeout:.0f} s: start every rank with "
-                "the same command, optimizer and model."
-            ) from error
-        other = store.get(f"{key}/{rank}").decode()
-        if other != digest:
-            raise RuntimeError(
-                f"rank {dist.get_rank()} and rank {rank} disagree on {what} with Grass: {_difference(digest, other)}. "
+                f"rank {own} and rank {rank} disagree on {what} with Grass: {_difference(digest, other)}. "
                 "Start every rank with the same settings and model."
             )
 
