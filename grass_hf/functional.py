@@ -20,7 +20,7 @@ one call per step, otherwise the second moment of the micro-batch gradients (doc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -177,18 +177,17 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
         x, index, multiplier = ctx.saved_tensors
-        dy2 = dy.reshape(-1, dy.shape[-1])
-        x2 = x.reshape(-1, x.shape[-1]).to(dy.dtype)
-        norms2 = None
+        x = x.to(dy.dtype)
+        dy2, x2, norms2 = _flat(dy), _flat(x), None
         # A backward called inside an autocast region would autocast these too; ordinary layers' backward does not.
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.side == "output":
                 if ctx.observe:
-                    norms2 = _observed(squared_norms, dy, x.to(dy.dtype), ctx.by_sequence)
+                    norms2 = sum(squared_norms(_flat(a), _flat(b)) for a, b in _pairs(dy, x, ctx.by_sequence))
                 left, right = dy2.index_select(1, index), x2
             else:
                 if ctx.observe:
-                    norms2 = _observed(squared_norms, x.to(dy.dtype), dy, ctx.by_sequence)
+                    norms2 = sum(squared_norms(_flat(b), _flat(a)) for a, b in _pairs(dy, x, ctx.by_sequence))
                     x2 = x2.index_select(1, index)
                 left, right = dy2, x2
             if ctx.transposed:
@@ -199,10 +198,14 @@ class _Tap(torch.autograd.Function):
         return dy, None, grad, None, None, norms2, None, None, None, None
 
 
-def _observed(norms: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, by_sequence: bool) -> Tensor:
-    """`norms` of all tokens at once, or summed over the sequences."""
-    parts = zip(a, b, strict=True) if by_sequence and a.dim() > 2 else [(a, b)]
-    return sum(norms(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])) for x, y in parts)
+def _flat(values: Tensor) -> Tensor:
+    """(..., d) as (T, d)."""
+    return values.reshape(-1, values.shape[-1])
+
+
+def _pairs(dy: Tensor, inputs: Tensor, by_sequence: bool) -> Iterable[tuple[Tensor, Tensor]]:
+    """What is scored together: each sequence of dY (B, T, m) with its inputs, or all tokens at once."""
+    return zip(dy, inputs, strict=True) if by_sequence and dy.dim() > 2 else [(dy, inputs)]
 
 
 class _EmbeddingTap(torch.autograd.Function):
@@ -226,16 +229,12 @@ class _EmbeddingTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
         ids, index, multiplier = ctx.saved_tensors
-        dy2, ids = dy.reshape(-1, dy.shape[-1]), ids.reshape(-1)
         norms2 = None
         if ctx.observe:
-            sequences = ctx.by_sequence and dy.dim() > 2
-            pairs = zip(dy, ids.view(dy.shape[:-1]), strict=True) if sequences else [(dy2, ids)]
-            norms2 = sum(
-                embedding_squared_norms(rows.reshape(-1, rows.shape[-1]), own.reshape(-1), ctx.padding)
-                for rows, own in pairs
-            )
-        grad = _sum_rows(dy2.index_select(1, index), ids, ctx.rows, ctx.padding).to(ctx.active_dtype)
+            pairs = _pairs(dy, ids, ctx.by_sequence)
+            norms2 = sum(embedding_squared_norms(_flat(a), b.reshape(-1), ctx.padding) for a, b in pairs)
+        grad = _sum_rows(_flat(dy).index_select(1, index), ids.reshape(-1), ctx.rows, ctx.padding)
+        grad = grad.to(ctx.active_dtype)
         if multiplier is not None:
             grad = grad * multiplier.to(grad.dtype)
         return dy, None, grad, None, None, norms2, None, None

@@ -21,6 +21,7 @@ over are padding: gradient multiplier 0, never written back.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,14 +53,17 @@ class Selection:
     @staticmethod
     def stack(selections: list[Selection]) -> Selection:
         """One selection per expert as one."""
-        columns = zip(*((s.index, s.rho, s.write) for s in selections), strict=True)
-        return Selection(*(None if values[0] is None else torch.stack(values) for values in columns))
+        return Selection._joined(selections, torch.stack)
 
     @staticmethod
     def concatenate(selections: list[Selection]) -> Selection:
         """One selection of all the rows that selections of different rows have."""
+        return Selection._joined(selections, torch.cat)
+
+    @staticmethod
+    def _joined(selections: list[Selection], join: Callable[[list[Tensor]], Tensor]) -> Selection:
         columns = zip(*((s.index, s.rho, s.write) for s in selections), strict=True)
-        return Selection(*(None if values[0] is None else torch.cat(values) for values in columns))
+        return Selection(*(None if values[0] is None else join(values) for values in columns))
 
     def first_positions(self, size: int) -> Tensor:
         """int64 (..., r): where each row stands first; padding stands at the row that it repeats."""

@@ -251,7 +251,7 @@ class Slice(nn.Module):
 
     def blocks(self) -> int:
         """Number of blocks of the side that choose rows for themselves: a multiple of the shards of the rows."""
-        count = distributed.shards(self.active) if self._rows_are_sharded() else 1
+        count = self._row_shards()
         return self.state.blocks if self.state.blocks % count == 0 else count
 
     def check_alignment(self) -> None:
@@ -260,15 +260,16 @@ class Slice(nn.Module):
         Raises:
             ValueError: it does not; every rank finds the same.
         """
-        count = distributed.shards(self.active) if self._rows_are_sharded() else 1
+        count = self._row_shards()
         if count > 1 and not aligned(self.index.cpu(), self.state.size, count):
             raise ValueError(
                 f"{self.state.name}: its {self.state.rank} of {self.state.size} rows do not lie in the {count} shards "
                 f"that hold them: convert with row_blocks={count} and a rank that {count} divides, or side='input'."
             )
 
-    def _rows_are_sharded(self) -> bool:
-        return self.dim == -2 and self.index.dim() == 1 and distributed.is_sharded(self.active)
+    def _row_shards(self) -> int:
+        """Number of shards among which the selectable rows are split; 1 where every choice is local."""
+        return distributed.shards(self.active) if self.dim == -2 and self.index.dim() == 1 else 1
 
     def current_selection(self) -> Selection:
         """The rows in the slice now, on the CPU."""
