@@ -1,10 +1,15 @@
 """DDP: a batch of eight on one rank, on two and on eight, is the same run with the same rows."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from launch import torchrun
+from accelerate.commands.config.config_args import load_config_from_file
+from launch import accelerate_launch, torchrun
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 
 SETTINGS = {
     "plain": {},
@@ -43,6 +48,22 @@ def test_two_ranks_are_one(tmp_path, name):
 
 def test_two_ranks_with_accumulation_are_one_without(tmp_path):
     assert_same(outcome(tmp_path, 2, {"accumulate": 2}), outcome(tmp_path, 1, {}))
+
+
+def test_the_cpu_config_starts_two_ranks(tmp_path):
+    options = json.dumps({"output_dir": str(tmp_path), "use_cpu": True})
+    done = accelerate_launch(CONFIGS / "cpu_2.yaml", "fsdp_trainer.py", options)  # asserts more than one rank
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = json.loads(re.search(r"losses (\[.*\])", done.stdout).group(1))
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
+def test_configs_are_what_accelerate_reads(file):
+    """Those for more devices than there are here are read, not run."""
+    config = load_config_from_file(str(file))
+    assert config.num_processes >= config.num_machines >= 1
+    assert f"--config_file configs/accelerate/{file.name}" in file.read_text()
 
 
 @pytest.mark.dist

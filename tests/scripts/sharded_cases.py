@@ -53,9 +53,9 @@ def batch(step: int, ranks: int | None = None) -> torch.Tensor:
     return torch.randint(VOCABULARY, (2, 10), generator=draws)
 
 
-def shard(model: nn.Module, **options) -> nn.Module:
+def shard(model: nn.Module, layers=(), **options) -> nn.Module:
     """fully_shard as people do it: every layer, then the rest."""
-    for layer in model.model.layers:
+    for layer in layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
     assert all(isinstance(p, DTensor) for p in model.parameters())
@@ -95,7 +95,7 @@ def prepare(sharded: bool, dtype=torch.float32, tied=False, options=None, **sett
     convert_to_grass(model, GrassConfig(**{**SETTINGS, **settings}))
     wrapped = None
     if sharded:
-        shard(model, **(options or {}))
+        shard(model, model.model.layers, **(options or {}))
     else:
         wrapped = DistributedDataParallel(model)
     return model, grass_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1), wrapped
@@ -194,7 +194,7 @@ def uneven_divisions():
             model = Uneven()
             convert_to_grass(model, GrassConfig(update_interval=2, **settings))
             if sharded:
-                fully_shard(model)
+                shard(model)
             run = model if sharded else DistributedDataParallel(model)
             optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
             for step in range(6):
@@ -211,7 +211,7 @@ def uneven_divisions():
 def unaligned_rows_stop_with_a_sentence():
     model = nn.Sequential(nn.Linear(6, 9))
     convert_to_grass(model, GrassConfig(rank=4))  # rows 0 2 4 6; two shards hold rows 0-4 and 5-8
-    fully_shard(model)
+    shard(model)
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
     model(torch.randn(3, 6)).sum().backward()
     before = model[0].weight.full_tensor().clone()
@@ -265,7 +265,8 @@ def bytes_reduced_in_backward():
     model, _, _ = prepare(True, density=0.25)
     expected = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     assert expected <= reduced(model) <= 1.1 * expected  # every parameter is padded to the number of ranks
-    plain = shard(llama())
+    plain = llama()
+    shard(plain, plain.model.layers)
     assert reduced(plain) > 2 * expected
 
 
