@@ -170,7 +170,7 @@ class _Tap(torch.autograd.Function):
         ctx.active_dtype = active.dtype
         if side == "input" and not ctx.observe:
             # all that backward needs: activation memory falls to r/n
-            x = x.index_select(-1, index).to(y.dtype) if columns is None else columns
+            x = take_columns(x, index).to(y.dtype) if columns is None else columns
         ctx.save_for_backward(x, index, multiplier)
         return alias(y)
 
@@ -178,21 +178,21 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):
         x, index, multiplier = ctx.saved_tensors
         x = x.to(dy.dtype)
-        dy2, x2, norms2 = _flat(dy), _flat(x), None
+        norms2 = None
         # A backward called inside an autocast region would autocast these too; ordinary layers' backward does not.
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.side == "output":
                 if ctx.observe:
                     norms2 = sum(squared_norms(_flat(a), _flat(b)) for a, b in _pairs(dy, x, ctx.by_sequence))
-                left, right = dy2.index_select(1, index), x2
+                left, right = take_columns(dy, index), x
             else:
                 if ctx.observe:
                     norms2 = sum(squared_norms(_flat(b), _flat(a)) for a, b in _pairs(dy, x, ctx.by_sequence))
-                    x2 = x2.index_select(1, index)
-                left, right = dy2, x2
+                    x = take_columns(x, index)
+                left, right = dy, x
             if ctx.transposed:
                 left, right = right, left
-            grad = torch.mm(left.t(), right).to(ctx.active_dtype)
+            grad = torch.mm(_flat(left).t(), _flat(right)).to(ctx.active_dtype)
             if multiplier is not None:
                 grad = grad * along_slice(multiplier.to(grad.dtype), selected_dim(ctx.side, ctx.transposed))
         return dy, None, grad, None, None, norms2, None, None, None, None
@@ -233,11 +233,17 @@ class _EmbeddingTap(torch.autograd.Function):
         if ctx.observe:
             pairs = _pairs(dy, ids, ctx.by_sequence)
             norms2 = sum(embedding_squared_norms(_flat(a), b.reshape(-1), ctx.padding) for a, b in pairs)
-        grad = _sum_rows(_flat(dy).index_select(1, index), ids.reshape(-1), ctx.rows, ctx.padding)
+        grad = _sum_rows(_flat(take_columns(dy, index)), ids.reshape(-1), ctx.rows, ctx.padding)
         grad = grad.to(ctx.active_dtype)
         if multiplier is not None:
             grad = grad * multiplier.to(grad.dtype)
         return dy, None, grad, None, None, norms2, None, None
+
+
+def take_columns(values: Tensor, index: Tensor) -> Tensor:
+    """``values[..., index]`` of (..., d): a gather, which reads any strides without a copy of them all and is several
+    times faster than `index_select` along a last dimension of half precision on a CPU."""
+    return values.gather(-1, index.expand(*values.shape[:-1], index.shape[0]))
 
 
 def selected_dim(side: str, transposed: bool) -> int:

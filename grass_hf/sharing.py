@@ -11,6 +11,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from .functional import take_columns
+
 
 class SharedColumns:
     """The latest columns gathered for a group of layers; holds nothing alive by itself."""
@@ -25,7 +27,7 @@ class SharedColumns:
         key = (x._version, index._version, dtype)
         columns = self._columns()
         if columns is None or self._source() is not x or self._key != key:
-            columns = x.detach().index_select(-1, index).to(dtype)
+            columns = take_columns(x.detach(), index).to(dtype)
             self._source, self._columns, self._key = weakref.ref(x), weakref.ref(columns), key
         return columns
 
