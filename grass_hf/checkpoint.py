@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .distributed import is_sharded, shard_range, shards, whole
+from .functional import take_rows
 from .parts import local_part
 from .selection import aligned, strided
 from .slices import Slice
@@ -136,10 +137,17 @@ def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
     if part.rho is not None:
         part.rho.copy_(whole(entry["rho"]))
         part.write.copy_(whole(entry["write"]))
+    if not part.resident:
+        part.release()  # its values are the weight's
+        return True
     saved = entry["active"]
+    own = local_part(part)
     if is_sharded(part.active):
         saved = saved.to_local() if is_sharded(saved) else saved[slice(*shard_range(part.active))]
-    local_part(part).active.copy_(whole(saved))
+    saved = whole(saved)
+    if saved.flatten()[:1].isnan().any():  # it was released when it was saved, so the weight has its values
+        saved = take_rows(own.weight, own.index, part.dim)
+    own.active.copy_(saved)
     return True
 
 

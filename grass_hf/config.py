@@ -16,21 +16,20 @@ from dataclasses import dataclass
 from typing import Any
 
 # The names of DESIGN's table; their maths is in `grass_hf.selection`.
-SELECTIONS = (
-    "top_r",
-    "multinomial_norm",
-    "multinomial_norm_nr",
-    "multinomial_norm2",
-    "multinomial_norm2_nr",
-    "uniform",
-    "uniform_nr",
-)
-SCORES = ("batch", "sequence")
+# Rules that draw with replacement, so that their slices carry multipliers, and the others.
+WITH_REPLACEMENT = ("multinomial_norm", "multinomial_norm2", "uniform")
+WITHOUT_REPLACEMENT = ("top_r", "multinomial_norm_nr", "multinomial_norm2_nr", "uniform_nr")
+SELECTIONS = (*WITHOUT_REPLACEMENT, *WITH_REPLACEMENT)
 SIDES = ("output", "input", "auto")
-STATE_POLICIES = ("carry", "reset", "reset_warmup")
-DECAYS = ("all", "active")
-ROUNDINGS = ("stochastic", "nearest")
-SLICE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_CHOICES = {
+    "selection": SELECTIONS,
+    "side": SIDES,
+    "score_by": ("batch", "sequence"),
+    "state_policy": ("carry", "reset", "reset_warmup"),
+    "decay": ("all", "active"),
+    "rounding": ("stochastic", "nearest"),
+    "slice_dtype": ("float32", "bfloat16", "float16", "float64"),
+}
 
 DEFAULT_DENSITY = 0.25
 
@@ -69,6 +68,9 @@ class GrassConfig:
             digits in the mean, "nearest" drops them.
         row_blocks: equal parts of the rows of a weight that each train their share of the slice. 1 chooses among
             all rows; fully sharded training needs a multiple of the number of shards, and takes that number by itself.
+        resident: keep the slices in memory between steps. False holds a slice only while it is stepped: it is loaded
+            from the weight and released again, which saves r/m of the weights' memory (docs/memory.md). Slices then
+            have the weights' dtype.
         seed: seed of the random selections.
 
     Raises:
@@ -91,6 +93,7 @@ class GrassConfig:
     slice_dtype: str | None = None
     rounding: str = "stochastic"
     row_blocks: int = 1
+    resident: bool = True
     seed: int = 0
 
     def __post_init__(self):
@@ -126,14 +129,14 @@ class GrassConfig:
             raise ValueError(f"row_blocks={self.row_blocks} is not a positive number of parts: 1 has no parts.")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is negative: give 0 or a positive integer.")
-        _check_choice("selection", self.selection, SELECTIONS)
-        _check_choice("side", self.side, SIDES)
-        _check_choice("score_by", self.score_by, SCORES)
-        _check_choice("state_policy", self.state_policy, STATE_POLICIES)
-        _check_choice("decay", self.decay, DECAYS)
-        _check_choice("rounding", self.rounding, ROUNDINGS)
-        if self.slice_dtype is not None:
-            _check_choice("slice_dtype", self.slice_dtype, SLICE_DTYPES)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), choices)
+        if not self.resident and self.selection in WITH_REPLACEMENT:
+            raise ValueError(
+                f"resident=False reloads slices from the weights, and selection={self.selection!r} trains multiples of "
+                f"them: use resident=True, or {self.selection}_nr."
+            )
         if not self.target_modules:
             raise ValueError('target_modules is empty: give "all-linear", a list of suffixes or a regular expression.')
 

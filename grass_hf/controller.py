@@ -29,6 +29,7 @@ from .convert import describe, grass_slices
 from .distributed import check_agreement, local
 from .remap import carry_rows
 from .slices import Slice
+from .stepping import step_in_chunks
 
 # A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
 GROUP_KEY = "grass_phase"
@@ -69,7 +70,10 @@ class GrassController:
         def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
             self._before_step()
             try:
-                result = original(*args, **kwargs)
+                if self.config.resident:
+                    result = original(*args, **kwargs)
+                else:
+                    result = step_in_chunks(self.optimizer, original, self.slices, *args, **kwargs)
             finally:
                 self._restore_learning_rate()
             self._after_step()
@@ -144,6 +148,7 @@ class GrassController:
             guards.check_each_reached(layers, self.step)
             for part in layers:
                 part.check_alignment()
+                part.check_residence()
         if not hasattr(self.optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
             guards.check_finite(layers, self.step)
         self._ramp_learning_rate(layers)

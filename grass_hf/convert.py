@@ -60,10 +60,11 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
     _refuse_wrapped(model)
     todo = plan(model, config)
     weighted = with_replacement(config.selection)
+    dtypes = [slice_dtype(getattr(target.module, target.parameter).dtype, config) for target in todo.targets]
     leaders = list(dict.fromkeys(target.leader for target in todo.targets))
     followed = Counter(target.leader for target in todo.targets)
     columns = {name: SharedColumns() for name, count in followed.items() if count > 1}
-    for target in todo.targets:
+    for target, dtype in zip(todo.targets, dtypes, strict=True):
         attach_slice(
             target.module,
             target.parameter,
@@ -73,12 +74,13 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
             rank=target.rank,
             side=target.side,
             weighted=weighted,
-            dtype=slice_dtype(getattr(target.module, target.parameter).dtype, config),
+            dtype=dtype,
             phase=leaders.index(target.leader) * config.update_interval // len(leaders) if config.stagger else 0,
             leader=target.leader,
             columns=columns.get(target.leader),
             blocks=target.blocks,
             by_sequence=config.score_by == "sequence",
+            resident=config.resident,
         )
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     # transformers drops these keys in save_pretrained, which keeps its checkpoints plain
@@ -137,7 +139,19 @@ def _slice_keys(model: nn.Module) -> list[str]:
 
 
 def slice_dtype(weight_dtype: torch.dtype, config: GrassConfig) -> torch.dtype:
-    """The dtype of the slices over weights of a dtype."""
+    """The dtype of the slices over weights of a dtype.
+
+    Raises:
+        ValueError: it differs from the weights', and the slices are to be reloaded from them.
+    """
+    if not config.resident:
+        if config.slice_dtype not in (None, str(weight_dtype).removeprefix("torch.")):
+            raise ValueError(
+                f"resident=False reloads slices from the weights, which are {weight_dtype}, and "
+                f"slice_dtype={config.slice_dtype!r} holds more or other digits: leave slice_dtype out, or use "
+                "resident=True."
+            )
+        return weight_dtype
     if config.slice_dtype is not None:
         return getattr(torch, config.slice_dtype)
     # An update below half a unit in the weight's last place would be lost at every step: docs/precision.md

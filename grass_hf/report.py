@@ -114,7 +114,7 @@ def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
 
 def _grass_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Bytes:
     trainable = [p for p in model.parameters() if p.requires_grad]
-    slices = sum(layer.active.nbytes for layer in grass_slices(model))
+    slices = sum(layer.active.nbytes for layer in grass_slices(model) if layer.resident)
     return Bytes(slices, sum(p.nbytes for p in trainable), _state_bytes(optimizer))
 
 

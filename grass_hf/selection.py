@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import WITH_REPLACEMENT
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -91,7 +93,7 @@ def needs_scores(rule: str) -> bool:
 
 def with_replacement(rule: str) -> bool:
     """Whether the rule draws with replacement, so that its slices carry multipliers."""
-    return rule in ("multinomial_norm", "multinomial_norm2", "uniform")
+    return rule in WITH_REPLACEMENT
 
 
 def bounds(size: int, blocks: int) -> list[tuple[int, int]]:

@@ -6,12 +6,7 @@ chain rule its gradient is Grass's C = P^T G, so any optimizer, scheduler, scale
 parameters works on it unchanged; after the optimizer's step `write_back` copies it into the weight.
 
 A weight of experts, (E, m, n), is E matrices in one tensor: its slice is (E, r, n) or (E, m, r), its index (E, r),
-and every expert selects for itself.
-
-[Note: rounding] A slice may hold more digits than its weight (float32 over bfloat16). While a row is being trained
-the weight is its nearest value, so copying is idempotent. When the row leaves, what is below half a unit in the last
-place of the weight would be lost; rounding up or down at random, with the probabilities that make the mean exact,
-lets it arrive in the mean. The draws depend on (seed, step, name) alone, so resuming repeats them.
+and every expert selects for itself. What moves between weight and slice is in `grass_hf.exchange`.
 """
 
 from __future__ import annotations
@@ -20,18 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, functional
-from .functional import accumulation_dtype, along_slice, put_rows, selected_dim, take_rows
+from .exchange import Exchange
+from .functional import accumulation_dtype, selected_dim, take_rows
 from .grouped import grouped_linear
-from .parts import SliceState, local_part
-from .rounding import loses_digits, round_stochastically
-from .selection import Selection, aligned, seeded, strided
+from .parts import SliceState
+from .selection import strided
 from .sharing import SharedColumns
 
-# Rows of a weight that are converted to float32 at a time, to multiply decay into a half-precision weight.
-_DECAY_BLOCK = 256
 
-
-class Slice(nn.Module):
+class Slice(Exchange, nn.Module):
     """The trained rows or columns of one weight; a child ``<parameter>_slice`` of the module that holds the weight.
 
     Args:
@@ -48,6 +40,7 @@ class Slice(nn.Module):
         columns: what slices with the same leader keep for backward together.
         blocks: parts of the side that choose rows for themselves.
         by_sequence: what norms are of, see `functional.tap`.
+        resident: whether the slice stays in memory between steps, see [Note: released slices] in `grass_hf.exchange`.
 
     Attributes:
         active: Parameter, (..., r, n) for side "output", (..., m, r) for "input", or transposed as the weight is.
@@ -77,6 +70,7 @@ class Slice(nn.Module):
         columns: SharedColumns | None = None,
         blocks: int = 1,
         by_sequence: bool = False,
+        resident: bool = True,
     ):
         super().__init__()
         # not registered: the owner is the parent
@@ -100,6 +94,7 @@ class Slice(nn.Module):
         trained = torch.zeros(*batch, size, dtype=torch.bool)
         self.columns = columns
         self.by_sequence = by_sequence
+        self.resident = resident
         self.state = SliceState(name, size, rank, phase, leader or name, blocks, trained=trained)
 
     @property
@@ -154,131 +149,6 @@ class Slice(nn.Module):
             return
         if self.active.grad is None:
             self.norms.grad = None
-
-    @torch.no_grad()
-    def write_back(self, seed: str | None = None) -> None:
-        """Copy the active slice into the weight; idempotent.
-
-        Args:
-            seed: of the draws, to round stochastically; None rounds to nearest. See [Note: rounding].
-        """
-        part = local_part(self)
-        rows = part.active if part.write is None else part.active * along_slice(part.write, self.dim)
-        if seed is not None and loses_digits(part.weight.dtype, rows.dtype):
-            rows = round_stochastically(rows, part.weight.dtype, seeded(seed + part.place, rows.device))
-        if part.write is not None:
-            # Padding repeats another row's number, so it must repeat its value.
-            rows = take_rows(rows, Selection(part.index).first_positions(self.state.size), self.dim)
-        put_rows(part.weight, part.index, rows.to(part.weight.dtype), self.dim)
-
-    @torch.no_grad()
-    def settle_decay(self, seed: str | None = None) -> None:
-        """Multiply into the rows outside the slice the weight decay they are owed.
-
-        Args:
-            seed: of the draws, to round a half-precision weight stochastically; None rounds to nearest.
-        """
-        if self.state.owed == 1.0:
-            return
-        part = local_part(self)
-        if seed is not None and loses_digits(part.weight.dtype, torch.float32):
-            draws = seeded(seed + part.place + ".decay", part.weight.device)
-            for rows in part.weight.flatten(0, -2).split(_DECAY_BLOCK):
-                rows.copy_(round_stochastically(rows.float() * self.state.owed, part.weight.dtype, draws))
-        else:
-            part.weight.mul_(self.state.owed)
-        self.state.owed = 1.0
-        self.write_back()
-
-    @torch.no_grad()
-    def load_selection(self, selection: Selection, seed: str | None = None) -> Tensor:
-        """Write the old slice back and load another one.
-
-        Rows that stay keep the slice's own values, which may be more precise than the weight's.
-
-        Args:
-            selection: of shape (..., r), on the CPU.
-            seed: of the draws, to round leaving rows stochastically; None rounds to nearest.
-
-        Returns:
-            int64 (..., r) on the CPU: the old position of each row of the new slice, -1 for a fresh row; of this
-            rank's part, where the slice is sharded.
-        """
-        self.settle_decay(seed)
-        self.write_back(seed)
-        source = selection.positions_in(self.current_selection(), self.state.size)
-        old = local_part(self)
-        kept, before = old.active.clone(), None if old.write is None else old.write.clone()
-        self.index.copy_(selection.index)
-        if selection.write is not None:
-            self.rho.copy_(selection.rho)
-            self.write.copy_(selection.write)
-        part = local_part(self)
-        source = part.of(source).to(part.active.device)
-        values = take_rows(part.weight, part.index, self.dim).to(part.active.dtype)
-        rows = take_rows(kept, source.clamp(min=0), self.dim)
-        if before is not None:
-            rows = rows * along_slice(before.gather(-1, source.clamp(min=0)), self.dim)
-        values = torch.where(along_slice(source >= 0, self.dim), rows.to(values.dtype), values)
-        if part.write is not None:
-            values = values / along_slice(part.write, self.dim)
-            values = values.masked_fill(along_slice(part.rho == 0, self.dim), 0.0)
-        part.active.copy_(values)
-        if seed is not None:
-            self.write_back()  # rows that stay are kept at their nearest value
-        return source.cpu()
-
-    @torch.no_grad()
-    def reload(self) -> None:
-        """Bring the slice in line with a weight that was changed from outside, by loading a checkpoint say.
-
-        A slice that already agrees with the weight is left alone: it may hold more digits than the weight.
-        """
-        part = local_part(self)
-        if part.active.is_meta or part.weight.is_meta:
-            return
-        rows = take_rows(part.weight, part.index, self.dim)
-        values, padding = part.active, None
-        if part.write is not None:
-            values = values * along_slice(part.write, self.dim)
-            padding = along_slice(part.rho == 0, self.dim)  # nothing to agree on
-        same = values.to(rows.dtype) == rows
-        if not bool((same if padding is None else same | padding).all()):
-            rows = rows.to(part.active.dtype)
-            if part.write is not None:
-                rows = (rows / along_slice(part.write, self.dim)).masked_fill(padding, 0.0)
-            part.active.copy_(rows)
-
-    def blocks(self) -> int:
-        """Number of blocks of the side that choose rows for themselves: a multiple of the shards of the rows."""
-        count = self._row_shards()
-        return self.state.blocks if self.state.blocks % count == 0 else count
-
-    def check_alignment(self) -> None:
-        """Check that every rank's part of the slice holds rows of its own part of the weight.
-
-        Raises:
-            ValueError: it does not; every rank finds the same.
-        """
-        count = self._row_shards()
-        if count > 1 and not aligned(self.index.cpu(), self.state.size, count):
-            raise ValueError(
-                f"{self.state.name}: its {self.state.rank} of {self.state.size} rows do not lie in the {count} shards "
-                f"that hold them: convert with row_blocks={count} and a rank that {count} divides, or side='input'."
-            )
-
-    def _row_shards(self) -> int:
-        """Number of shards among which the selectable rows are split; 1 where every choice is local."""
-        return distributed.shards(self.active) if self.dim == -2 and self.index.dim() == 1 else 1
-
-    def current_selection(self) -> Selection:
-        """The rows in the slice now, on the CPU."""
-        rho, write = (None if v is None else v.double().cpu() for v in (self.rho, self.write))
-        return Selection(self.index.cpu(), rho, write)
-
-    def mark_trained(self) -> None:
-        """Note that the rows in the slice have been trained."""
-        self.state.trained.scatter_(-1, self.index.cpu(), True)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
         # A plain checkpoint has no slice, and the one in a converted model's state dict may belong to another

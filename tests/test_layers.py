@@ -11,8 +11,20 @@ PACKAGE = Path(__file__).parents[1] / "grass_hf"
 FLOORS = {
     0: ["config", "_import_hook"],
     1: ["functional", "grouped", "rounding", "selection", "sharing", "distributed", "live"],
-    2: ["parts", "slices", "experts", "modules", "patterns", "targets", "convert"],
-    3: ["guards", "reselect", "remap", "checkpoint", "controller", "optim", "report", "methods", "simulate", "memory"],
+    2: ["parts", "exchange", "slices", "experts", "modules", "patterns", "targets", "convert"],
+    3: [
+        "guards",
+        "reselect",
+        "remap",
+        "checkpoint",
+        "stepping",
+        "controller",
+        "optim",
+        "report",
+        "methods",
+        "simulate",
+        "memory",
+    ],
     4: ["integrations"],
     5: ["cli", "bench", "__main__"],
 }

@@ -36,6 +36,11 @@ def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:
     """
     if fsdp_version() != 2:
         return config
+    if not config.resident:
+        raise ValueError(
+            "resident=False does not go with FSDP2, where every rank holds only its part of the slices already: leave "
+            "it out, or use DDP."
+        )
     if config.row_blocks % world_size():
         config = dataclasses.replace(config, row_blocks=world_size())
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}

@@ -236,6 +236,10 @@ def _refuse_engine(args, config: GrassConfig) -> None:
         engine = None
     if engine:
         raise ValueError(f"grass-hf does not run under {engine} yet: use DDP (accelerate launch --multi_gpu) or FSDP2.")
+    if not config.resident and args.torch_compile:
+        raise ValueError(
+            "resident=False with torch_compile=True would compile again for slices without memory: use resident=True."
+        )
     if config.stagger and args.torch_compile:
         raise ValueError(
             "stagger=True with torch_compile=True would compile one graph per layer that observes: use stagger=False."
