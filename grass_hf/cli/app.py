@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from . import autoload as autoload_module
+from .adapter_commands import commands as adapter_commands
 
 JSON = typer.Option(None, help="Also append the result to this file, as one line of JSON.", dir_okay=False)
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure Grass against its limits and its peers on this machine.")
 app.add_typer(bench, name="bench")
+app.add_typer(adapter_commands)
 
 
 @app.command(
