@@ -4,6 +4,8 @@ It travels with the state of each slice's parameter, as the tensors ``grass_*``,
 JSON text ``grass``: tensors and plain types, so that ``torch.load(weights_only=True)`` reads it, and of a form that
 torch.distributed.checkpoint shards, gathers and redistributes like any optimizer state. The model's own checkpoint
 stays plain: it holds the weights exactly as the next forward pass would use them.
+
+An engine that keeps slices and optimizer state in files of its own takes the rest with `remember` and `recall`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .distributed import is_sharded, shard_range, shards, whole
+from .distributed import is_sharded, shape_of, shard_range, shards, whole
 from .functional import take_rows
 from .parts import local_part
 from .selection import aligned, strided
@@ -42,10 +44,29 @@ def add(state_dict: dict[str, Any], controller: GrassController) -> dict[str, An
                 state[key] = {**state.get(key, {}), **_entry(part)}
                 names.append(part.state.name)
         if names:
-            meta = {"version": VERSION, "config": controller.config.to_dict(), "step": controller.step}
-            packed[KEY] = json.dumps({**meta, "due": sorted(controller.due), "layers": names})
+            packed[KEY] = _meta(controller, names)
     state_dict["state"] = state
     return state_dict
+
+
+def remember(controller: GrassController) -> dict[str, Any]:
+    """What Grass remembers beside the slices and the optimizer state; its tensors are references."""
+    slices = {}
+    for part in controller.slices:
+        entry = {key.removeprefix(PREFIX): value for key, value in _entry(part).items()}
+        slices[part.state.name] = {**entry, "active": torch.empty(shape_of(part.active), device="meta")}
+    return {KEY: _meta(controller, list(slices)), "slices": slices}
+
+
+def recall(saved: dict[str, Any] | None, controller: GrassController) -> None:
+    """Put back what `remember` returned; None stands for a checkpoint without it.
+
+    Raises:
+        ValueError: as `restore` does.
+    """
+    meta, entries = (json.loads(saved[KEY]), saved["slices"]) if saved else (None, {})
+    _check(meta, entries, controller)
+    _take_up(meta, entries, controller)
 
 
 def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str, Any]:
@@ -59,9 +80,7 @@ def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str
     """
     meta, entries = read(state_dict)
     _check(meta, entries, controller)
-    controller.step = meta["step"]
-    controller.due = set(meta["due"])
-    unaligned = [part.state.name for part in controller.slices if not _restore_slice(part, entries[part.state.name])]
+    unaligned = _take_up(meta, entries, controller)
     if unaligned:
         logger.warning(
             "the rows of %d slices do not lie evenly in this run's shards (%s, ...): they start from evenly strided "
@@ -70,7 +89,6 @@ def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str
             unaligned[0],
             max(shards(part.active) for part in controller.slices),
         )
-    controller.look_ahead()
     return _stripped(state_dict, set(unaligned))
 
 
@@ -85,6 +103,20 @@ def read(state_dict: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, d
         own = [{k.removeprefix(PREFIX): v for k, v in s.items() if str(k).startswith(PREFIX)} for s in slices]
         entries.update(zip(meta["layers"], own, strict=True))
     return meta, entries
+
+
+def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], controller: GrassController) -> list[str]:
+    """Names of the slices whose rows could not be taken up."""
+    controller.step = meta["step"]
+    controller.due = set(meta["due"])
+    unaligned = [part.state.name for part in controller.slices if not _restore_slice(part, entries[part.state.name])]
+    controller.look_ahead()
+    return unaligned
+
+
+def _meta(controller: GrassController, names: list[str]) -> str:
+    meta = {"version": VERSION, "config": controller.config.to_dict(), "step": controller.step}
+    return json.dumps({**meta, "due": sorted(controller.due), "layers": names})
 
 
 def _stripped(state_dict: dict[str, Any], without_state: set[str]) -> dict[str, Any]:
@@ -141,6 +173,8 @@ def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
         part.release()  # its values are the weight's
         return True
     saved = entry["active"]
+    if saved.is_meta:
+        return True  # an engine brings it
     own = local_part(part)
     if is_sharded(part.active):
         saved = saved.to_local() if is_sharded(saved) else saved[slice(*shard_range(part.active))]
@@ -173,9 +207,9 @@ def _check(meta: dict[str, Any] | None, entries: dict[str, dict[str, Tensor]], c
                 f"{name} has no rows in this optimizer state, which is incomplete: resume from another one."
             )
         shape = entries[name]["active"].shape
-        if shape != part.active.shape:
+        if shape != (own := shape_of(part.active)):
             raise ValueError(
-                f"{name} has a slice of shape {tuple(part.active.shape)} on side={part.side!r}, the checkpoint one of "
+                f"{name} has a slice of shape {tuple(own)} on side={part.side!r}, the checkpoint one of "
                 f"{tuple(shape)}: resume with the same rank and side."
             )
         if ("rho" in entries[name]) != (part.rho is not None):

@@ -22,7 +22,7 @@ import types
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint, guards, reselect, selection
 from .convert import describe, grass_slices
@@ -42,24 +42,26 @@ class GrassController:
 
     Attributes:
         model: the converted model.
-        optimizer: any `torch.optim.Optimizer` over its trainable parameters.
+        optimizer: any `torch.optim.Optimizer` over its trainable parameters, or an engine's that has one inside.
+        base: the `torch.optim.Optimizer` itself.
         config: the model's `GrassConfig`.
         step: optimizer steps done.
         due: names of the layers that select after the current step.
+        following: whether the optimizer's steps count; an engine that takes the optimizer over ends it.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer = self.base = optimizer
         self.config = model.grass.config
         self.step = 0
         self.due: set[str] = set()
+        self.following = True
         self._has_stepped = False
         self._full_rates: list[tuple[dict, Any]] = []
         self._follow_step()
         self._follow_zero_grad()
-        optimizer.register_state_dict_post_hook(lambda _, state: checkpoint.add(state, self))
-        self._restore_on_load()
+        self._follow_state()
         self.look_ahead()
 
     def _follow_step(self) -> None:
@@ -68,6 +70,8 @@ class GrassController:
 
         @functools.wraps(original)
         def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if not self.following:
+                return original(*args, **kwargs)
             self._before_step()
             try:
                 if self.config.resident:
@@ -92,13 +96,17 @@ class GrassController:
 
         self.optimizer.zero_grad = types.MethodType(zero_grad, self.optimizer)
 
-    def _restore_on_load(self) -> None:
+    def _follow_state(self) -> None:
+        def add(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            return checkpoint.add(state_dict, self) if self.following else state_dict
+
+        self.optimizer.register_state_dict_post_hook(add)
         # Wrapped rather than hooked: bitsandbytes replaces load_state_dict and runs no hooks.
         load = self.optimizer.load_state_dict
 
         @functools.wraps(load)
         def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            load(checkpoint.restore(state_dict, self), *args, **kwargs)
+            load(checkpoint.restore(state_dict, self) if self.following else state_dict, *args, **kwargs)
 
         self.optimizer.load_state_dict = load_state_dict
 
@@ -141,26 +149,27 @@ class GrassController:
         layers = self.slices
         if not layers:  # restore_model was called
             return
-        params = (p for group in self.optimizer.param_groups for p in group["params"])
-        guards.check_any_reached(layers, params, self.step)
+        guards.check_any_reached(layers, self.parameters(), self.step, self._reached)
         if not self._has_stepped:
             check_agreement("the first step", f"step={self.step}; {describe(self.model)}")
-            guards.check_each_reached(layers, self.step)
+            guards.check_each_reached(layers, self.step, self._reached)
             for part in layers:
                 part.check_alignment()
                 part.check_residence()
-        if not hasattr(self.optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
-            guards.check_finite(layers, self.step)
+        self._check_finite(layers)
         self._ramp_learning_rate(layers)
 
     def _ramp_learning_rate(self, layers: list[Slice]) -> None:
         if self.config.state_policy != "reset_warmup":
             return
         steps = max(1, round(WARMUP_SHARE * self.config.update_interval))
-        reset_at = {id(layer.active): layer.state.reset_step for layer in layers}
-        for group in self._slice_groups():
-            last = [reset_at[id(p)] for p in group["params"] if reset_at[id(p)] is not None]
-            if last and (since := self.step - max(last)) <= steps:
+        groups, last = self._groups(), {}
+        for part in layers:
+            if part.state.reset_step is not None:
+                group = groups[id(part.active)]
+                last[id(group)] = (max(part.state.reset_step, last.get(id(group), (0,))[0]), group)
+        for reset_step, group in last.values():
+            if (since := self.step - reset_step) <= steps:
                 self._full_rates.append((group, group["lr"]))
                 group["lr"] = group["lr"] * since / (steps + 1)
 
@@ -178,9 +187,9 @@ class GrassController:
             self.look_ahead()  # forget what a skipped step observed
             return
         self._has_stepped = True
-        groups = {id(p): group for group in self._slice_groups() for p in group["params"]}
+        groups = self._groups()
+        self._write_back(layers)
         for layer in layers:
-            layer.write_back()
             self._owe_decay(layer, groups[id(layer.active)])
         self._select([layer for layer in layers if layer.state.name in self.due], groups)
         self.step += 1
@@ -207,10 +216,9 @@ class GrassController:
             part.mark_trained()
             source = part.load_selection(chosen, self._rounding_seed(part))
             if self.config.state_policy == "carry":
-                state, group = self.optimizer.state.get(part.active, {}), groups[id(part.active)]
-                carry_rows(state, local(part.active).shape, part.dim, source, group, part.state.name)
+                self._carry_state(part, source, groups[id(part.active)])
             else:
-                self.optimizer.state.pop(part.active, None)
+                self._drop_state(part, groups[id(part.active)])
                 part.state.reset_step = self.step
             self.due.discard(part.state.name)
 
@@ -230,5 +238,34 @@ class GrassController:
             else:
                 layer.norms = None
 
-    def _slice_groups(self) -> list[dict[str, Any]]:
-        return [group for group in self.optimizer.param_groups if GROUP_KEY in group]
+    # -- what an engine with a step of its own does in its own way ----------------------------------------------
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def stepped_dtype(self, param: nn.Parameter) -> torch.dtype:
+        """The dtype of what the optimizer steps over for a parameter."""
+        return param.dtype
+
+    def _groups(self) -> dict[int, dict[str, Any]]:
+        """The parameter group of each slice, by the id of its parameter."""
+        return {id(p): group for group in self.optimizer.param_groups if GROUP_KEY in group for p in group["params"]}
+
+    def _reached(self, param: nn.Parameter) -> bool:
+        return guards.has_gradient(param)
+
+    def _check_finite(self, layers: list[Slice]) -> None:
+        if not hasattr(self.optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
+            guards.check_finite(layers, self.step)
+
+    def _write_back(self, layers: list[Slice]) -> None:
+        for layer in layers:
+            layer.write_back()
+
+    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any]) -> None:
+        state = self.optimizer.state.get(part.active, {})
+        carry_rows(state, local(part.active).shape, part.dim, source, group, part.state.name)
+
+    def _drop_state(self, part: Slice, group: dict[str, Any]) -> None:
+        self.optimizer.state.pop(part.active, None)

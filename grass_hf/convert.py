@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .config import GrassConfig
-from .distributed import is_sharded
+from .distributed import gathered, is_partitioned, is_sharded, shape_of
 from .modules import GrassModule, attach_slice, detach_slices
 from .rounding import loses_digits
 from .selection import with_replacement
@@ -65,23 +65,24 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
     followed = Counter(target.leader for target in todo.targets)
     columns = {name: SharedColumns() for name, count in followed.items() if count > 1}
     for target, dtype in zip(todo.targets, dtypes, strict=True):
-        attach_slice(
-            target.module,
-            target.parameter,
-            sharers=target.sharers,
-            transposed=target.transposed,
-            name=target.name,
-            rank=target.rank,
-            side=target.side,
-            weighted=weighted,
-            dtype=dtype,
-            phase=leaders.index(target.leader) * config.update_interval // len(leaders) if config.stagger else 0,
-            leader=target.leader,
-            columns=columns.get(target.leader),
-            blocks=target.blocks,
-            by_sequence=config.score_by == "sequence",
-            resident=config.resident,
-        )
+        with gathered(p for module in (target.module, *target.sharers) for p in module.parameters()):
+            attach_slice(
+                target.module,
+                target.parameter,
+                sharers=target.sharers,
+                transposed=target.transposed,
+                name=target.name,
+                rank=target.rank,
+                side=target.side,
+                weighted=weighted,
+                dtype=dtype,
+                phase=leaders.index(target.leader) * config.update_interval // len(leaders) if config.stagger else 0,
+                leader=target.leader,
+                columns=columns.get(target.leader),
+                blocks=target.blocks,
+                by_sequence=config.score_by == "sequence",
+                resident=config.resident,
+            )
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     # transformers drops these keys in save_pretrained, which keeps its checkpoints plain
     model._keys_to_ignore_on_save = {*(ignored or ()), *_slice_keys(model)}
@@ -99,7 +100,7 @@ def restore_model(model: nn.Module) -> nn.Module:
     """
     if not is_converted(model):
         raise ValueError(f"{type(model).__name__} holds no Grass slices: convert_to_grass(model, config) makes them.")
-    if any(is_sharded(part.active) for part in grass_slices(model)):
+    if any(is_sharded(part.active) or is_partitioned(part.active) for part in grass_slices(model)):
         raise ValueError(
             f"{type(model).__name__} is sharded, and its modules cannot be put back in place: save it "
             "(save_pretrained, get_model_state_dict) and load the checkpoint, which is plain."
@@ -128,7 +129,9 @@ def grass_slices(model: nn.Module) -> Iterator[Slice]:
 def describe(model: nn.Module) -> str:
     """Settings and slices of a converted model in one line, equal on ranks that can train together."""
     settings = [f"{key}={value}" for key, value in model.grass.config.to_dict().items()]
-    slices = [f"{p.state.name} {tuple(p.active.shape)} of {tuple(p.weight.shape)}" for p in grass_slices(model)]
+    shapes = [(tuple(shape_of(part.active)), tuple(shape_of(part.weight))) for part in grass_slices(model)]
+    names = [part.state.name for part in grass_slices(model)]
+    slices = [f"{name} {active} of {weight}" for name, (active, weight) in zip(names, shapes, strict=True)]
     return "; ".join([*settings, *slices])
 
 
@@ -165,7 +168,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
     if kind.startswith("FSDP") or any(type(m).__name__.startswith("FSDP") for m in model.modules()):
         raise ValueError(f"{kind} is sharded already: convert the model first, then shard it.")
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(model, wrappers):
+    if isinstance(model, wrappers) or kind == "DeepSpeedEngine":
         raise ValueError(f"{kind} wraps a model: convert the model first, then wrap it.")
     if any(isinstance(module, GrassModule) for module in model.modules()):
         raise ValueError(f"{kind} contains a part that was already converted: call restore_model on that part first.")

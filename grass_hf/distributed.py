@@ -3,6 +3,9 @@
 FSDP2 keeps parameters as DTensors sharded on their first dimension, in the chunks of `torch.chunk`. Rows are chosen
 by blocks that match these chunks (`selection.bounds`), so every rank writes back and reloads its own rows, and the
 norms are all that ever travels.
+
+DeepSpeed's ZeRO-3 leaves parameters empty between their uses; their shape is then their attribute ``ds_shape``, and
+this rank's run of their elements ``ds_tensor``.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -93,6 +98,29 @@ def _difference(ours: str, theirs: str) -> str:
     pairs = itertools.zip_longest(ours.split("; "), theirs.split("; "), fillvalue="nothing")
     mine, other = next((a, b) for a, b in pairs if a != b)
     return f"{mine!r} here, {other!r} there"
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter that DeepSpeed's ZeRO-3 has split up, which is empty between its uses."""
+    return hasattr(tensor, "ds_tensor")
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """Shape of a tensor, also of one that ZeRO-3 has left empty."""
+    return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
+
+
+@contextmanager
+def gathered(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Have parameters whole that ZeRO-3 has split up, by a collective that every rank must join."""
+    partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -13,20 +13,17 @@ as it is until the first step, because DDP broadcasts parameters when it wraps t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .functional import along_slice, put_rows, take_rows
-from .parts import SliceState, local_part
+from .functional import along_slice, take_rows
+from .parts import Part, SliceState
 from .rounding import loses_digits, round_stochastically
 from .selection import Selection, aligned, seeded
-
-# Rows of a weight that are converted to float32 at a time, to multiply decay into a half-precision weight.
-_DECAY_BLOCK = 256
 
 
 class Exchange:
@@ -39,6 +36,7 @@ class Exchange:
     write: Tensor | None
     dim: int
     resident: bool
+    rank_part: Callable[[Exchange, bool], Part]
     state: SliceState
 
     @property
@@ -76,14 +74,14 @@ class Exchange:
         """
         if self.is_released:
             return
-        part = local_part(self)
+        part = self.rank_part(self, seed is not None)
         rows = part.active if part.write is None else part.active * along_slice(part.write, self.dim)
         if seed is not None and loses_digits(part.weight.dtype, rows.dtype):
             rows = round_stochastically(rows, part.weight.dtype, seeded(seed + part.place, rows.device))
         if part.write is not None:
             # Padding repeats another row's number, so it must repeat its value.
             rows = take_rows(rows, Selection(part.index).first_positions(self.state.size), self.dim)
-        put_rows(part.weight, part.index, rows.to(part.weight.dtype), self.dim)
+        part.put(rows)
 
     @torch.no_grad()
     def settle_decay(self, seed: str | None = None) -> None:
@@ -95,18 +93,9 @@ class Exchange:
         if self.state.owed == 1.0:
             return
         with self.held():
-            self._multiply(seed)
+            self.rank_part(self, False).decay(self.state.owed, seed)
             self.state.owed = 1.0
             self.write_back()
-
-    def _multiply(self, seed: str | None) -> None:
-        part = local_part(self)
-        if seed is not None and loses_digits(part.weight.dtype, torch.float32):
-            draws = seeded(seed + part.place + ".decay", part.weight.device)
-            for rows in part.weight.flatten(0, -2).split(_DECAY_BLOCK):
-                rows.copy_(round_stochastically(rows.float() * self.state.owed, part.weight.dtype, draws))
-        else:
-            part.weight.mul_(self.state.owed)
 
     @torch.no_grad()
     def load_selection(self, selection: Selection, seed: str | None = None) -> Tensor:
@@ -129,15 +118,15 @@ class Exchange:
         self.settle_decay(seed)
         self.write_back(seed)
         source = selection.positions_in(self.current_selection(), self.state.size)
-        old = local_part(self)
+        old = self.rank_part(self, True)
         kept, before = old.active.clone(), None if old.write is None else old.write.clone()
         self.index.copy_(selection.index)
         if selection.write is not None:
             self.rho.copy_(selection.rho)
             self.write.copy_(selection.write)
-        part = local_part(self)
-        source = part.of(source).to(part.active.device)
-        values = take_rows(part.weight, part.index, self.dim).to(part.active.dtype)
+        part = self.rank_part(self, False)
+        source = part.of(source).to(kept.device)
+        values = part.take().to(kept.dtype)
         rows = take_rows(kept, source.clamp(min=0), self.dim)
         if before is not None:
             rows = rows * along_slice(before.gather(-1, source.clamp(min=0)), self.dim)
@@ -145,7 +134,7 @@ class Exchange:
         if part.write is not None:
             values = values / along_slice(part.write, self.dim)
             values = values.masked_fill(along_slice(part.rho == 0, self.dim), 0.0)
-        part.active.copy_(values)
+        part.keep(values)
         if seed is not None:
             self.write_back()  # rows that stay are kept at their nearest value
         return source.cpu()
@@ -156,10 +145,12 @@ class Exchange:
 
         A slice that already agrees with the weight is left alone: it may hold more digits than the weight.
         """
-        part = local_part(self)
-        if part.active.is_meta or part.weight.is_meta or self.is_released:
+        if self.is_released or distributed.is_partitioned(self.weight):
+            return  # of a partitioned one every rank would have to join; DeepSpeed loads slices itself
+        part = self.rank_part(self, False)
+        if part.active.is_meta or part.weight.is_meta:
             return
-        rows = take_rows(part.weight, part.index, self.dim)
+        rows = part.take()
         values, padding = part.active, None
         if part.write is not None:
             values = values * along_slice(part.write, self.dim)
@@ -169,7 +160,7 @@ class Exchange:
             rows = rows.to(part.active.dtype)
             if part.write is not None:
                 rows = (rows / along_slice(part.write, self.dim)).masked_fill(padding, 0.0)
-            part.active.copy_(rows)
+            part.keep(rows)
 
     def blocks(self) -> int:
         """Number of blocks of the side that choose rows for themselves: a multiple of the shards of the rows."""

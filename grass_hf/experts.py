@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .distributed import shape_of
+
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module keeps the promises of the experts interface."""
@@ -22,7 +24,8 @@ def is_experts(module: nn.Module) -> bool:
 def parameters(module: nn.Module) -> list[str]:
     """Names of the experts' 3-D weights."""
     names = ("gate_up_proj", "up_proj", "down_proj")
-    return [name for name in names if getattr(module._parameters.get(name), "ndim", 0) == 3]
+    weights = {name: module._parameters.get(name) for name in names}
+    return [name for name, weight in weights.items() if weight is not None and len(shape_of(weight)) == 3]
 
 
 def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

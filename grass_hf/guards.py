@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -26,28 +26,44 @@ def check_finite(slices: list[Slice], step: int) -> None:
     for part in slices:
         grad = part.active.grad
         if grad is not None and not bool(whole(grad.isfinite().all())):
-            raise FloatingPointError(
-                f"the gradient of {part.state.name} is not finite at optimizer step {step}, and training stopped "
-                "before any weight was changed: lower the learning rate, clip gradients, or look at this batch for "
-                "bad data (float16 needs a GradScaler, fp16=True in TrainingArguments)."
-            )
+            raise not_finite(part.state.name, step)
     # else only the norm overflowed, in half precision
 
 
-def check_any_reached(slices: list[Slice], params: Iterable[nn.Parameter], step: int) -> None:
+def not_finite(name: str, step: int) -> FloatingPointError:
+    """The error for a slice whose gradient is not finite."""
+    return FloatingPointError(
+        f"the gradient of {name} is not finite at optimizer step {step}, and training stopped before any weight was "
+        "changed: lower the learning rate, clip gradients, or look at this batch for bad data (float16 needs a "
+        "GradScaler, fp16=True in TrainingArguments)."
+    )
+
+
+def has_gradient(param: nn.Parameter) -> bool:
+    """Whether a backward pass has reached a parameter; engines that take gradients away have another way to know."""
+    return param.grad is not None
+
+
+def check_any_reached(
+    slices: list[Slice],
+    params: Iterable[nn.Parameter],
+    step: int,
+    reached: Callable[[nn.Parameter], bool] = has_gradient,
+) -> None:
     """Stop if only ordinary parameters are trained.
 
     Args:
         slices: of the model.
-        params: all that the optimizer holds.
+        params: all that the optimizer trains.
         step: number of the optimizer step, for errors.
+        reached: as `has_gradient`.
 
     Raises:
         RuntimeError: no slice has a gradient though other parameters have.
     """
-    if any(part.active.grad is not None for part in slices):
+    if any(reached(part.active) for part in slices):
         return
-    if any(param.grad is not None for param in params):
+    if any(reached(param) for param in params):
         raise RuntimeError(
             f"no Grass layer received a gradient at optimizer step {step}, but other parameters did. "
             "With gradient checkpointing, either pass gradient_checkpointing_kwargs={'use_reentrant': False} "
@@ -55,7 +71,7 @@ def check_any_reached(slices: list[Slice], params: Iterable[nn.Parameter], step:
         )
 
 
-def check_each_reached(slices: list[Slice], step: int) -> None:
+def check_each_reached(slices: list[Slice], step: int, reached: Callable[[nn.Parameter], bool] = has_gradient) -> None:
     """Stop if a weight is trained in vain: frozen, and read by the model without calling the module that has it.
 
     Fused kernels do that (Mamba's), and fused losses with the output head. A slice without a gradient whose
@@ -65,15 +81,15 @@ def check_each_reached(slices: list[Slice], step: int) -> None:
     Args:
         slices: of the model.
         step: number of the optimizer step, for errors.
+        reached: as `has_gradient`.
 
     Raises:
         RuntimeError: a slice has no gradient among neighbours that have one.
     """
-    reached = [part for part in slices if part.active.grad is not None]
-    parents = {parent for part in reached for parent in _parents(part.state.name)}
+    parents = {parent for part in slices if reached(part.active) for parent in _parents(part.state.name)}
     for part in slices:
         name = part.state.name
-        if part.active.grad is not None or _parents(name)[0] not in parents:
+        if reached(part.active) or _parents(name)[0] not in parents:
             continue
         if isinstance(part.owner, nn.Embedding):
             logger.warning("%s received no gradient: the model was given inputs_embeds, perhaps.", name)

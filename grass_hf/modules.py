@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
 from . import experts
+from .distributed import gathered
 from .slices import Slice
 
 
@@ -118,15 +119,17 @@ def converted_class(module: nn.Module) -> type[GrassModule] | None:
     See [Note: where the tap goes]. A forward that overrides its base's is tried on two tokens.
     """
     cls, kind = type(module), kind_of(module)
-    outside = kind.base is None or cls is kind.base
-    if not outside and cls.forward is not kind.base.forward and not _reaches(module, kind):
-        if not _computes_product(module, kind):
-            return None
-        outside = True
-    converted = _class(cls, kind, outside)
-    if kind.base is None and not _agree(module, converted, *experts.trial_input(module)):
-        return None
-    return converted
+    if cls is kind.base:
+        return _class(cls, kind, True)
+    if kind.base is not None and cls.forward is kind.base.forward:
+        return _class(cls, kind, False)
+    with gathered(module.parameters()):
+        if kind.base is None:
+            converted = _class(cls, kind, True)
+            return converted if _agree(module, converted, *experts.trial_input(module)) else None
+        if _reaches(module, kind):
+            return _class(cls, kind, False)
+        return _class(cls, kind, True) if _computes_product(module, kind) else None
 
 
 def _class(cls: type[nn.Module], kind: Kind, outside: bool) -> type[GrassModule]:

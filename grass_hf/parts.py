@@ -3,6 +3,7 @@
 Under FSDP2 weight and slice are sharded on their first dimension. Where rows are selected, blocks of the slice choose
 among the rows of the weight's shard that the same rank holds (`selection.bounds`); where columns are selected, or each
 expert selects for itself, every choice is local anyway. So all that is done to a slice is done to a rank's own part.
+Another engine may split weights up in another way: it gives `Slice.rank_part` a function that returns its own `Part`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,15 @@ import torch
 from torch import Tensor
 
 from . import distributed
+from .functional import put_rows, take_rows
+from .rounding import loses_digits, round_stochastically
+from .selection import seeded
 
 if TYPE_CHECKING:
     from .slices import Slice
+
+# Rows of a weight that are converted to float32 at a time, to multiply decay into a half-precision weight.
+_DECAY_BLOCK = 256
 
 
 @dataclass
@@ -50,10 +57,10 @@ class SliceState:
 
 @dataclass
 class Part:
-    """What one rank holds of a weight and its slice.
+    """What one rank holds of a weight and its slice, and how it reads and writes them.
 
     Attributes:
-        weight, active, index, rho, write: as `Slice`'s; rows are numbered within this rank's part.
+        weight, active, index, rho, write, dim: as `Slice`'s; rows are numbered within this rank's part.
         place: distinguishes the parts' draws; empty without FSDP.
         rows: the part's range of the slice's rows (or of the experts), None for all.
     """
@@ -63,6 +70,7 @@ class Part:
     index: Tensor
     rho: Tensor | None
     write: Tensor | None
+    dim: int
     place: str
     rows: slice | None = None
 
@@ -73,17 +81,43 @@ class Part:
         own = positions[self.rows]
         return own if own.dim() > 1 else torch.where(own >= 0, own - self.rows.start, own)
 
+    def take(self) -> Tensor:
+        """The weight's rows (columns) `index`, shaped like the slice and in the weight's dtype."""
+        return take_rows(self.weight, self.index, self.dim)
 
-def local_part(part: Slice) -> Part:
-    """This rank's part of the weight, the slice and what belongs to it; all of them without FSDP."""
+    def put(self, rows: Tensor) -> None:
+        """Overwrite the weight's rows (columns) `index`; numbers that occur twice must come with equal values."""
+        put_rows(self.weight, self.index, rows.to(self.weight.dtype), self.dim)
+
+    def keep(self, values: Tensor) -> None:
+        """Overwrite the slice."""
+        self.active.copy_(values)
+
+    def decay(self, factor: float, seed: str | None) -> None:
+        """Multiply the weight by a factor; with a seed, a half-precision weight is rounded stochastically."""
+        if seed is None or not loses_digits(self.weight.dtype, torch.float32):
+            self.weight.mul_(factor)
+            return
+        draws = seeded(seed + self.place + ".decay", self.weight.device)
+        for rows in self.weight.flatten(0, -2).split(_DECAY_BLOCK):
+            rows.copy_(round_stochastically(rows.float() * factor, self.weight.dtype, draws))
+
+
+def local_part(part: Slice, exact: bool = False) -> Part:
+    """This rank's part of the weight, the slice and what belongs to it; all of them without FSDP.
+
+    Args:
+        part: the slice.
+        exact: want the slice's values with all digits that are kept of them, which the slice itself has here.
+    """
     weight, active = distributed.local(part.weight), distributed.local(part.active)
     if not distributed.is_sharded(part.active):
-        return Part(weight, active, part.index, part.rho, part.write, "")
+        return Part(weight, active, part.index, part.rho, part.write, part.dim, "")
     rows = slice(*distributed.shard_range(part.active))
     place = f".{rows.start}"
     if part.index.dim() == 1 and part.dim == -1:
-        return Part(weight, active, part.index, part.rho, part.write, place)
+        return Part(weight, active, part.index, part.rho, part.write, part.dim, place)
     index, rho, write = (v if v is None else v[rows] for v in (part.index, part.rho, part.write))
     if part.index.dim() == 1:
         index = index - distributed.shard_range(part.weight)[0]
-    return Part(weight, active, index, rho, write, place, rows)
+    return Part(weight, active, index, rho, write, part.dim, place, rows)

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import experts
 from .convert import grass_slices
+from .distributed import shape_of
 from .modules import kind_of
 
 
@@ -44,17 +45,17 @@ class StartReport:
 
 
 def start_report(model: nn.Module, optimizer: torch.optim.Optimizer) -> StartReport:
-    """Describe a converted model and the optimizer that drives it."""
+    """Describe a converted model and the optimizer that drives it (an engine's, say)."""
     targets: Counter = Counter()
     for layer in grass_slices(model):
         state = layer.state
-        shape = tuple(layer.weight.shape)
+        shape = tuple(shape_of(layer.weight))
         targets[_pattern(state.name), shape, layer.side, state.rank, state.rank / state.size] += 1
     slices = {id(layer.active) for layer in grass_slices(model)}
     ordinary: dict[tuple[str, str], list[int]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad and id(param) not in slices:
-            ordinary.setdefault((_pattern(name), _reason(model, name, param)), []).append(param.numel())
+            ordinary.setdefault((_pattern(name), _reason(model, name, param)), []).append(shape_of(param).numel())
     return StartReport(
         [(count, *kind) for kind, count in targets.items()],
         [(len(sizes), name, sum(sizes), reason) for (name, reason), sizes in ordinary.items()],
@@ -97,7 +98,7 @@ def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
     left_out = model.grass.left_out
     if name in left_out or (leaf == "weight" and owner in left_out):
         return left_out.get(name) or left_out[owner]
-    if param.dim() < 2:
+    if len(shape_of(param)) < 2:
         return "a vector: nothing to select from"
     module = model.get_submodule(owner)
     if module is getattr(model, "get_output_embeddings", lambda: None)():
@@ -114,30 +115,37 @@ def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
 
 def _grass_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Bytes:
     trainable = [p for p in model.parameters() if p.requires_grad]
-    slices = sum(layer.active.nbytes for layer in grass_slices(model) if layer.resident)
-    return Bytes(slices, sum(p.nbytes for p in trainable), _state_bytes(optimizer))
+    slices = sum(_bytes(layer.active) for layer in grass_slices(model) if layer.resident)
+    return Bytes(slices, sum(map(_bytes, trainable)), _state_bytes(optimizer))
 
 
 def _adamw_bytes(model: nn.Module) -> Bytes:
     converted = list(grass_slices(model))
     slices = {id(layer.active) for layer in converted}
-    weights = sum(layer.weight.nbytes for layer in converted)
-    full = weights + sum(p.nbytes for p in model.parameters() if p.requires_grad and id(p) not in slices)
+    weights = sum(_bytes(layer.weight) for layer in converted)
+    full = weights + sum(_bytes(p) for p in model.parameters() if p.requires_grad and id(p) not in slices)
     return Bytes(0, full, 2 * full)
+
+
+def _bytes(param: nn.Parameter) -> int:
+    return shape_of(param).numel() * param.element_size()
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     """Bytes of state after a first step, found by taking one on the meta device; None if the class cannot."""
-    known = inspect.signature(type(optimizer).__init__).parameters
-    settings = {key: value for key, value in optimizer.defaults.items() if key in known}
+    controller = optimizer.grass
+    base = controller.base
+    known = inspect.signature(type(base).__init__).parameters
+    settings = {key: value for key, value in base.defaults.items() if key in known}
     settings.update({key: False for key in ("fused", "foreach", "capturable") if key in settings})
     params = [
-        nn.Parameter(torch.empty_like(p, device="meta")) for group in optimizer.param_groups for p in group["params"]
+        nn.Parameter(torch.empty(shape_of(p), dtype=controller.stepped_dtype(p), device="meta"))
+        for p in controller.parameters()
     ]
     for param in params:
         param.grad = torch.empty_like(param)
     try:
-        trial = type(optimizer)(params, **settings)
+        trial = type(base)(params, **settings)
         trial.step()
     except Exception:  # third-party kernels without a meta implementation: the table says "after the first step"
         return None

@@ -11,6 +11,8 @@ and every expert selects for itself. What moves between weight and slice is in `
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from . import distributed, functional
 from .exchange import Exchange
 from .functional import accumulation_dtype, selected_dim, take_rows
 from .grouped import grouped_linear
-from .parts import SliceState
+from .parts import Part, SliceState, local_part
 from .selection import strided
 from .sharing import SharedColumns
 
@@ -48,6 +50,7 @@ class Slice(Exchange, nn.Module):
         rho, write: float buffers (..., r), not persistent; None unless the rule draws with replacement.
         norms: the leaf (..., size) that collects squared norms while an observation is due, else None.
         dim: -2 or -1, the dimension of weight and slice along which rows (columns) are selected.
+        rank_part: says what this rank has of the weight and the slice; `parts.local_part`, or an engine's own.
     """
 
     index: Tensor
@@ -79,6 +82,7 @@ class Slice(Exchange, nn.Module):
         self.side = side
         self.transposed = transposed
         self.dim = selected_dim(side, transposed)
+        self.rank_part: Callable[[Slice, bool], Part] = local_part
         weight = self.weight
         size, batch = weight.shape[self.dim], weight.shape[:-2]
         index = strided(size, rank, blocks).index.expand(*batch, rank).clone().to(weight.device)
@@ -132,10 +136,10 @@ class Slice(Exchange, nn.Module):
 
     def observe(self) -> None:
         """Collect squared gradient norms during the coming backward passes, until `end_observation`."""
-        # FSDP puts other parameters in its place, whose gradients go elsewhere after every backward
-        self.active.grass_keeps_grad = not distributed.is_sharded(self.active)
+        # Engines that shard put other parameters in its place, or take gradients away after every backward.
+        self.active.grass_keeps_grad = self.rank_part is local_part and not distributed.is_sharded(self.active)
         dtype = accumulation_dtype(self.weight.dtype)
-        shape = (*self.weight.shape[:-2], self.state.size)
+        shape = (*self.index.shape[:-1], self.state.size)
         self.norms = torch.zeros(shape, dtype=dtype, device=self.weight.device, requires_grad=True)
 
     def end_observation(self) -> Tensor:

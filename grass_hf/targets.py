@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .config import GrassConfig
+from .distributed import shape_of
 from .modules import converted_class, kind_of
 from .patterns import Use, matched_uses, output_heads, shown, uses
 from .selection import fits
@@ -85,7 +86,7 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
             continue
         transposed = kind_of(use.module).transposed
         side = _side(sharing, heads, config, transposed)
-        size = use.weight.shape[-2 if (side == "output") != transposed else -1]
+        size = shape_of(use.weight)[-2 if (side == "output") != transposed else -1]
         rank = config.rank_for(size)
         if rank > size:
             left_out[use.name] = f"its {side} side has {size} rows, fewer than rank={rank}: trained in full"
@@ -94,7 +95,7 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
         sharers = tuple(other.module for other in sharing[1:])
         placed = (use.module, use.parameter, sharers, side, transposed, size, rank)
         leader = _leader(use, side, targets) if config.share_index else use.name
-        selects_rows = (side == "output") != transposed and use.weight.dim() == 2
+        selects_rows = (side == "output") != transposed and len(shape_of(use.weight)) == 2
         blocks = config.row_blocks if selects_rows else 1
         if not fits(size, rank, blocks):
             raise ValueError(
@@ -124,7 +125,7 @@ def _leader(use: Use, side: str, earlier: list[Target]) -> str:
         other_parent, _, other_leaf = target.name.rpartition(".")
         if other_parent != parent or use.parameter != "weight" or target.parameter != "weight":
             continue
-        alike = target.side == side == "input" and target.module.weight.shape[1] == use.weight.shape[1]
+        alike = target.side == side == "input" and shape_of(target.module.weight)[1] == shape_of(use.weight)[1]
         if alike and other_leaf in family and target.module.weight.dtype == use.weight.dtype:
             return target.leader
     return use.name
@@ -137,7 +138,7 @@ def _side(sharing: list[Use], heads: set[int], config: GrassConfig, transposed: 
         return "output" if transposed else "input"
     if config.side != "auto":
         return config.side
-    rows, columns = sharing[0].weight.shape[-2:]
+    rows, columns = shape_of(sharing[0].weight)[-2:]
     return "output" if (columns >= rows if transposed else rows >= columns) else "input"
 
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grass_hf"
 FLOORS = {
     0: ["config", "_import_hook"],
-    1: ["functional", "grouped", "rounding", "selection", "sharing", "distributed", "live"],
+    1: ["functional", "grouped", "rounding", "selection", "sharing", "distributed", "live", "runs"],
     2: ["parts", "exchange", "slices", "experts", "modules", "patterns", "targets", "convert"],
     3: [
         "guards",
