@@ -1,8 +1,8 @@
-"""Registration with the Trainer, at the moment transformers is imported and not before.
+"""Registration with the Trainer and DeepSpeed, at the moment they are imported and not before.
 
-`register` is idempotent and cheap. What it does to transformers is in `grass_hf.integrations.trainer`; here is
-only when: at once for modules that are imported already, else right after their import, by a finder that wraps
-the loader of just these two modules. The start-up hook of ``grass-hf autoload on`` needs nothing more.
+`register` is idempotent and cheap. What it does to them is in `grass_hf.integrations.registration`; here is only
+when: at once for modules that are imported already, else right after their import, by a finder that wraps the loader
+of just these modules. The start-up hook of ``grass-hf autoload on`` needs nothing more.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import warnings
 _PATCHES = {
     "transformers.training_args": "extend_optimizer_names",
     "transformers.trainer": "extend_trainer",
+    "deepspeed": "extend_deepspeed",
 }
 
 
 def register() -> None:
-    """Teach the Hugging Face Trainer ``optim="grass"``: an optimizer name, its factory and a default callback.
+    """Teach the Hugging Face Trainer ``optim="grass"``: an optimizer name, its factory and a default callback; and
+    `deepspeed.initialize` to leave the slices of a converted model to Grass.
 
-    ``import grass_hf`` calls it; calling it again changes nothing. If transformers is not imported yet, it is
-    taught when it is.
+    ``import grass_hf`` calls it; calling it again changes nothing. What is not imported yet is taught when it is.
     """
     waiting = False
     for module in _PATCHES:
@@ -47,7 +48,7 @@ def _patch(module: str) -> None:
         from .integrations import registration
 
         getattr(registration, _PATCHES[module])(sys.modules[module])
-    except Exception as error:  # transformers must stay importable for scripts that never heard of us
+    except Exception as error:  # they must stay importable for scripts that never heard of us
         warnings.warn(f"grass-hf could not register with {module}: {type(error).__name__}: {error}", stacklevel=2)
 
 

@@ -1,10 +1,12 @@
 """The ways into the Trainer and into plain loops, what the user sees, and what stops a run."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from accelerate.utils import DistributedType
 from helpers import Sequences, arguments, assert_same_weights, plain_state, tiny_llama, trainer
 from launch import torchrun
 from torch import nn
@@ -325,23 +327,24 @@ def test_an_optimizer_that_does_not_drive_the_slices_stops(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, zero, words",
     [
-        ({"deepspeed": "zero3.json"}, "DeepSpeed yet: use DDP"),
-        ({"torch_compile": True, "optim_args": "rank=8,stagger=true"}, "stagger=False"),
+        ({}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer.device='cpu'"),
+        ({"optim_args": "rank=8,resident=false"}, {"stage": 2}, "resident=False does not go with ZeRO"),
+        ({"torch_compile": True, "optim_args": "rank=8,stagger=true"}, None, "stagger=False"),
     ],
 )
-def test_engines_that_cannot_work_are_refused(tmp_path, options, words, monkeypatch):
-    from grass_hf.integrations.trainer import FollowTraining
+def test_engines_that_cannot_work_are_refused(tmp_path, options, zero, words, monkeypatch):
+    from grass_hf.integrations import trainer as integration
 
-    if "deepspeed" in options:
-        args = arguments(tmp_path)
-        args.deepspeed = options["deepspeed"]  # as if it were installed
-    else:
-        args = arguments(tmp_path, **options)
+    if zero:  # as if it had been launched
+        plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+        monkeypatch.setattr(integration, "engine_kind", lambda: DistributedType.DEEPSPEED)
+        monkeypatch.setattr(integration, "AcceleratorState", lambda: SimpleNamespace(deepspeed_plugin=plugin))
+    args = arguments(tmp_path, **options)
     model = tiny_llama()
     with pytest.raises(ValueError, match=words):
-        FollowTraining().on_init_end(args, None, None, model=model)
+        integration.FollowTraining().on_init_end(args, None, None, model=model)
     assert not is_converted(model)
 
 

@@ -1,8 +1,10 @@
-"""What `grass_hf.register` changes in transformers: an enum member, four wrapped methods, a default callback."""
+"""What `grass_hf.register` changes: in transformers an enum member, four wrapped methods and a default callback, in
+DeepSpeed the function `deepspeed.initialize`."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from types import ModuleType
 
 NAME = "grass"
@@ -36,6 +38,23 @@ def extend_trainer(trainer_module: ModuleType) -> None:
     from .trainer import FollowTraining
 
     trainer_module.DEFAULT_CALLBACKS.append(FollowTraining)
+
+
+def extend_deepspeed(deepspeed: ModuleType) -> None:
+    """Let `deepspeed.initialize` leave the slices of a converted model to Grass."""
+    original = deepspeed.initialize
+    if hasattr(original, "_grass_hf"):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def initialize(*args, **kwargs):
+        from .deepspeed import take_over
+
+        return take_over(signature.bind(*args, **kwargs).arguments, original)
+
+    initialize._grass_hf = True
+    deepspeed.initialize = initialize
 
 
 def _optimizer_factory(original):

@@ -12,6 +12,7 @@ import pickle
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from rich.console import Console
 from torch import nn
@@ -26,6 +27,7 @@ from ..optim import attach, grass_optimizer
 from ..report import render, start_report
 from .accelerate import adapt_to_engine, engine_kind, fsdp_version
 from .base import base_class_and_kwargs, default_base, driven
+from .deepspeed import check_config
 from .registration import NAME
 
 logger = logging.get_logger(__name__)
@@ -33,6 +35,7 @@ logger = logging.get_logger(__name__)
 _ENGINES = {
     DistributedType.NO,
     DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_XPU,
@@ -177,8 +180,8 @@ def attach_if_converted(trainer) -> None:
 
 def check_optimizer_file(trainer, checkpoint: str | None) -> None:
     """Refuse a checkpoint whose optimizer state cannot be read, before a step is trained on half a state."""
-    if checkpoint is None or _controller(trainer.optimizer) is None:
-        return
+    if checkpoint is None or _controller(trainer.optimizer) is None or trainer.is_deepspeed_enabled:
+        return  # DeepSpeed's files were checked before it read them
     path = os.path.join(checkpoint, "optimizer.pt")
     if not os.path.isfile(path):
         logger.warning(
@@ -218,9 +221,9 @@ def _convert(model: nn.Module, config: GrassConfig, args) -> None:
 
 def _refuse_engine(args, config: GrassConfig) -> None:
     kind = engine_kind()
-    if args.deepspeed or kind == DistributedType.DEEPSPEED:
-        engine = "DeepSpeed"
-    elif kind == DistributedType.FSDP and fsdp_version() != 2:
+    if kind == DistributedType.DEEPSPEED:
+        check_config(AcceleratorState().deepspeed_plugin.deepspeed_config, config)
+    if kind == DistributedType.FSDP and fsdp_version() != 2:
         raise ValueError(
             "grass-hf does not run under FSDP1, which flattens parameters: use FSDP2 (fsdp_version: 2 in the "
             "accelerate config), or DDP."

@@ -1,0 +1,232 @@
+"""ZeRO-1, 2 and 3: a controller that follows DeepSpeed's step instead of the optimizer's.
+
+[Note: what ZeRO takes over] `deepspeed.initialize` flattens the optimizer's parameters group by group and splits the
+flat vectors over the ranks, as float32 masters that it steps the optimizer over, group by group. From then on
+
+* the step that counts is that of DeepSpeed's optimizer: it decides whether to step, and gathers the new parameters
+  after the optimizer's own step;
+* gradients leave ``.grad`` in backward, so hooks note which parameters one has reached;
+* a slice's values with all digits, and its optimizer state, lie in pieces on several ranks. DeepSpeed's ``safe_get``
+  functions bring them together for slices that select anew, and ``safe_set`` functions take them apart again;
+* under ZeRO-3 the frozen weight lies in pieces too (`grass_hf.runs`). After a step every rank gathers the slice, r x n,
+  and overwrites the elements of its own run; when a slice selects, what all runs hold of the new rows is added up. No
+  weight is gathered but for forward and backward.
+
+Checkpoints: DeepSpeed writes masters and optimizer state itself; the rest travels in its ``client_state``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed import utils as masters
+from deepspeed import zero
+from torch import Tensor, nn
+
+from .. import checkpoint, guards
+from ..controller import GrassController
+from ..convert import grass_slices
+from ..distributed import is_partitioned, shape_of
+from ..functional import accumulation_dtype
+from ..modules import GrassModule
+from ..remap import carry_rows
+from ..slices import Slice
+from .zero_checkpoint import check_files
+from .zero_parts import rank_part, set_master
+
+CLIENT_KEY = "grass"
+# Elements of slices that ZeRO-3 gathers at a time to write them back.
+_GATHERED_AT_A_TIME = 2**26
+
+
+class ZeroController(GrassController):
+    """Takes the slices of a model over from the controller of the optimizer that DeepSpeed has taken over.
+
+    Args:
+        previous: controller of the base optimizer.
+        engine: what `deepspeed.initialize` returned.
+
+    Attributes:
+        base: the optimizer that steps over masters.
+        engine: DeepSpeed's.
+    """
+
+    def __init__(self, previous: GrassController, engine):
+        self.engine, base = engine, previous.optimizer
+        if engine.optimizer.optimizer is not base:
+            raise ValueError(
+                f"DeepSpeed made another optimizer of {type(base).__name__}, which does not drive the Grass slices: "
+                "use base=adamw_torch, or another one that it steps as it is."
+            )
+        self._flat: dict[int, tuple[dict[str, Any], Tensor, list[nn.Parameter], int]] = {}
+        for number, (group, flat, params) in enumerate(_layout(engine.optimizer, base)):
+            self._flat.update({id(param): (group, flat, params, number) for param in params})
+        self._seen: set[int] = set()
+        for param in previous.model.parameters():
+            if id(param) in self._flat:
+                param.register_hook(functools.partial(self._see, id(param)))
+        for module in previous.model.modules():
+            if isinstance(module, GrassModule):
+                _fetch_slices_with(module)
+        for part in grass_slices(previous.model):
+            part.rank_part = rank_part
+            if part.rho is not None:  # DeepSpeed casts all buffers to the weights' dtype
+                dtype = accumulation_dtype(part.active.dtype)
+                part.rho, part.write = part.rho.to(dtype), part.write.to(dtype)
+        super().__init__(previous.model, engine.optimizer)
+        self.base = base
+        self.optimizer.grass = base.grass = self
+
+    # -- the engine's step --------------------------------------------------------------------------------------
+
+    def _follow_zero_grad(self) -> None:
+        """DeepSpeed drops gradients in mid-step, before this step's norms have been used."""
+
+    def _see(self, number: int, _: Tensor) -> None:
+        self._seen.add(number)
+
+    def _reached(self, param: nn.Parameter) -> bool:
+        return id(param) in self._seen
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [param for param in self.model.parameters() if id(param) in self._flat]
+
+    def stepped_dtype(self, param: nn.Parameter) -> torch.dtype:
+        return self._flat[id(param)][1].dtype
+
+    def _groups(self) -> dict[int, dict[str, Any]]:
+        return {id(part.active): self._flat[id(part.active)][0] for part in self.slices}
+
+    def _was_real(self, layers: list[Slice]) -> bool:
+        return not getattr(self.optimizer, "overflow", False) and any(self._reached(part.active) for part in layers)
+
+    def _after_step(self) -> None:
+        super()._after_step()
+        self._seen.clear()
+
+    def _check_finite(self, layers: list[Slice]) -> None:
+        if getattr(self.optimizer, "check_grad_overflow", False) or self.engine.fp16_enabled():
+            return  # DeepSpeed skips the step
+        numbers = {self._flat[id(part.active)][3] for part in layers}
+        grads = [grad for number in numbers for grad in _gradients(self.optimizer, number)]
+        bad = torch.zeros(1, device=self.engine.device)
+        if grads and not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
+            bad += 1
+        dist.all_reduce(bad)
+        if not bool(bad):
+            return
+        for part in layers:
+            grad = masters.safe_get_full_grad(part.active)
+            if grad is not None and not bool(grad.isfinite().all()):
+                raise guards.not_finite(part.state.name, self.step)
+
+    def _write_back(self, layers: list[Slice]) -> None:
+        for chunk in _chunks(layers):
+            with zero.GatheredParameters([part.active for part in chunk if is_partitioned(part.active)]):
+                super()._write_back(chunk)
+
+    # -- optimizer state ----------------------------------------------------------------------------------------
+
+    def _state_keys(self, part: Slice) -> list[str]:
+        """Names of the optimizer state that is stored per element of the slice.
+
+        Raises:
+            ValueError: some is stored in another way.
+        """
+        _, flat, params, _ = self._flat[id(part.active)]
+        state = self.base.state.get(flat, {})
+        if not is_partitioned(part.active):
+            # DeepSpeed looks it up once, after the step of the first group, before the others have any
+            masters.lazy_init_hp_params_optimizer_state(params, flat, self.base.state)
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
+        for key, value in tensors.items():
+            if value.shape != flat.shape or not value.is_floating_point():
+                raise ValueError(
+                    f"{type(self.base).__name__} keeps {key!r} of shape {tuple(value.shape)} and {value.dtype} for "
+                    f"{flat.numel()} elements, which cannot be carried from row to row under ZeRO: use an optimizer "
+                    "with state per element (adamw_torch, lion_32bit, sgd), FSDP2 or DDP."
+                )
+        return list(tensors)
+
+    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any]) -> None:
+        for key in self._state_keys(part):
+            values = masters.safe_get_full_optimizer_state(part.active, key)
+            carry_rows({key: values}, values.shape, part.dim, source, group, part.state.name)
+            set_master(part.active, values, key)
+
+    def _drop_state(self, part: Slice, group: dict[str, Any]) -> None:
+        self._carry_state(part, torch.full(part.index.shape, -1), group)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def _follow_state(self) -> None:
+        save, load = self.engine.save_checkpoint, self.engine.load_checkpoint
+
+        @functools.wraps(save)
+        def save_checkpoint(save_dir, tag=None, client_state=None, *args, **kwargs):
+            ours = {CLIENT_KEY: checkpoint.remember(self)}
+            return save(save_dir, tag, {**(client_state or {}), **ours}, *args, **kwargs)
+
+        @functools.wraps(load)
+        def load_checkpoint(load_dir, tag=None, *args, **kwargs):
+            asked = inspect.signature(load).bind(load_dir, tag, *args, **kwargs).arguments
+            if asked.get("load_module_only") or not asked.get("load_optimizer_states", True):
+                raise ValueError(
+                    "load_checkpoint without optimizer states would leave the Grass slices without their rows: load "
+                    "the saved model with from_pretrained, and convert it."
+                )
+            check_files(self.engine, load_dir, tag)
+            path, client_state = load(load_dir, tag, *args, **kwargs)
+            if path is not None:
+                checkpoint.recall(client_state.pop(CLIENT_KEY, None), self)
+                for part in self.slices:
+                    held = rank_part(part, True)
+                    held.keep(held.active)
+            return path, client_state
+
+        self.engine.save_checkpoint, self.engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def _layout(optimizer, base: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, list[nn.Parameter]]]:
+    """Of each flat vector of masters: its parameter group, this rank's part of it, and the parameters in it."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            yield base.param_groups[optimizer.sub_group_to_group_id[number]], flat, optimizer.fp16_groups[number]
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2
+        yield from zip(
+            base.param_groups, optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
+        )
+    else:  # ZeRO-1 with bfloat16 weights and float32 gradients
+        yield from zip(base.param_groups, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, strict=True)
+
+
+def _gradients(optimizer, number: int) -> list[Tensor]:
+    """This rank's part of the gradients of a flat vector of masters."""
+    if hasattr(optimizer, "averaged_gradients"):
+        return [grad for grad in optimizer.averaged_gradients.get(number) or () if grad is not None]
+    return [optimizer.fp32_groups_gradient_flat_partition[number]]
+
+
+def _fetch_slices_with(module: GrassModule) -> None:
+    """ZeRO-3 gathers a module's own parameters before its forward: let slices be among them."""
+    for part in module.own_slices().values():
+        if is_partitioned(part.active):
+            zero.register_external_parameter(module, part.active)
+
+
+def _chunks(layers: list[Slice]) -> Iterator[list[Slice]]:
+    chunk, elements = [], 0
+    for part in layers:
+        size = shape_of(part.active).numel()
+        if chunk and elements + size > _GATHERED_AT_A_TIME:
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(part)
+        elements += size
+    if chunk:
+        yield chunk
