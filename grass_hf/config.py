@@ -217,7 +217,7 @@ def parse_optim_args(text: str | None, **defaults: Any) -> OptimArgs:
         elif key.startswith("base."):
             base_args[key.removeprefix("base.")] = value
         elif key in _TYPES:
-            values[key] = _parse(key, value)
+            values[key] = parse_field(key, value)
         else:
             raise ValueError("optim_args: " + unknown_key(key, [*_TYPES, "base"], "a setting of Grass"))
     if "rank" in seen or "density" in seen:  # the string's choice replaces a default of the other
@@ -255,13 +255,14 @@ def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}: {name} takes {wanted}.")
 
 
-def _parse(name: str, text: str) -> Any:
+def parse_field(name: str, text: str, where: str = "optim_args") -> Any:
+    """The value of a field of `GrassConfig` that is written as text; `where` is named in errors."""
     kinds = _TYPES[name]
     if text.lower() in ("none", "null") and type(None) in kinds:
         return None
     if bool in kinds:
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"optim_args: {name}={text!r} is not true or false.")
+            raise ValueError(f"{where}: {name}={text!r} is not true or false.")
         return text.lower() == "true"
     if tuple in kinds and ";" in text:
         return tuple(filter(None, text.split(";")))
@@ -270,7 +271,7 @@ def _parse(name: str, text: str) -> Any:
             try:
                 return kind(text)
             except ValueError:
-                raise ValueError(f"optim_args: {name}={text!r} is not {_KIND_NAMES[kind]}.") from None
+                raise ValueError(f"{where}: {name}={text!r} is not {_KIND_NAMES[kind]}.") from None
     return text
 
 

@@ -84,7 +84,7 @@ def render(report: StartReport) -> Group:
         ("gradients", "gradients"),
         ("optimizer_state", "optimizer state"),
     ):
-        memory.add_row(label, _shown(getattr(report.grass, field)), _shown(getattr(report.adamw, field)))
+        memory.add_row(label, shown_bytes(getattr(report.grass, field)), shown_bytes(getattr(report.adamw, field)))
     return Group(compressed, ordinary, memory)
 
 
@@ -152,7 +152,8 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     return sum(v.nbytes for state in trial.state.values() for v in state.values() if isinstance(v, torch.Tensor))
 
 
-def _shown(count: int | None) -> str:
+def shown_bytes(count: int | None) -> str:
+    """A size in a unit to read."""
     if count is None:
         return "known after the first step"
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

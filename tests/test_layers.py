@@ -26,7 +26,7 @@ FLOORS = {
         "memory",
     ],
     4: ["integrations"],
-    5: ["cli", "adapters", "bench", "__main__"],
+    5: ["cli", "adapters", "bench", "recipes", "__main__"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

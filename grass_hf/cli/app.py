@@ -21,7 +21,9 @@ app = typer.Typer(
         "Full-parameter training of language models with structured sparse gradients (Grass, arXiv 2406.17660).\n\n"
         "Run any script that uses the Hugging Face Trainer with [bold]--optim grass[/bold]:\n\n"
         '  grass-hf run run_clm.py --optim grass --optim_args "rank=64,update_interval=200" ...\n\n'
-        "  accelerate launch -m grass_hf run run_clm.py --optim grass ..."
+        "  accelerate launch -m grass_hf run run_clm.py --optim grass ...\n\n"
+        "or a recipe, which is a whole run in one file:\n\n"
+        "  grass-hf train recipes/pretrain/llama_demo_sotu.yaml"
     ),
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure Grass against its limits and its peers on this machine.")
@@ -53,6 +55,78 @@ def run(
     from .run import run_script
 
     run_script(script, context.args)
+
+
+_RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
+_RECIPE_ARGUMENT = typer.Argument(
+    ..., help="The YAML file; flags for its fields come behind it.", metavar="RECIPE.yaml"
+)
+
+
+@app.command(context_settings=_RECIPE)
+def train(
+    context: typer.Context,
+    recipe: Path = _RECIPE_ARGUMENT,
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the resolved recipe and stop: nothing is loaded."),
+    no_grass: bool = typer.Option(
+        False, "--no-grass", help="Train everything in full with training.optim: the baseline to compare with."
+    ),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Write into an output folder that is not empty."),
+    json: Path | None = typer.Option(None, help="Write the results to this JSON file.", dir_okay=False),
+) -> None:
+    """Train what a recipe says: one YAML file with a task and the sections model, data, grass, training, evaluation.
+
+      grass-hf train recipes/pretrain/llama_demo_sotu.yaml
+
+      grass-hf train recipes/finetune/smollm2_135m_chitchat.yaml --learning_rate 1e-4 --max_steps 20
+
+      accelerate launch --config_file configs/accelerate/ddp_8gpu.yaml -m grass_hf train RECIPE.yaml
+
+    Every field is a flag behind the recipe, and replaces what the file says: `--rank 64`, `--output_dir runs/try`.
+    Where two sections have a field of one name, give the section too: `--grass.seed 1`. `null` takes a value away.
+
+    Tasks are pretraining (packed text, from scratch or continued), sft (chats and prompts, the loss on the replies),
+    dpo (preferences) and classification. `training` has the names of TrainingArguments, unchanged (for sft and dpo
+    those of TRL's SFTConfig and DPOConfig), and its `optim` is the base optimizer of Grass.
+
+    A run leaves a plain checkpoint, training.jsonl and report.html in its output_dir. `grass-hf validate` finds
+    mistakes without training; docs/recipes.md lists every field.
+    """
+    from .train import run_train
+
+    run_train(recipe, context.args, grass=not no_grass, dry_run=dry_run, overwrite=overwrite, json=json)
+
+
+@app.command(context_settings=_RECIPE)
+def validate(
+    context: typer.Context,
+    recipe: Path = _RECIPE_ARGUMENT,
+    budget: str = typer.Option(
+        "", help="Memory that a step may take: 24GB (10^9 bytes each) or 24GiB; else that of the visible device."
+    ),
+    no_memory: bool = typer.Option(False, "--no-memory", help="Leave out the estimate, which takes most of the time."),
+    no_grass: bool = typer.Option(False, "--no-grass", help="As in `grass-hf train`."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="As in `grass-hf train`."),
+    json: Path | None = typer.Option(None, help="Write what was found to this JSON file.", dir_okay=False),
+) -> None:
+    """Check a recipe without training: model, data, columns, targets, rank, folders and memory.
+
+      grass-hf validate recipes/pretrain/llama_demo_sotu.yaml --budget 24GB
+
+    Rows are read and tokenised as for training, one example is shown as the model will see it, and the peak memory of a
+    step is estimated as by `grass-hf estimate`. The first mistake is one sentence, and the exit code is 2.
+    """
+    from .train import run_validate
+
+    run_validate(
+        recipe,
+        context.args,
+        grass=not no_grass,
+        budget=budget,
+        memory=not no_memory,
+        overwrite=overwrite,
+        json=json,
+    )
 
 
 @app.command()

@@ -47,7 +47,7 @@ def run_estimate(
     methods = list(dict.fromkeys(name.strip() for given in methods for name in given.split(",")))
     for method in methods:
         check_method(method)
-    budget = _bytes(fit) if fit else None
+    budget = parse_bytes(fit, "--fit") if fit else None
     if budget and methods[0] != "grass":
         raise ValueError(f"--fit finds the rank of grass, and --method {methods[0]} was given: leave --method out.")
     pyplot = _pyplot() if png else None
@@ -101,10 +101,11 @@ def _fit(console: Console, model: str, model_config, factory, config: GrassConfi
     return dataclasses.replace(config, rank=found[0], density=None)
 
 
-def _bytes(text: str) -> int:
+def parse_bytes(text: str, option: str) -> int:
+    """Bytes of a size with a unit; `option` is named in errors."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"--fit {text!r} is not a size: write 40GB (10^9 bytes each) or 40GiB (2^30).")
+        raise ValueError(f"{option} {text!r} is not a size: write 40GB (10^9 bytes each) or 40GiB (2^30).")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 

@@ -24,7 +24,7 @@ def causal_model(name: str, dtype: torch.dtype) -> tuple[PretrainedConfig, Calla
     Raises:
         ValueError: nothing of that name can be read, or it is no causal language model.
     """
-    config = _config(name)
+    config = model_config(name)
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         raise ValueError(
@@ -35,30 +35,35 @@ def causal_model(name: str, dtype: torch.dtype) -> tuple[PretrainedConfig, Calla
     return config, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _config(name: str) -> PretrainedConfig:
+def model_config(name: str, what: str = "MODEL") -> PretrainedConfig:
+    """The config that a name stands for; `what` is named in errors.
+
+    Raises:
+        ValueError: nothing of that name can be read.
+    """
     path = Path(name)
     shipped = {file.stem: file for file in sorted(_SHIPPED.rglob("*.json"))}
     if not path.exists() and path.name.removesuffix(".json") in shipped and len(path.parts) == 1:
         path = shipped[path.name.removesuffix(".json")]
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"MODEL={name!r} is a folder without config.json: give a folder that save_pretrained wrote.")
+        raise ValueError(f"{what}={name!r} is a folder without config.json: give a folder that save_pretrained wrote.")
     if path.is_file():
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"MODEL={name!r} is not a readable JSON file ({error}): give a model's config.") from None
+            raise ValueError(f"{what}={name!r} is not a readable JSON file ({error}): give a model's config.") from None
         if not isinstance(values, dict) or "model_type" not in values:
             raise ValueError(
-                f"MODEL={name!r} has no model_type, so it is no config of transformers: give a config.json."
+                f"{what}={name!r} has no model_type, so it is no config of transformers: give a config.json."
             )
     elif path.suffix == ".json":
-        raise ValueError(f"MODEL={name!r} is not a file: {_known(shipped)}.")
+        raise ValueError(f"{what}={name!r} is not a file: {_known(shipped)}.")
     try:
         return AutoConfig.from_pretrained(path if path.exists() else name)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"MODEL={name!r} could not be read as a folder, a config file or a hub id ({first}): {_known(shipped)}."
+            f"{what}={name!r} could not be read as a folder, a config file or a hub id ({first}): {_known(shipped)}."
         ) from error
 
 

@@ -15,6 +15,8 @@ from ..distributed import world_size
 
 logger = logging.get_logger(__name__)
 
+_DDP = {kind for kind in DistributedType if kind.name.startswith("MULTI_")}
+
 
 def engine_kind() -> DistributedType:
     """The engine of this process; `DistributedType.NO` before Accelerate has been set up."""
@@ -25,6 +27,17 @@ def fsdp_version() -> int:
     """1 or 2, 0 without FSDP."""
     plugin = getattr(AcceleratorState(), "fsdp_plugin", None) if AcceleratorState._shared_state else None
     return 0 if plugin is None else int(plugin.fsdp_version)
+
+
+def forget_evaluation(accelerator, model: nn.Module) -> None:
+    """Let DDP wrap a model that `Trainer.evaluate` has seen before `train`.
+
+    Evaluation prepares the model without DDP and marks it as prepared, so that `train` would leave it as it is (seen
+    with accelerate 1.15, transformers 5.23): every rank would train for itself, without a sign of it.
+    """
+    if engine_kind() in _DDP and getattr(model, "_is_accelerate_prepared", False):
+        model._is_accelerate_prepared = False
+        accelerator._models = [other for other in accelerator._models if other is not model]
 
 
 def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:

@@ -32,6 +32,13 @@ def default_base() -> str:
     return str(getattr(TrainingArguments, "default_optim", "adamw_torch"))
 
 
+def check_base(base: str, setting: str) -> None:
+    """Refuse a base optimizer that cannot run over slices; `setting` is what names it in the sentence."""
+    for family, reason in _REFUSED.items():
+        if base == family or base.startswith(family + "_"):
+            raise ValueError(f"{setting}={base} {reason}: {_ADVICE}.")
+
+
 def base_class_and_kwargs(
     args: TrainingArguments, base: str, base_args: dict[str, str], factory: Callable
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -46,9 +53,7 @@ def base_class_and_kwargs(
     Raises:
         ValueError: the name or an argument is unknown, or the optimizer cannot run over slices.
     """
-    for family, reason in _REFUSED.items():
-        if base == family or base.startswith(family + "_"):
-            raise ValueError(f"optim_args: base={base} {reason}: {_ADVICE}.")
+    check_base(base, "optim_args: base")
     names = [name.value for name in OptimizerNames if not any(name.value.startswith(family) for family in _REFUSED)]
     if base not in names:
         raise ValueError("optim_args: base: " + unknown_key(base, names, "an optimizer of the installed Trainer"))

@@ -76,6 +76,7 @@ def _create_optimizer(original):
         from . import trainer
 
         trainer.convert_rebuilt_model(self)
+        trainer.forget_evaluation_of(self)
         optimizer = original(self, *args, **kwargs)
         trainer.attach_if_converted(self)
         return optimizer

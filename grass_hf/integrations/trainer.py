@@ -25,10 +25,11 @@ from ..convert import convert_to_grass, describe, is_converted
 from ..distributed import check_agreement
 from ..optim import attach, grass_optimizer
 from ..report import render, start_report
-from .accelerate import adapt_to_engine, engine_kind, fsdp_version
+from .accelerate import adapt_to_engine, engine_kind, forget_evaluation, fsdp_version
 from .base import base_class_and_kwargs, default_base, driven
 from .deepspeed import check_config
 from .registration import NAME
+from .trl import refuse_fused_head
 
 logger = logging.get_logger(__name__)
 
@@ -109,6 +110,7 @@ class FollowTraining(TrainerCallback):
                 "the model was converted by Grass, but the Trainer's optimizer does not drive its slices: build it "
                 "with grass_optimizer(model, ...), or let the Trainer build it."
             )
+        refuse_fused_head(model)
         if state.is_world_process_zero:
             console = Console(stderr=True)
             if not console.is_terminal:
@@ -138,8 +140,13 @@ class FollowTraining(TrainerCallback):
 
     def on_train_end(self, args, state, control, optimizer=None, **kwargs):
         controller = _controller(optimizer)
-        if controller is not None:
-            controller.settle()
+        if controller is None:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # the Trainer has just put the best checkpoint's weights in place: what rows were owed since is void
+            for part in controller.slices:
+                part.state.owed = 1.0
+        controller.settle()
 
 
 def grass_class_and_kwargs(args, model: nn.Module | None, factory) -> tuple[type, dict[str, Any]]:
@@ -164,6 +171,12 @@ def convert_rebuilt_model(trainer) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, (FollowTraining, GrassCallback)):
             callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def forget_evaluation_of(trainer) -> None:
+    """See `accelerate.forget_evaluation`; for the Trainer's model."""
+    if _is_model(trainer.model) and trainer.model_wrapped is trainer.model:
+        forget_evaluation(trainer.accelerator, trainer.model)
 
 
 def attach_if_converted(trainer) -> None:

@@ -1,0 +1,89 @@
+"""``grass-hf train`` and ``grass-hf validate``: from the command line to a recipe and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+from pathlib import Path
+
+from rich.console import Console
+
+import grass_hf
+
+from ..recipes import preview
+from ..recipes.checks import check_model, check_places, estimate, visible_memory
+from ..recipes.parse import load_recipe
+from ..recipes.runner import train
+from ..recipes.tasks import prepare
+from ..report import shown_bytes
+from .estimate import parse_bytes
+
+_console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def run_train(path: Path, flags: list[str], *, grass: bool, dry_run: bool, overwrite: bool, json: Path | None) -> None:
+    """Train, or with `dry_run` print the resolved recipe."""
+    grass_hf.register()
+    recipe = load_recipe(path, flags, grass=grass)
+    if not dry_run:
+        train(recipe, overwrite=overwrite, json_file=json)
+        return
+    check_places(recipe, overwrite)
+    settings = preview.resolved(recipe)
+    _console.print(preview.as_yaml(settings), end="")
+    _write(json, {"recipe": settings})
+
+
+def run_validate(
+    path: Path, flags: list[str], *, grass: bool, budget: str, memory: bool, overwrite: bool, json: Path | None
+) -> None:
+    """Print what a run would do, or stop at the first mistake."""
+    grass_hf.register()
+    limit, where = (parse_bytes(budget, "--budget"), "--budget") if budget else visible_memory()
+    recipe = load_recipe(path, flags, grass=grass)
+    check_places(recipe, overwrite)
+    prepared = prepare(recipe)
+    model, plan = check_model(recipe, prepared)
+    for line in preview.describe(prepared, recipe.task):
+        _console.print(line)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    _console.print(f"model: {recipe.model.name}, {type(model).__name__} of {count:,} parameters")
+    found = {"recipe": preview.resolved(recipe), "layout": prepared.layout, "parameters": count}
+    if plan is not None:
+        targets = plan.targets
+        elements = sum(getattr(target.module, target.parameter).numel() for target in targets)
+        _console.print(
+            f"Grass: a slice of {len(targets)} weights with {elements / count:.1%} of the parameters; "
+            f"{len(plan.left_out)} of those that match are trained in full"
+        )
+        found["targets"] = {target.name: target.rank for target in targets}
+        found["left_out"] = plan.left_out
+    if memory:
+        found["memory"] = _check_memory(recipe, prepared, model, limit, where)
+    _console.print(f"{path}: nothing is wrong with it")
+    _write(json, found)
+
+
+def _check_memory(recipe, prepared, model, limit: int, where: str) -> dict:
+    with _console.status("estimating the memory of a training step"):
+        estimated = estimate(recipe, prepared)
+    reference = 0
+    if recipe.task == "dpo":
+        reference = sum(parameter.nbytes for parameter in model.parameters())
+    peak = estimated.peak + reference
+    _console.print(
+        f"memory: {shown_bytes(peak)} of tensors at the peak of a step, of {shown_bytes(limit)} ({where}); an "
+        "allocator's fragmentation and the driver's context come on top"
+    )
+    if peak > limit:
+        raise ValueError(
+            f"a step takes {shown_bytes(peak)}, and there are {shown_bytes(limit)} ({where}): lower "
+            "per_device_train_batch_size, sequence_length or rank, or set gradient_checkpointing."
+        )
+    return {"peak": peak, "reference model": reference, "at the peak": dataclasses.asdict(estimated.at_peak)}
+
+
+def _write(path: Path | None, result: dict) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")

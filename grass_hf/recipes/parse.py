@@ -1,0 +1,260 @@
+"""A recipe's file and the flags behind it, as one `Recipe`.
+
+The file maps sections to fields. Every field goes through `HfArgumentParser` as the flag it would be, so that file and
+command line have the same types, choices and defaults; a flag behind the recipe replaces the file's value, and
+``null`` takes it away. Fields are named without their section where only one section has them
+(``--learning_rate 1e-3``), else with it (``--grass.seed 1``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..config import GrassConfig, parse_field, unknown_key
+from ..integrations.base import check_base
+from ..integrations.registration import NAME
+from .schema import TASKS, DataSection, EvaluationSection, ModelSection, Recipe, choose
+
+SECTIONS = ("model", "data", "grass", "training", "evaluation")
+# A flag of one replaces what the file says of the other.
+_ALTERNATIVES = {
+    "rank": ("density",),
+    "density": ("rank",),
+    "model_name_or_path": ("config_name", "tokenizer_vocab_size"),
+    "config_name": ("model_name_or_path",),
+    "tokenizer_name": ("tokenizer_vocab_size",),
+    "tokenizer_vocab_size": ("tokenizer_name",),
+}
+_KINDS = {"model": ModelSection, "data": DataSection, "grass": GrassConfig, "evaluation": EvaluationSection}
+
+
+def load_recipe(path: str | Path, flags: Iterable[str] = (), *, grass: bool = True) -> Recipe:
+    """Read a recipe and the flags behind it.
+
+    Args:
+        path: of the YAML file.
+        flags: words of a command line, as in ``["--max_steps", "10", "--grass.seed", "1"]``.
+        grass: False drops the section `grass`: everything is trained in full by the base optimizer.
+
+    Raises:
+        ValueError: the file cannot be read, or a section, field or value is not a valid one.
+    """
+    path = Path(path)
+    document = _read(path)
+    kinds = {**_KINDS, "training": training_class(_task(document, flags))}
+    fields = {section: {f.name for f in dataclasses.fields(kind) if f.init} for section, kind in kinds.items()}
+    _check_names(document, fields, path)
+    given: dict[str, Any] = {section: dict(document.get(section) or {}) for section in SECTIONS if section != "grass"}
+    if "grass" in document:
+        given["grass"] = dict(document["grass"] or {})
+    for section, field, words in _flags(flags, fields):
+        if section:
+            for other in _ALTERNATIVES.get(field, ()):
+                given.get(section, {}).pop(other, None)
+            given.setdefault(section, {})[field] = None if words == ("null",) else words
+    if not grass:
+        given.pop("grass", None)
+    sections = {s: _parse(kinds[s], given[s], s) for s in ("model", "data", "training", "evaluation")}
+    config = _grass(given["grass"]) if "grass" in given else None
+    task = _task(document, flags)
+    _check_base(sections["training"], config)
+    _connect(task, sections["data"], sections["training"], given["training"])
+    shown = {"task": task, **{s: given[s] for s in SECTIONS if s in given}}
+    return Recipe(path, task, grass=config, given=shown, **sections)
+
+
+def training_class(task: str) -> type[TrainingArguments]:
+    """The arguments of a task's trainer.
+
+    Raises:
+        ValueError: the task is unknown, or TRL, which it needs, is not installed.
+    """
+    choose("task", task, TASKS)
+    if task not in ("sft", "dpo"):
+        return TrainingArguments
+    try:
+        import trl
+    except ImportError as error:
+        raise ValueError(
+            f"task={task} trains with TRL, which cannot be imported: pip install 'grass-hf[trl]'."
+        ) from error
+    return trl.SFTConfig if task == "sft" else trl.DPOConfig
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"{path} cannot be read ({reason}): give the path of a YAML recipe.") from error
+    try:
+        document = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise ValueError(f"{path} is not valid YAML:{where} {getattr(error, 'problem', None) or error}.") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} has no sections: a recipe has {', '.join(SECTIONS)}, each with `field: value` lines.")
+    return document
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one section, of which YAML would take the last."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{key} stands there twice, keep one", node.value[number][0].start_mark
+            )
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _task(document: Mapping[str, Any], flags: Iterable[str]) -> str:
+    words = list(flags)
+    for number, word in enumerate(words):
+        if word == "--task" and number + 1 < len(words):
+            return words[number + 1]
+        if word.startswith("--task="):
+            return word.removeprefix("--task=")
+    if "task" not in document:
+        raise ValueError(f"the recipe has no task: write `task: pretraining`, or another of {', '.join(TASKS)}.")
+    return str(document["task"])
+
+
+def _check_names(document: Mapping[str, Any], fields: Mapping[str, set[str]], path: Path) -> None:
+    for key, value in document.items():
+        if key == "task":
+            continue
+        if key not in fields:
+            owners = [section for section, names in fields.items() if key in names]
+            if owners:
+                raise ValueError(f"{path}: {key} stands outside its section: write it under `{owners[0]}:`.")
+            raise ValueError(f"{path}: " + unknown_key(str(key), ["task", *fields], "a section of a recipe"))
+        if not isinstance(value, (dict, type(None))):
+            raise ValueError(f"{path}: {key} holds {value!r}: write one `field: value` per line under it.")
+        for name in value or ():
+            if name not in fields[key]:
+                raise ValueError(f"{path}: " + _unknown(str(name), key, fields))
+
+
+def _unknown(name: str, section: str, fields: Mapping[str, set[str]]) -> str:
+    owners = [other for other, names in fields.items() if name in names]
+    if owners:
+        return f"{name} is a field of `{owners[0]}`, not of `{section}`: move it there."
+    return unknown_key(name, fields[section], f"a field of {section}")
+
+
+def _flags(flags: Iterable[str], fields: Mapping[str, set[str]]) -> Iterable[tuple[str, str, tuple[str, ...]]]:
+    """(section, field, words) of every flag; ("", "task", words) for the task."""
+    words = list(flags)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} is no flag: flags behind a recipe are written --field value.")
+        name, equals, value = word[2:].partition("=")
+        values = [value] if equals else []
+        while not equals and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        section, _, field = name.replace("-", "_").rpartition(".")
+        if not section:
+            owners = [s for s, names in fields.items() if field in names]
+            if len(owners) > 1:
+                ways = " or ".join(f"--{s}.{field}" for s in owners)
+                raise ValueError(f"--{field} is a field of {' and of '.join(owners)}: write {ways}.")
+            if not owners and field != "task":
+                known = {f"--{name}" for names in fields.values() for name in names}
+                raise ValueError("flag " + unknown_key(f"--{field}", known, "a field of a recipe"))
+            section = owners[0] if owners else ""
+        elif section not in fields:
+            raise ValueError(f"flag --{name}: " + unknown_key(section, fields, "a section of a recipe"))
+        elif field not in fields[section]:
+            raise ValueError(f"flag --{name}: " + _unknown(field, section, fields))
+        yield section, field, tuple(values)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise argparse.ArgumentTypeError(message)
+
+
+def _parse(kind: type, values: Mapping[str, Any], section: str) -> Any:
+    """An instance of a section's dataclass from what the recipe says: values of YAML, or tuples of a flag's words."""
+    parser = _Parser(kind, add_help=False, allow_abbrev=False)
+    actions = {action.dest: action for action in parser._actions if not isinstance(action, argparse._StoreFalseAction)}
+    words: list[str] = []
+    for name, value in values.items():
+        action = actions[name]
+        if value is None or value == [] or (isinstance(value, list) and action.nargs is None and len(value) > 1):
+            parser.set_defaults(**{name: value})  # nothing that a flag could say
+            continue
+        said = [_word(item) for item in value] if isinstance(value, (list, tuple)) else [_word(value)]
+        for word in said if action.choices else ():
+            if word not in map(str, action.choices):
+                raise ValueError(f"{section}.{name}: " + unknown_key(word, map(str, action.choices), "known here"))
+        words += [f"--{name}={said[0]}"] if len(said) == 1 else [f"--{name}", *said]
+    try:
+        (parsed,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(re.sub(r"^argument --(\w+)\S*:", rf"{section}.\1:", str(error)) + ".") from error
+    except (ImportError, TypeError) as error:
+        raise ValueError(f"{section}: {error}") from error
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(f"{section}") else f"{section}: {text}") from error
+    return parsed
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+
+
+def _grass(values: Mapping[str, Any]) -> GrassConfig:
+    said = {}
+    for name, value in values.items():
+        if isinstance(value, tuple):  # the words of a flag
+            value = value[0] if len(value) == 1 else list(value)
+        # YAML reads 1e-3 as a string
+        said[name] = parse_field(name, value, "grass") if isinstance(value, str) else value
+    try:
+        return GrassConfig.from_dict(said)
+    except ValueError as error:
+        raise ValueError(f"grass: {error}") from error
+
+
+def _check_base(training: TrainingArguments, config: GrassConfig | None) -> None:
+    if config is None:
+        return
+    optim = str(getattr(training.optim, "value", training.optim))
+    if optim == NAME:
+        raise ValueError(
+            "training.optim=grass beside a section `grass`: name the base optimizer there (adamw_torch, say), the "
+            "section says the rest."
+        )
+    check_base(optim, "training.optim")
+
+
+def _connect(task: str, data: DataSection, training: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """What the trainers' arguments must say because other sections say it."""
+    if not given.get("output_dir"):
+        raise ValueError("training.output_dir is missing: give the folder for checkpoints, results and report.")
+    if task in ("sft", "dpo"):
+        if "max_length" in given:
+            raise ValueError("training.max_length is set by data.sequence_length: write that instead.")
+        training.max_length = data.sequence_length
+    if task == "sft":
+        training.completion_only_loss = True  # the mask says what is learnt: all of it for loss_on: everything

@@ -1,0 +1,101 @@
+"""What a run is going to do, in a few lines: the rows and one of them as the model sees it, the resolved settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from .schema import Recipe
+from .tasks import Prepared
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with its defaults; of `training` what file and flags set, and what differs from the defaults."""
+    training, shown = recipe.training, {}
+    # the precision is given, or the defaults of TRL's would ask for a GPU
+    given = {name: getattr(training, name) for name in ("output_dir", "use_cpu", "bf16", "fp16")}
+    defaults = type(training)(**given)
+    for field in dataclasses.fields(TrainingArguments) + tuple(
+        f for f in dataclasses.fields(training) if f.name not in TrainingArguments.__dataclass_fields__
+    ):
+        if not field.init or field.name.startswith("_") or field.name == "hub_token":
+            continue
+        value, usual = _plain(getattr(training, field.name)), _plain(getattr(defaults, field.name))
+        if field.name in recipe.given.get("training", {}) or field.name in given or value != usual:
+            shown[field.name] = value
+    return {
+        "task": recipe.task,
+        "model": dataclasses.asdict(recipe.model),
+        "data": {f.name: getattr(recipe.data, f.name) for f in dataclasses.fields(recipe.data)},
+        "grass": None if recipe.grass is None else recipe.grass.to_dict(),
+        "training": shown,
+        "evaluation": dataclasses.asdict(recipe.evaluation),
+    }
+
+
+def _plain(value: Any) -> Any:
+    value = getattr(value, "value", value)
+    if dataclasses.is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
+
+
+def as_yaml(settings: dict[str, Any]) -> str:
+    """Settings as a recipe, without those that are None."""
+    said = {
+        section: {key: value for key, value in fields.items() if value is not None}
+        if isinstance(fields, dict)
+        else fields
+        for section, fields in settings.items()
+        if fields is not None
+    }
+    return yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=100)
+
+
+def describe(prepared: Prepared, task: str) -> list[str]:
+    """Sentences about the rows, and one example as it is trained on."""
+    lines = [f"layout: {prepared.layout}"]
+    for what, rows in (("training", prepared.train), ("evaluation", prepared.evaluation)):
+        if rows is None:
+            lines.append("evaluation: none (data.eval_split, data.eval_dataset or data.holdout give some)")
+            continue
+        count = "a stream" if rows.streaming else f"{len(rows.dataset):,} examples"
+        lines.append(f"{what}: {count} of {rows.name}")
+        if rows.dropped:
+            lines.append(f"  {rows.dropped:,} rows left out, with nothing to learn (empty, or cut off)")
+        if rows.bad:
+            lines.append(f"  {len(rows.bad):,} bad rows left out, the first: {rows.bad[0]}")
+    if prepared.labels:
+        lines.append(f"classes: {', '.join(prepared.labels)}")
+    return [
+        *lines,
+        "one example (what is learnt in brackets):" if task in ("sft", "dpo") else "one example:",
+        example(prepared, task),
+    ]
+
+
+def example(prepared: Prepared, task: str, longest: int = 1200) -> str:
+    """The first example as text."""
+    row, tokenizer = prepared.train.first(), prepared.tokenizer
+    if task == "dpo":
+        text = "\n".join(f"{name}: {_said(row[name])}" for name in ("prompt", "chosen", "rejected"))
+    elif task == "sft":
+        pieces, learnt, start = [], row["completion_mask"], 0
+        for at in range(1, len(learnt) + 1):
+            if at == len(learnt) or learnt[at] != learnt[start]:
+                piece = tokenizer.decode(row["input_ids"][start:at])
+                pieces.append(f"[{piece}]" if learnt[start] else piece)
+                start = at
+        text = "".join(pieces)
+    else:
+        text = tokenizer.decode(row["input_ids"])
+        if task == "classification":
+            text += f"\nlabel: {prepared.labels[row['labels']]}"
+    return text if len(text) <= longest else text[:longest] + " ..."
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else " | ".join(f"{turn['role']}: {turn['content']}" for turn in value)
