@@ -14,6 +14,7 @@ import typer
 
 import grass_hf
 from grass_hf.cli.app import app
+from grass_hf.recipes.schema import DataSection, EvaluationSection, ModelSection
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -51,6 +52,10 @@ def problems(code: str) -> Iterator[str]:
     for field in dataclasses.fields(grass_hf.GrassConfig):
         if not documented(field.name):
             yield f"GrassConfig.{field.name} is not mentioned in docs/*.md: describe the setting"
+    for section in (ModelSection, DataSection, EvaluationSection):
+        for field in dataclasses.fields(section):
+            if not documented(field.name):
+                yield f"{section.__name__}.{field.name} is not mentioned in docs/*.md: describe the field of a recipe"
     for command in commands(typer.main.get_command(app), "grass-hf"):
         if not documented(command):
             yield f"the command `{command}` is not mentioned in docs/*.md: describe it"

@@ -9,13 +9,17 @@ embedding's part of it, without a sign that anything is missing: such a run is r
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
-from transformers import Trainer
 
 from ..config import GrassConfig
 from ..convert import grass_slices
 from ..patterns import output_heads
 from ..targets import plan
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 def head_is_target(model: nn.Module, config: GrassConfig) -> bool:
@@ -53,6 +57,7 @@ def refuse_fused_head(model: nn.Module) -> None:
 def plain_head_trainer() -> type[Trainer]:
     """TRL's `SFTTrainer` with the loss as the model computes it, from all logits."""
     import trl
+    from transformers import Trainer
 
     class PlainHeadTrainer(trl.SFTTrainer):
         def __init__(self, *args, **kwargs):
