@@ -28,8 +28,16 @@ _CHOICES = {
     "state_policy": ("carry", "reset", "reset_warmup"),
     "decay": ("all", "active"),
     "rounding": ("stochastic", "nearest"),
+    "weight_dtype": ("int8",),
     "slice_dtype": ("float32", "bfloat16", "float16", "float64"),
 }
+
+# What int8 weights do not go with, and what to use instead.
+_INT8_NEEDS = (
+    ("side", ("input", "auto"), "output"),
+    ("selection", WITH_REPLACEMENT, "top_r"),
+    ("resident", (False,), True),
+)
 
 DEFAULT_DENSITY = 0.25
 
@@ -71,6 +79,8 @@ class GrassConfig:
         resident: keep the slices in memory between steps. False holds a slice only while it is stepped: it is loaded
             from the weight and released again, which saves r/m of the weights' memory (docs/memory.md). Slices then
             have the weights' dtype.
+        weight_dtype: None keeps the weights as they are; "int8" stores the frozen weights of linear layers in eight
+            bits, one scale per row (side "output"), and trains their slices in float32: docs/precision.md.
         seed: seed of the random selections.
 
     Raises:
@@ -94,6 +104,7 @@ class GrassConfig:
     rounding: str = "stochastic"
     row_blocks: int = 1
     resident: bool = True
+    weight_dtype: str | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -103,7 +114,7 @@ class GrassConfig:
                 # A set has no order of its own; sorted, two equal configs compare equal.
                 object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set) else value))
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), _TYPES[field.name])
+            _check_type(field.name, getattr(self, field.name), FIELD_TYPES[field.name])
         if self.rank is not None and self.density is not None:
             raise ValueError(
                 f"rank={self.rank} and density={self.density} were both given: they set the same thing, keep one."
@@ -137,6 +148,13 @@ class GrassConfig:
                 f"resident=False reloads slices from the weights, and selection={self.selection!r} trains multiples of "
                 f"them: use resident=True, or {self.selection}_nr."
             )
+        if self.weight_dtype == "int8":
+            for name, value, needed in _INT8_NEEDS:
+                if getattr(self, name) in value:
+                    raise ValueError(
+                        f"weight_dtype='int8' keeps one scale per row of a weight, which {name}="
+                        f"{getattr(self, name)!r} does not go with: use {name}={needed!r}."
+                    )
         if not self.target_modules:
             raise ValueError('target_modules is empty: give "all-linear", a list of suffixes or a regular expression.')
 
@@ -155,8 +173,8 @@ class GrassConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> GrassConfig:
         """Build from a mapping; an unknown key raises a `ValueError` that names the nearest valid one."""
         for key in values:
-            if key not in _TYPES:
-                raise ValueError(unknown_key(key, _TYPES, "a setting of Grass"))
+            if key not in FIELD_TYPES:
+                raise ValueError(unknown_key(key, FIELD_TYPES, "a setting of Grass"))
         return cls(**values)
 
     @classmethod
@@ -179,51 +197,10 @@ class GrassConfig:
 
     @classmethod
     def from_optim_args(cls, text: str | None) -> GrassConfig:
-        """Build from the Trainer's ``optim_args`` string alone; see `parse_optim_args` for its other parts."""
+        """Build from the Trainer's ``optim_args`` string alone; see `grass_hf.optim_args` for its other parts."""
+        from .optim_args import parse_optim_args
+
         return parse_optim_args(text).config
-
-
-@dataclass(frozen=True)
-class OptimArgs:
-    """What ``--optim_args`` says: the Grass settings, the base optimizer's Trainer name, and its own arguments."""
-
-    config: GrassConfig
-    base: str | None
-    base_args: dict[str, str]
-
-
-def parse_optim_args(text: str | None, **defaults: Any) -> OptimArgs:
-    """Parse ``"rank=256,selection=top_r,base=adamw_torch,base.momentum=0.9"``.
-
-    The Trainer's format has no escaping, so a list of module suffixes is written with semicolons:
-    ``target_modules=q_proj;v_proj``. Keys that start with ``base.`` go to the base optimizer.
-
-    Args:
-        text: the string, or None.
-        defaults: fields taken where the string does not set them.
-    """
-    values: dict[str, Any] = dict(defaults)
-    seen: set[str] = set()
-    base, base_args = None, {}
-    for part in filter(None, (p.strip() for p in (text or "").split(","))):
-        key, equals, value = (s.strip() for s in part.partition("="))
-        if not equals or not key or not value:
-            raise ValueError(f"optim_args: {part!r} is not of the form key=value; separate pairs by commas.")
-        if key in seen:
-            raise ValueError(f"optim_args: {key} is given twice: keep one.")
-        seen.add(key)
-        if key == "base":
-            base = value
-        elif key.startswith("base."):
-            base_args[key.removeprefix("base.")] = value
-        elif key in _TYPES:
-            values[key] = parse_field(key, value)
-        else:
-            raise ValueError("optim_args: " + unknown_key(key, [*_TYPES, "base"], "a setting of Grass"))
-    if "rank" in seen or "density" in seen:  # the string's choice replaces a default of the other
-        for name in {"rank", "density"} - seen:
-            values.pop(name, None)
-    return OptimArgs(GrassConfig(**values), base, base_args)
 
 
 def unknown_key(key: str, known: Iterable[str], what: str) -> str:
@@ -257,7 +234,7 @@ def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
 
 def parse_field(name: str, text: str, where: str = "optim_args") -> Any:
     """The value of a field of `GrassConfig` that is written as text; `where` is named in errors."""
-    kinds = _TYPES[name]
+    kinds = FIELD_TYPES[name]
     if text.lower() in ("none", "null") and type(None) in kinds:
         return None
     if bool in kinds:
@@ -293,4 +270,4 @@ def _field_types() -> dict[str, tuple[type, ...]]:
     return kinds
 
 
-_TYPES = _field_types()
+FIELD_TYPES = _field_types()

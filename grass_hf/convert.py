@@ -16,7 +16,7 @@ from .rounding import loses_digits
 from .selection import with_replacement
 from .sharing import SharedColumns
 from .slices import Slice
-from .targets import plan
+from .targets import Target, plan
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
                 blocks=target.blocks,
                 by_sequence=config.score_by == "sequence",
                 resident=config.resident,
+                as_int8=_as_int8(target, config),
             )
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     # transformers drops these keys in save_pretrained, which keeps its checkpoints plain
@@ -141,6 +142,12 @@ def _slice_keys(model: nn.Module) -> list[str]:
     return [f"{name}.active" for name, module in modules if isinstance(module, Slice)]
 
 
+def _as_int8(target: Target, config: GrassConfig) -> bool:
+    # of a weight with several users the other one would keep the plain parameter
+    plain = isinstance(target.module, nn.Linear) and target.side == "output" and not target.sharers
+    return config.weight_dtype == "int8" and plain
+
+
 def slice_dtype(weight_dtype: torch.dtype, config: GrassConfig) -> torch.dtype:
     """The dtype of the slices over weights of a dtype.
 
@@ -157,6 +164,8 @@ def slice_dtype(weight_dtype: torch.dtype, config: GrassConfig) -> torch.dtype:
         return weight_dtype
     if config.slice_dtype is not None:
         return getattr(torch, config.slice_dtype)
+    if config.weight_dtype == "int8":
+        return torch.promote_types(weight_dtype, torch.float32)
     # An update below half a unit in the weight's last place would be lost at every step: docs/precision.md
     return torch.float32 if loses_digits(weight_dtype, torch.float32) else weight_dtype
 

@@ -81,7 +81,7 @@ class Exchange:
         if part.write is not None:
             # Padding repeats another row's number, so it must repeat its value.
             rows = take_rows(rows, Selection(part.index).first_positions(self.state.size), self.dim)
-        part.put(rows)
+        part.put(rows, seed)
 
     @torch.no_grad()
     def settle_decay(self, seed: str | None = None) -> None:
@@ -150,17 +150,12 @@ class Exchange:
         part = self.rank_part(self, False)
         if part.active.is_meta or part.weight.is_meta:
             return
-        rows = part.take()
-        values, padding = part.active, None
+        if part.agrees():
+            return
+        rows = part.take().to(part.active.dtype)
         if part.write is not None:
-            values = values * along_slice(part.write, self.dim)
-            padding = along_slice(part.rho == 0, self.dim)  # nothing to agree on
-        same = values.to(rows.dtype) == rows
-        if not bool((same if padding is None else same | padding).all()):
-            rows = rows.to(part.active.dtype)
-            if part.write is not None:
-                rows = (rows / along_slice(part.write, self.dim)).masked_fill(padding, 0.0)
-            part.keep(rows)
+            rows = (rows / along_slice(part.write, self.dim)).masked_fill(along_slice(part.rho == 0, self.dim), 0.0)
+        part.keep(rows)
 
     def blocks(self) -> int:
         """Number of blocks of the side that choose rows for themselves: a multiple of the shards of the rows."""

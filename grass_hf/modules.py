@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
-from . import experts
+from . import experts, int8
 from .distributed import gathered
 from .slices import Slice
 
@@ -63,6 +63,35 @@ class TappedConv1D(TappedLinear):
     transposed = True
 
 
+class TappedInt8Linear(GrassModule):
+    """Gives an `nn.Linear` whose weight is int8 an active slice; in a state dict the weight is a plain one."""
+
+    weight_slice: Slice
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight_slice.tap(int8.linear(input, self.weight, self.bias), input)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = int8.dequantize(self.weight)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
+        # the tensor's own copy_ would round at random
+        plain = state_dict.pop(prefix + "weight", None)
+        if plain is not None:
+            found = int8.quantize(plain.to(self.weight.dtype))
+            self.weight.int_data.copy_(found.int_data)
+            self.weight.scale.copy_(found.scale)
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        finally:
+            if plain is not None:
+                state_dict[prefix + "weight"] = plain
+                missing_keys.remove(prefix + "weight")
+                self.weight_slice.state.owed = 1.0
+                self.weight_slice.reload()
+
+
 class TappedEmbedding(GrassModule):
     """Gives `nn.Embedding` a slice of feature columns; weight (V, d)."""
 
@@ -99,7 +128,8 @@ class Kind:
 def kind_of(module: nn.Module) -> Kind | None:
     """What a module is to Grass, or None if its weights cannot be compressed."""
     if isinstance(module, nn.Linear):
-        return Kind("linear", nn.Linear, TappedLinear, False)
+        is_int8 = int8.is_int8(module.weight)
+        return Kind("linear", nn.Linear, TappedInt8Linear if is_int8 else TappedLinear, False)
     if isinstance(module, nn.Embedding):
         return Kind("embedding", nn.Embedding, TappedEmbedding, True)
     if experts.is_experts(module):
@@ -146,7 +176,13 @@ def _new(cls: type[nn.Module], kind: Kind, outside: bool) -> GrassModule:
 
 
 def attach_slice(
-    module: nn.Module, parameter: str, *, transposed: bool = False, sharers: Iterable[nn.Module] = (), **settings
+    module: nn.Module,
+    parameter: str,
+    *,
+    transposed: bool = False,
+    sharers: Iterable[nn.Module] = (),
+    as_int8: bool = False,
+    **settings,
 ) -> Slice:
     """Give a module's weight an active slice, in place, and freeze the weight.
 
@@ -155,6 +191,7 @@ def attach_slice(
         parameter: name of the weight in it.
         transposed: the weight is stored (input, output).
         sharers: other modules that use the same weight; they tap into the same slice.
+        as_int8: store the weight of a linear layer in eight bits.
         settings: name, rank, side, weighted, dtype and phase, see `Slice`.
     """
     weight: nn.Parameter = getattr(module, parameter)
@@ -162,6 +199,8 @@ def attach_slice(
     weight.grad = None
     attribute = f"{parameter}_slice"
     made = Slice(module, parameter, transposed=transposed, **settings)
+    if as_int8 and not int8.is_int8(weight):
+        setattr(module, parameter, int8.quantize(weight))
     _swap(module)
     setattr(module, attribute, made)
     for sharer in sharers:
@@ -175,6 +214,8 @@ def detach_slices(module: GrassModule) -> None:
     """Turn a module back into what it was, in place; its weights must be up to date."""
     for name, part in module.own_slices().items():
         delattr(module, name)
+        if int8.is_int8(part.weight):
+            setattr(module, part.parameter, nn.Parameter(int8.dequantize(part.weight)))
         getattr(module, part.parameter).requires_grad_(True)
     module.__class__ = next(plain for (plain, *_), converted in _CONVERTED.items() if converted is type(module))
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import distributed
-from .functional import put_rows, take_rows
+from . import distributed, int8
+from .functional import along_slice, put_rows, take_rows
 from .rounding import loses_digits, round_stochastically
 from .selection import seeded
 
@@ -85,9 +85,22 @@ class Part:
         """The weight's rows (columns) `index`, shaped like the slice and in the weight's dtype."""
         return take_rows(self.weight, self.index, self.dim)
 
-    def put(self, rows: Tensor) -> None:
-        """Overwrite the weight's rows (columns) `index`; numbers that occur twice must come with equal values."""
+    def put(self, rows: Tensor, seed: str | None = None) -> None:
+        """Overwrite the weight's rows (columns) `index`; numbers that occur twice must come with equal values.
+
+        Args:
+            rows: shaped like the slice; rounded to the weight's dtype if it is a plain one.
+            seed: of the draws, for weights that are stored in another way; None rounds to nearest.
+        """
         put_rows(self.weight, self.index, rows.to(self.weight.dtype), self.dim)
+
+    def agrees(self) -> bool:
+        """Whether the slice's values, as the weight stores them, are the weight's."""
+        rows, values = self.take(), self.active
+        if self.write is None:
+            return bool((values.to(rows.dtype) == rows).all())
+        same = (values * along_slice(self.write, self.dim)).to(rows.dtype) == rows
+        return bool((same | along_slice(self.rho == 0, self.dim)).all())  # nothing to agree on at padding
 
     def keep(self, values: Tensor) -> None:
         """Overwrite the slice."""
@@ -103,6 +116,24 @@ class Part:
             rows.copy_(round_stochastically(rows.float() * factor, self.weight.dtype, draws))
 
 
+class Int8Part(Part):
+    """A weight in eight bits, of which rows are selected; see `grass_hf.int8`."""
+
+    def take(self) -> Tensor:
+        return int8.read_rows(self.weight, self.index)
+
+    def put(self, rows: Tensor, seed: str | None = None) -> None:
+        int8.store_rows(self.weight, self.index, rows, None if seed is None else seeded(seed, rows.device))
+
+    def agrees(self) -> bool:
+        # a row that is being trained may be stored as the code above or below
+        scale = self.weight.scale.index_select(0, self.index)[:, None]
+        return bool(((self.active - self.take()).abs() <= scale).all())
+
+    def decay(self, factor: float, seed: str | None) -> None:
+        int8.multiply(self.weight, factor, None if seed is None else seeded(seed + ".decay", self.active.device))
+
+
 def local_part(part: Slice, exact: bool = False) -> Part:
     """This rank's part of the weight, the slice and what belongs to it; all of them without FSDP.
 
@@ -112,7 +143,8 @@ def local_part(part: Slice, exact: bool = False) -> Part:
     """
     weight, active = distributed.local(part.weight), distributed.local(part.active)
     if not distributed.is_sharded(part.active):
-        return Part(weight, active, part.index, part.rho, part.write, part.dim, "")
+        kind = Int8Part if int8.is_int8(weight) else Part
+        return kind(weight, active, part.index, part.rho, part.write, part.dim, "")
     rows = slice(*distributed.shard_range(part.active))
     place = f".{rows.start}"
     if part.index.dim() == 1 and part.dim == -1:

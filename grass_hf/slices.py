@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import distributed, functional
+from . import distributed, functional, int8
 from .exchange import Exchange
 from .functional import accumulation_dtype, selected_dim, take_rows
 from .grouped import grouped_linear
@@ -86,7 +86,9 @@ class Slice(Exchange, nn.Module):
         weight = self.weight
         size, batch = weight.shape[self.dim], weight.shape[:-2]
         index = strided(size, rank, blocks).index.expand(*batch, rank).clone().to(weight.device)
-        self.active = nn.Parameter(take_rows(weight.detach(), index, self.dim).to(dtype or weight.dtype))
+        stored_as_int8 = int8.is_int8(weight)
+        rows = int8.read_rows(weight, index) if stored_as_int8 else take_rows(weight.detach(), index, self.dim)
+        self.active = nn.Parameter(rows.to(dtype or weight.dtype))
         self.register_buffer("index", index, persistent=False)
         multipliers = None
         if weighted:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from grass_hf import GrassConfig
-from grass_hf.config import parse_optim_args
+from grass_hf.optim_args import parse_optim_args
 
 # arguments -> words that the sentence must hold
 REFUSED = [

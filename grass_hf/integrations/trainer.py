@@ -19,11 +19,12 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
-from ..config import GrassConfig, parse_optim_args
+from ..config import GrassConfig
 from ..controller import GROUP_KEY
 from ..convert import convert_to_grass, describe, is_converted
 from ..distributed import check_agreement
 from ..optim import attach, grass_optimizer
+from ..optim_args import parse_optim_args
 from ..report import render, start_report
 from .accelerate import adapt_to_engine, engine_kind, forget_evaluation, fsdp_version
 from .base import base_class_and_kwargs, default_base, driven

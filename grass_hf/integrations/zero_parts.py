@@ -74,7 +74,7 @@ class _Partitioned(Part):
         dist.all_reduce(rows)
         return rows
 
-    def put(self, rows: Tensor) -> None:
+    def put(self, rows: Tensor, seed: str | None = None) -> None:
         rows = rows.to(self.weight.dtype)
         self.run.put(self.index, rows, self.dim)
         if _is_whole(self.owner.weight):

@@ -1,0 +1,51 @@
+"""The Trainer's ``--optim_args`` string: settings of Grass, the base optimizer's name, and its own arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .config import FIELD_TYPES, GrassConfig, parse_field, unknown_key
+
+
+@dataclass(frozen=True)
+class OptimArgs:
+    """What ``--optim_args`` says: the Grass settings, the base optimizer's Trainer name, and its own arguments."""
+
+    config: GrassConfig
+    base: str | None
+    base_args: dict[str, str]
+
+
+def parse_optim_args(text: str | None, **defaults: Any) -> OptimArgs:
+    """Parse ``"rank=256,selection=top_r,base=adamw_torch,base.momentum=0.9"``.
+
+    The Trainer's format has no escaping, so a list of module suffixes is written with semicolons:
+    ``target_modules=q_proj;v_proj``. Keys that start with ``base.`` go to the base optimizer.
+
+    Args:
+        text: the string, or None.
+        defaults: fields taken where the string does not set them.
+    """
+    values: dict[str, Any] = dict(defaults)
+    seen: set[str] = set()
+    base, base_args = None, {}
+    for part in filter(None, (p.strip() for p in (text or "").split(","))):
+        key, equals, value = (s.strip() for s in part.partition("="))
+        if not equals or not key or not value:
+            raise ValueError(f"optim_args: {part!r} is not of the form key=value; separate pairs by commas.")
+        if key in seen:
+            raise ValueError(f"optim_args: {key} is given twice: keep one.")
+        seen.add(key)
+        if key == "base":
+            base = value
+        elif key.startswith("base."):
+            base_args[key.removeprefix("base.")] = value
+        elif key in FIELD_TYPES:
+            values[key] = parse_field(key, value)
+        else:
+            raise ValueError("optim_args: " + unknown_key(key, [*FIELD_TYPES, "base"], "a setting of Grass"))
+    if "rank" in seen or "density" in seen:  # the string's choice replaces a default of the other
+        for name in {"rank", "density"} - seen:
+            values.pop(name, None)
+    return OptimArgs(GrassConfig(**values), base, base_args)
