@@ -455,5 +455,5 @@ def test_a_shipped_recipe_opens_with_its_command_and_parses(path, monkeypatch):
         pytest.importorskip("trl")
     words = text.splitlines()[0].removeprefix("# ").split()
     assert words[words.index("train") + 1] == str(path.relative_to(ROOT))
-    recipe = load_recipe(path, ["--max_steps", "7"])
+    recipe = load_recipe(path, ["--max_steps", "7", "--use_cpu", "true"])  # bf16 is refused where there is no GPU
     assert recipe.training.max_steps == 7 and recipe.grass is not None
