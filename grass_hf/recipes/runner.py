@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, json_file: Path | None = N
     training.eval_on_start = (
         prepared.evaluation is not None and recipe.evaluation.before_training and checkpoint is None
     )
-    trainer = build_trainer(recipe, prepared, model)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with _nothing_left_behind(Path(training.output_dir)):
+        trainer = build_trainer(recipe, prepared, model)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     history = trainer.state.log_history
     before = next((entry for entry in history if entry["step"] == 0 and "eval_loss" in entry), {})
     after = {} if prepared.evaluation is None else trainer.evaluate()
@@ -74,6 +77,19 @@ def train(recipe: Recipe, *, overwrite: bool = False, json_file: Path | None = N
         say(f"generated: {escape(prompt)} {escape(text)}")
     say(closing(recipe.task, before, after))
     return results
+
+
+@contextlib.contextmanager
+def _nothing_left_behind(output: Path) -> Iterator[None]:
+    """Remove the empty folder that a Trainer makes before it finds out that it cannot train."""
+    existed = output.exists()
+    try:
+        yield
+    except Exception:
+        if not existed and output.is_dir() and not any(output.iterdir()):
+            with contextlib.suppress(OSError):  # another process was first
+                output.rmdir()
+        raise
 
 
 def _nothing(*_: Any) -> None:
