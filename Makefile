@@ -10,7 +10,7 @@ OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_prec
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-dist test-oldest support-table quality bench-speed docs clean
+.PHONY: help venv demo test test-slow test-dist test-oldest support-table quality bench-speed bench-net docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ quality: $(VENV)/.stamp-dev ## Check style, formatting and that the docs cover t
 
 bench-speed: $(VENV)/.stamp-dev ## Time Grass against AdamW and the frozen limit (runs/bench_speed.json)
 	$(BIN)/grass-hf bench speed --json runs/bench_speed.json
+
+bench-net: $(VENV)/.stamp-dev ## Time AdamW and Grass over rate-limited links (root; runs/bench_net.json, .png)
+	$(BIN)/grass-hf bench net --json runs/bench_net.json --png runs/bench_net.png
 
 docs: $(VENV)/.stamp-docs ## Build the documentation site (site/)
 	$(BIN)/mkdocs build --strict

@@ -24,6 +24,8 @@ FLOORS = {
         "methods",
         "simulate",
         "memory",
+        "traffic",
+        "network",
     ],
     4: ["integrations"],
     5: ["cli", "adapters", "bench", "recipes", "__main__"],

@@ -9,8 +9,7 @@ import typer
 
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
-
-JSON = typer.Option(None, help="Also append the result to this file, as one line of JSON.", dir_okay=False)
+from .network_commands import JSON, TARGETS, comm, names, net
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +28,8 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure Grass against its limits and its peers on this machine.")
 app.add_typer(bench, name="bench")
 app.add_typer(adapter_commands)
+bench.command("comm")(comm)
+bench.command("net")(net)
 
 
 @app.command(
@@ -151,9 +152,7 @@ def estimate(
     rank: int | None = typer.Option(None, help="Rows r of every target matrix that are trained at a time."),
     density: float | None = typer.Option(None, help="The same as a share of the rows; 0.25 if neither is given."),
     side: str = typer.Option("output", help="Side that is selected: output, input or auto."),
-    targets: str = typer.Option(
-        "all-linear", help="all-linear, all-matrices, a regular expression, or suffixes separated by commas."
-    ),
+    targets: str = typer.Option("all-linear", help=TARGETS),
     dtype: str = typer.Option("bfloat16", help="Dtype of the weights."),
     slice_dtype: str | None = typer.Option(
         None, help="Dtype of the slices and of LoRA's adapters; float32 over half-precision weights if not given."
@@ -165,6 +164,15 @@ def estimate(
     ),
     base: str = typer.Option("", help="Base optimizer by its Trainer name (sgd, say); fused AdamW if not given."),
     fit: str = typer.Option("", help="Find the largest rank that fits: 40GB (10^9 bytes each) or 40GiB (2^30)."),
+    world_size: int = typer.Option(1, help="Number of ranks that train together."),
+    bandwidth: str = typer.Option(
+        "", help="What the slowest link carries: 25GB/s or 200Gbit/s. Adds a table of communication."
+    ),
+    latency: str = typer.Option("0us", help="Time of a hop between two ranks, for that table: 10us."),
+    tree: bool = typer.Option(False, "--tree", help="Count the hops of a tree of ranks instead of a ring's."),
+    step_time: str = typer.Option("", help="Time of a step on one rank without communication, for that table: 350ms."),
+    flops: str = typer.Option("", help="Instead: operations a second that one rank sustains, 400T say."),
+    memory: bool = typer.Option(True, help="--no-memory leaves that table alone, without the simulation."),
     json: Path | None = typer.Option(None, help="Write the result to this JSON file.", dir_okay=False),
     png: Path | None = typer.Option(None, help="Draw a stacked bar per method into this file.", dir_okay=False),
 ) -> None:
@@ -174,28 +182,43 @@ def estimate(
 
       grass-hf estimate llama_13b --slice-dtype bfloat16 --fit 40GB
 
-    What is counted, and what comes on top of it, stands in docs/memory.md.
+    With --bandwidth also what AdamW and Grass send in a step under DDP and FSDP2, and how long it takes:
+
+      grass-hf estimate llama_7b --slice-dtype bfloat16 --world-size 64 --bandwidth 25GB/s --step-time 600ms
+
+    What is counted, and what comes on top of it, stands in docs/memory.md and docs/communication.md.
     """
+    grass = {
+        "rank": rank,
+        "density": density,
+        "side": side,
+        "target_modules": names(targets),
+        "slice_dtype": slice_dtype,
+    }
+    setting = {"batch": batch, "sequence": sequence, "gradient_checkpointing": gradient_checkpointing}
+    network = None
+    if bandwidth:
+        from .traffic import Network, run_prediction
+
+        network = Network(world_size, bandwidth, latency, tree, step_time, flops)
+        if not memory:
+            run_prediction(model, grass, dtype, network, json, **setting)
+            return
+    elif not memory:
+        raise ValueError("--no-memory leaves nothing to estimate: give --bandwidth, or leave it out.")
     from .estimate import run_estimate
 
     run_estimate(
         model,
         methods=method,
-        grass={
-            "rank": rank,
-            "density": density,
-            "side": side,
-            "target_modules": tuple(targets.split(",")) if "," in targets else targets,
-            "slice_dtype": slice_dtype,
-        },
+        grass=grass,
         dtype=dtype,
         base=base,
         fit=fit,
         json=json,
         png=png,
-        batch=batch,
-        sequence=sequence,
-        gradient_checkpointing=gradient_checkpointing,
+        network=network,
+        **setting,
     )
 
 

@@ -22,6 +22,7 @@ from ..integrations.base import base_class_and_kwargs
 from ..memory import MemoryEstimate, estimate_memory, largest_rank
 from ..methods import check_method
 from ..simulate import Breakdown
+from . import traffic
 from .models import causal_model
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -39,9 +40,13 @@ def run_estimate(
     fit: str,
     json: Path | None,
     png: Path | None,
+    network: traffic.Network | None = None,
     **setting: Any,
 ) -> None:
-    """Estimate every method, print one table, write `json` and `png`; or find the largest rank that fits."""
+    """Estimate every method, print one table, write `json` and `png`; or find the largest rank that fits.
+
+    With `network`, what a step sends and how long it takes comes first.
+    """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known: choose one of {', '.join(_DTYPES)}.")
     methods = list(dict.fromkeys(name.strip() for given in methods for name in given.split(",")))
@@ -50,7 +55,7 @@ def run_estimate(
     budget = parse_bytes(fit, "--fit") if fit else None
     if budget and methods[0] != "grass":
         raise ValueError(f"--fit finds the rank of grass, and --method {methods[0]} was given: leave --method out.")
-    pyplot = _pyplot() if png else None
+    pyplot = pyplot_for_png() if png else None
     if base:
         setting |= dict(zip(("optimizer", "optimizer_args"), _base(base), strict=True))
     config = GrassConfig(**grass)
@@ -58,6 +63,7 @@ def run_estimate(
     console = Console()
     if budget:
         config = _fit(console, model, model_config, factory, config, budget, setting)
+    steps = network and traffic.show_steps(console, model, factory, config, network, **setting)
     estimates = []
     for method in methods:
         with _progress(console, f"{method}: simulating training steps of {model}"):
@@ -71,7 +77,7 @@ def run_estimate(
     for line in _remarks(estimates):
         console.print(line)
     if json is not None:
-        _write(json, model, dtype, base, config, setting, estimates)
+        _write(json, model, dtype, base, config, setting, estimates, steps)
     if pyplot is not None:
         _draw(pyplot, estimates, title, png)
 
@@ -149,16 +155,19 @@ def _remarks(estimates: Iterable[MemoryEstimate]) -> Iterable[str]:
         yield "* optimizer state by formula, its step's temporaries left out; the rest is simulated"
 
 
-def _write(path: Path, model, dtype, base, config, setting, estimates) -> None:
+def _write(path: Path, model, dtype, base, config, setting, estimates, network) -> None:
     shown = {k: v for k, v in setting.items() if k not in ("optimizer", "optimizer_args")}
     rows = [dataclasses.asdict(e) | {"peak": e.peak} for e in estimates]
     result = {"model": model, "dtype": dtype, "base": base or "fused AdamW", "config": config.to_dict()}
     result |= {"setting": shown, "bytes": rows} | {"versions": machine()["versions"], "date": machine()["date"]}
+    if network:
+        result["network"] = network
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _pyplot():
+def pyplot_for_png():
+    """matplotlib.pyplot without a display; a sentence if there is none."""
     try:
         import matplotlib
     except ImportError:
