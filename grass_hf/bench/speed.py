@@ -3,10 +3,15 @@
 The frozen limit trains everything that Grass trains except the target matrices: it still back-propagates through
 them, so no method that trains them can be faster. All three are stepped in every round of one run, because the speed
 of a shared machine drifts, in changing order, and medians are compared.
+
+[Note: memory kept] On a CPU the C library gives much of a step's memory back to the system after the step and takes it
+again, page by page, in the next; which method pays for it depends on what was stepped before. The allocators of
+accelerators keep their memory, and so does this bench, for all methods alike (`keep_memory`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import statistics
 import time
@@ -37,6 +42,19 @@ class Setting:
     sequence: int = 256
     rounds: int = 18
     warmup: int = 2
+
+
+# glibc's mallopt: never give memory back, take more of it at a time, no mappings of their own for large blocks.
+_MALLOPT = {-1: -1, -2: 2**26, -4: 0}
+
+
+def keep_memory() -> bool:
+    """Let the C library keep freed memory from now on; whether it could. See [Note: memory kept]."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # not glibc
+        return False
+    return all([mallopt(option, value) == 1 for option, value in _MALLOPT.items()])
 
 
 def slowdown(dtype: torch.dtype, device: str) -> float:

@@ -234,6 +234,7 @@ def bench_speed(
     rounds: int = typer.Option(18, help="Counted steps of every method, after two that are not.", min=1),
     device: str = typer.Option("", help="cpu or cuda; empty takes cuda where there is one."),
     slow_dtypes: bool = typer.Option(False, help="Time a dtype even where this CPU has no fast matmul for it."),
+    keep_memory: bool = typer.Option(True, help="On a CPU, keep freed memory in the process, as GPU allocators do."),
     json: Path | None = JSON,
 ) -> None:
     """Seconds per training step: fused AdamW, Grass, and the frozen limit.
@@ -247,6 +248,7 @@ def bench_speed(
         dtypes=dtype,
         device=device,
         slow_dtypes=slow_dtypes,
+        keep_memory=keep_memory,
         json=json,
         rank=rank,
         side=side,

@@ -18,13 +18,16 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _EMULATED = 4.0
 
 
-def run_speed(*, dtypes: list[str], device: str, slow_dtypes: bool, json: Path | None, **setting: Any) -> None:
+def run_speed(
+    *, dtypes: list[str], device: str, slow_dtypes: bool, keep_memory: bool, json: Path | None, **setting: Any
+) -> None:
     """Time every dtype, print one table of medians and ratios, append one row per dtype to `json`."""
     for name in dtypes:
         if name not in _DTYPES:
             raise ValueError(f"dtype={name!r} is not known: choose one of {', '.join(_DTYPES)}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     setting = speed.Setting(**setting)
+    kept = keep_memory and device == "cpu" and speed.keep_memory()
     console = Console()
     console.print(
         f"LLaMA {setting.layers} layers x {setting.hidden}, {setting.batch * setting.sequence} tokens a step, "
@@ -58,6 +61,7 @@ def run_speed(*, dtypes: list[str], device: str, slow_dtypes: bool, json: Path |
                 "bench": "speed",
                 "dtype": name,
                 "setting": dataclasses.asdict(setting),
+                "memory_kept": kept,
                 "seconds": timing.seconds,
             }
             row |= {"median": medians, "grass_over": ratios}
