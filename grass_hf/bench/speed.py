@@ -34,7 +34,7 @@ class Setting:
     """What is timed: a LLaMA, a batch and a rank. Defaults are the acceptance setting."""
 
     rank: int = 128
-    side: str = "output"
+    side: str = "auto"
     layers: int = 12
     hidden: int = 768
     vocabulary: int = 32000

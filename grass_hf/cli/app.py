@@ -225,7 +225,7 @@ def estimate(
 @bench.command("speed")
 def bench_speed(
     rank: int = typer.Option(128, help="Rows r of every target matrix that Grass trains at a time.", min=1),
-    side: str = typer.Option("output", help="Side that is selected: output, input or auto."),
+    side: str = typer.Option("auto", help="Selected side: output, input, or auto, which makes the smallest slices."),
     dtype: list[str] = typer.Option(["float32", "bfloat16"], help="Weights' dtype; give it twice for two."),
     layers: int = typer.Option(12, help="Layers of the LLaMA.", min=1),
     hidden: int = typer.Option(768, help="Its width; the feed-forward layer is 8/3 as wide.", min=64),
