@@ -10,7 +10,7 @@ OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_prec
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-dist test-oldest support-table quality bench-speed bench-net docs clean
+.PHONY: help venv demo test test-slow test-dist stress test-oldest support-table quality bench-speed bench-net docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ $(VENV)/.stamp-packaged: constraints/dev.txt | $(VENV)/.stamp-dev
 
 test-dist: $(VENV)/.stamp-dev ## Run the distributed tests with up to eight processes
 	$(BIN)/python -m pytest -m dist
+
+stress: $(VENV)/.stamp-dev ## Kill two-rank runs 30 times at random and compare their ends with undisturbed runs' (runs/stress.json)
+	$(BIN)/python tests/stress.py --kills 30 --json runs/stress.json
 
 test-oldest: ## Run the tests of the method on the oldest supported versions (.venv-oldest; large downloads)
 	$(PYTHON) -m venv .venv-oldest

@@ -19,6 +19,7 @@ _HOMES = {
     "grass_optimizer": "optim",
     "estimate_memory": "memory",
     "register": "_import_hook",
+    "last_complete_checkpoint": "integrations.checkpoints",
     "GrassCallback": "integrations.trainer",
     "GrassOptimizerFactory": "integrations.trainer",
 }

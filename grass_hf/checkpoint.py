@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .distributed import is_sharded, shape_of, shard_range, shards, whole
+from .distributed import is_sharded, shape_of, shard_range, shards, whole, world_size
 from .functional import take_rows
 from .parts import local_part
 from .selection import aligned, strided
@@ -107,6 +107,14 @@ def read(state_dict: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, d
 
 def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], controller: GrassController) -> list[str]:
     """Names of the slices whose rows could not be taken up."""
+    ranks = world_size()
+    if (saved := meta.get("ranks", ranks)) != ranks:
+        logger.warning(
+            "this state was saved by %d rank(s) and goes on on %d: rows and optimizer state go on, the ranks' random "
+            "states (dropout) start anew, and batches are the same only if all ranks together take as many sequences.",
+            saved,
+            ranks,
+        )
     controller.step = meta["step"]
     controller.due = set(meta["due"])
     unaligned = [part.state.name for part in controller.slices if not _restore_slice(part, entries[part.state.name])]
@@ -116,7 +124,7 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
 
 def _meta(controller: GrassController, names: list[str]) -> str:
     meta = {"version": VERSION, "config": controller.config.to_dict(), "step": controller.step}
-    return json.dumps({**meta, "due": sorted(controller.due), "layers": names})
+    return json.dumps({**meta, "due": sorted(controller.due), "layers": names, "ranks": world_size()})
 
 
 def _stripped(state_dict: dict[str, Any], without_state: set[str]) -> dict[str, Any]:

@@ -174,10 +174,22 @@ def _refuse_wrapped(model: nn.Module) -> None:
     kind = type(model).__name__
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"{kind} is the result of torch.compile: convert the model first, then compile it.")
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            f"{kind} was split by transformers when it was loaded (DistributedConfig: tensor or pipeline parallelism, "
+            "FSDP), before its layers could be converted: load it without distributed_config, and let accelerate shard "
+            "it with FSDP2 (configs/accelerate/fsdp2_8gpu.yaml)."
+        )
     if kind.startswith("FSDP") or any(type(m).__name__.startswith("FSDP") for m in model.modules()):
         raise ValueError(f"{kind} is sharded already: convert the model first, then shard it.")
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if isinstance(model, wrappers) or kind == "DeepSpeedEngine":
         raise ValueError(f"{kind} wraps a model: convert the model first, then wrap it.")
+    for name, param in model.named_parameters():
+        if is_sharded(param):
+            raise ValueError(
+                f"{name} is sharded already, as {param.placements}: convert the model first, then shard it with "
+                "fully_shard; tensor parallelism (tp_plan, parallelize_module) is not supported, use FSDP2."
+            )
     if any(isinstance(module, GrassModule) for module in model.modules()):
         raise ValueError(f"{kind} contains a part that was already converted: call restore_model on that part first.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -71,7 +72,8 @@ def check_agreement(what: str, digest: str, timeout: float = AGREEMENT_SECONDS) 
         return
     store, own = dist.distributed_c10d._get_default_store(), dist.get_rank()
     _checks[what] += 1
-    key = f"grass/{what}/{_checks[what]}"
+    # torchrun may keep the store when it restarts its workers, with what those before them said
+    key = f"grass/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{what}/{_checks[what]}"
     # Every rank reads a few bytes of every other, and the whole of one only to say where it differs.
     brief = hashlib.blake2b(digest.encode(), digest_size=16).hexdigest()
     store.set(f"{key}/whole/{own}", digest)

@@ -96,7 +96,8 @@ def test_public_names():
     import grass_hf
 
     expected = {"GrassConfig", "convert_to_grass", "grass_optimizer", "restore_model", "register", "estimate_memory"}
-    assert set(grass_hf.__all__) == expected | {"GrassCallback", "GrassOptimizerFactory"}
+    expected |= {"GrassCallback", "GrassOptimizerFactory", "last_complete_checkpoint"}
+    assert set(grass_hf.__all__) == expected
     for name in grass_hf.__all__:
         assert getattr(grass_hf, name).__doc__
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):

@@ -199,15 +199,6 @@ def refused(tmp_path, checkpoint, optim_args=SETTINGS[0], **options):
     return str(error.value)
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
-def test_truncated_optimizer_state_stops(tmp_path, checkpoint, keep):
-    file = checkpoint / "optimizer.pt"
-    content = file.read_bytes()
-    file.write_bytes(content[: int(len(content) * keep)])
-    sentence = refused(tmp_path, checkpoint)
-    assert str(file) in sentence and "truncated" in sentence and "earlier checkpoint" in sentence
-
-
 def test_another_runs_optimizer_state_stops(tmp_path, checkpoint):
     assert "rank and side" in refused(tmp_path, checkpoint, "density=0.5,base=adamw_torch")
     assert "same target_modules" in refused(
@@ -229,7 +220,8 @@ def test_missing_optimizer_state_and_changed_settings_are_said(tmp_path, checkpo
         logging.getLogger(name).addHandler(caplog.handler)
     run(tmp_path / "b", SETTINGS[0].replace("interval=4", "interval=3"), resume=str(checkpoint))
     assert "update_interval=3 (was 4)" in caplog.text
-    (checkpoint / "optimizer.pt").unlink()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):  # as save_only_model leaves it
+        (checkpoint / name).unlink()
     run(tmp_path / "c", SETTINGS[0], resume=str(checkpoint))
     assert "holds no optimizer.pt" in caplog.text
 

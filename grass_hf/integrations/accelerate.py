@@ -40,6 +40,22 @@ def forget_evaluation(accelerator, model: nn.Module) -> None:
         accelerator._models = [other for other in accelerator._models if other is not model]
 
 
+def refuse_parallelism() -> None:
+    """Stop where matrices or sequences, not only batches, are split among ranks.
+
+    Raises:
+        ValueError: tensor, context or sequence parallelism.
+    """
+    config = getattr(AcceleratorState(), "parallelism_config", None) if AcceleratorState._shared_state else None
+    for kind in ("tp", "cp", "sp"):
+        if (size := getattr(config, f"{kind}_size", None) or 1) > 1:
+            raise ValueError(
+                f"{kind}_size={size} in the parallelism config splits every sequence or every matrix among ranks, and "
+                "a slice's gradient would be a part of it: use data parallelism, DDP or FSDP2 (dp_replicate_size, "
+                "dp_shard_size)."
+            )
+
+
 def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:
     """The settings as the engine needs them, which are the given ones but under FSDP2.
 

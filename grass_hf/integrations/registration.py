@@ -1,4 +1,4 @@
-"""What `grass_hf.register` changes: in transformers an enum member, four wrapped methods and a default callback, in
+"""What `grass_hf.register` changes: in transformers an enum member, some wrapped methods and a default callback, in
 DeepSpeed the function `deepspeed.initialize`."""
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ def extend_trainer(trainer_module: ModuleType) -> None:
     trainer._grass_hf = True
     trainer.get_optimizer_cls_and_kwargs = staticmethod(_optimizer_factory(trainer.get_optimizer_cls_and_kwargs))
     trainer.create_optimizer = _create_optimizer(trainer.create_optimizer)
+    trainer.train = _train(trainer.train)
+    trainer._save_checkpoint = _save_checkpoint(trainer._save_checkpoint)
+    trainer._save_rng_state = _save_rng_state(trainer._save_rng_state)
+    trainer._load_from_checkpoint = _load_weights(trainer._load_from_checkpoint)
     trainer._load_optimizer_and_scheduler = _load_optimizer(trainer._load_optimizer_and_scheduler)
 
     from .trainer import FollowTraining
@@ -84,12 +88,62 @@ def _create_optimizer(original):
     return create_optimizer
 
 
+def _train(original):
+    @functools.wraps(original)
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        from . import checkpoints, trainer
+
+        if resume_from_checkpoint and trainer.is_grass_run(self):
+            resume_from_checkpoint = checkpoints.resume_point(resume_from_checkpoint, self.args.output_dir)
+        return original(self, resume_from_checkpoint, *args, **kwargs)
+
+    return train
+
+
+def _save_checkpoint(original):
+    @functools.wraps(original)
+    def _save_checkpoint(self, model, trial=None, *args, **kwargs):
+        from . import checkpoints, trainer
+
+        if trainer.is_grass_run(self):
+            checkpoints.begin_save(self, trial)
+        return original(self, model, trial, *args, **kwargs)
+
+    return _save_checkpoint
+
+
+def _save_rng_state(original):
+    @functools.wraps(original)
+    def _save_rng_state(self, *args, **kwargs):
+        from . import checkpoints, trainer
+
+        original(self, *args, **kwargs)
+        if trainer.is_grass_run(self):
+            checkpoints.end_save(self)
+
+    return _save_rng_state
+
+
+def _load_weights(original):
+    @functools.wraps(original)
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        from . import other_engine, trainer
+
+        if not trainer.is_grass_run(self):
+            return original(self, resume_from_checkpoint, model)
+        return other_engine.load_weights(self, resume_from_checkpoint, model, functools.partial(original, self))
+
+    return _load_from_checkpoint
+
+
 def _load_optimizer(original):
     @functools.wraps(original)
     def _load_optimizer_and_scheduler(self, checkpoint):
-        from . import trainer
+        from . import checkpoints, other_engine, trainer
 
-        trainer.check_optimizer_file(self, checkpoint)
-        return original(self, checkpoint)
+        if checkpoint is None or not trainer.is_grass_run(self):
+            return original(self, checkpoint)
+        checkpoints.warn_without_optimizer(checkpoint)
+        return other_engine.load_optimizer(self, checkpoint, functools.partial(original, self))
 
     return _load_optimizer_and_scheduler

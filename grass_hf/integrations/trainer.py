@@ -7,8 +7,6 @@ table, on_log adds coverage and energy, on_train_end settles the decay that is s
 
 from __future__ import annotations
 
-import os
-import pickle
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from ..distributed import check_agreement
 from ..optim import attach, grass_optimizer
 from ..optim_args import parse_optim_args
 from ..report import render, start_report
-from .accelerate import adapt_to_engine, engine_kind, forget_evaluation, fsdp_version
+from .accelerate import adapt_to_engine, engine_kind, forget_evaluation, fsdp_version, refuse_parallelism
 from .base import base_class_and_kwargs, default_base, driven
 from .deepspeed import check_config
 from .registration import NAME
@@ -192,25 +190,10 @@ def attach_if_converted(trainer) -> None:
     attach(trainer.optimizer, trainer.model)
 
 
-def check_optimizer_file(trainer, checkpoint: str | None) -> None:
-    """Refuse a checkpoint whose optimizer state cannot be read, before a step is trained on half a state."""
-    if checkpoint is None or _controller(trainer.optimizer) is None or trainer.is_deepspeed_enabled:
-        return  # DeepSpeed's files were checked before it read them
-    path = os.path.join(checkpoint, "optimizer.pt")
-    if not os.path.isfile(path):
-        logger.warning(
-            f"{checkpoint} holds no optimizer.pt: its weights are taken up, but the selection of rows and the "
-            "optimizer state start anew (it was saved with save_only_model=True, perhaps)."
-        )
-        return
-    try:
-        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read, it is probably truncated ({reason}): resume from an earlier checkpoint, or start "
-            "anew from this one's weights (model_name_or_path)."
-        ) from error
+def is_grass_run(trainer) -> bool:
+    """Whether a Trainer trains, or is about to train, slices."""
+    factory = getattr(trainer, "optimizer_cls_and_kwargs", None) or (None,)
+    return _is_model(trainer.model) or _controller(trainer.optimizer) is not None or factory[0] is GrassOptimizerFactory
 
 
 def _parse(args):
@@ -221,6 +204,7 @@ def _parse(args):
 def _convert(model: nn.Module, config: GrassConfig, args) -> None:
     """Convert once: the Trainer asks when it is made, and again for a model that `model_init` rebuilt."""
     _refuse_engine(args, config)
+    refuse_parallelism()
     config = adapt_to_engine(config, model)
     if is_converted(model):
         if model.grass.config != config:
