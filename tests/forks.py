@@ -93,8 +93,9 @@ def _begin(output: str, environment: dict[str, str], job: str, arguments: tuple)
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    getattr(importlib.import_module(os.environ.get("JOBS", "jobs")), job)(*arguments)
+    getattr(importlib.import_module("jobs"), job)(*arguments)
     if dist.is_initialized():
+        dist.barrier()  # rank 0 holds the store, which the others may still need
         dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # no exit handlers of the process that was forked

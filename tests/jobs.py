@@ -36,6 +36,12 @@ ENGINES = {
     "full": {**FSDP, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
     "sharded": {**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
 }
+HSDP = {
+    **ENGINES["full"],
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
 
 
 class DieInStep(TrainerCallback):
@@ -140,6 +146,10 @@ def train(
         torch.save(outcome, Path(file).with_suffix(".part"))
         os.replace(Path(file).with_suffix(".part"), file)
     print(json.dumps({"rank": job.args.process_index, "from": min(record.rows)}), flush=True)
+
+
+def nothing() -> None:
+    """Only starts."""
 
 
 def refusals(folder: str) -> None:

@@ -18,10 +18,18 @@ def torchrun(processes: int, script: str, *arguments: str, timeout: int = 400, *
     return _run(command, timeout, environment)
 
 
-def accelerate_launch(config: Path, script: str, *arguments: str, timeout: int = 400, **environment: str):
+def accelerate_launch(
+    config: Path,
+    script: str,
+    *arguments: str,
+    port: str = "",
+    options: list[str] = (),
+    timeout: int = 400,
+    **environment: str,
+):
     """Run one of tests/scripts under ``accelerate launch`` with a config file, on the CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_port", str(random.randint(20000, 40000)), str(SCRIPTS / script), *arguments]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *options]
+    command += ["--main_process_port", port or str(random.randint(20000, 40000)), str(SCRIPTS / script), *arguments]
     return _run(command, timeout, {"ACCELERATE_TORCH_DEVICE": "cpu", **environment})
 
 

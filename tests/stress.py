@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from forks import Ranks
+from forks import Ranks, ranks
 from jobs import ENGINES
 
 from grass_hf import last_complete_checkpoint
@@ -38,6 +38,7 @@ def stress(kills: int, engine: str, folder: Path, seed: int = 0) -> dict:
         AssertionError: a run did not end as the undisturbed one, or a rank stopped by itself.
     """
     dice = random.Random(seed)
+    ranks(1, "nothing")  # the fork server has imported everything by then
     begun = time.monotonic()
     expected = _start(engine, folder, "undisturbed")
     expected.finish()
@@ -71,7 +72,7 @@ def _kill(job: Ranks, folder: Path, dice: random.Random, lasted: float, counts: 
             time.sleep(0.001)
         time.sleep(dice.uniform(0.0, 0.06))
     else:
-        until = time.monotonic() + dice.uniform(0.3, 1.0) * lasted
+        until = time.monotonic() + dice.uniform(0.1, 1.0) * lasted
         while job.running() and time.monotonic() < until:
             time.sleep(0.005)
     if not job.running():

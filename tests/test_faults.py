@@ -153,6 +153,22 @@ def test_runs_without_grass_are_left_alone(saved, tmp_path):
     assert job.state.global_step == 5
 
 
+def test_deepspeeds_checkpoints_are_checked_and_resume_on_deepspeed_alone(saved, tmp_path):
+    """Written as DeepSpeed lays its files out; its own are in test_zero.py."""
+    checkpoint = Path(shutil.copytree(saved / "one" / "checkpoint-4", tmp_path / "run" / "checkpoint-4"))
+    (checkpoint / "global_step4").mkdir()
+    states = checkpoint / "global_step4" / "mp_rank_00_model_states.pt"
+    (checkpoint / "optimizer.pt").rename(states)
+    assert defect(checkpoint) == (
+        f"{checkpoint / 'latest'} is missing, which is written last: the job was stopped while it saved"
+    )
+    (checkpoint / "latest").write_text("global_step4")
+    assert defect(checkpoint) is None
+    assert "was saved by DeepSpeed, and this run is without it" in refusal(tmp_path, str(checkpoint))
+    os.truncate(states, 1000)
+    assert defect(checkpoint).startswith(f"{states} is truncated")
+
+
 @pytest.mark.parametrize("name, rank", [("optimizer.pt", 0), ("rng_state_1.pth", 1)])
 def test_a_rank_killed_while_it_writes_a_file(tmp_path, name, rank):
     """Whichever rank it is, the checkpoint is not complete, and the last one that is resumes exactly."""

@@ -17,6 +17,7 @@ CASES = [
     "rules_with_replacement_equal_ddp",
     "accumulation_equals_ddp",
     "without_resharding_equals_ddp",
+    "cpu_offload_equals_ddp",
     "blocks_are_taken_by_themselves",
     "more_blocks_than_shards",
     "uneven_divisions",
@@ -47,7 +48,7 @@ def test_two_ranks(two_ranks, case):
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_more_ranks(ranks):
-    cases = [*CASES[:7], "collectives_of_a_step", "resumes_from_sharded_state", "hybrid_sharding"]
+    cases = [*CASES[:8], "collectives_of_a_step", "resumes_from_sharded_state", "hybrid_sharding"]
     done = torchrun(ranks, "sharded_cases.py", str(ranks), *cases)
     assert done.stdout.split()[1::2] == cases, done.stderr[-3000:]
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import FileSystemReader
 from transformers.utils import logging
 
 from ..distributed import check_agreement
@@ -92,7 +91,7 @@ def resume_point(resume: str | bool, output_dir: str) -> str | bool:
         resume = str(folder)
         if defects:
             logger.warning(f"{'; '.join(defects)}: resuming from {resume}, the last complete checkpoint.")
-    elif (found := defect(resume)) is not None:
+    elif (found := defect(resume := str(resume))) is not None:
         other = last_complete_checkpoint(Path(resume).absolute().parent)
         remedy = (
             f"resume from {other}, the last complete one" if other else "no other is complete beside it, start anew"
@@ -149,8 +148,9 @@ def _defects(folder: Path) -> Iterator[str]:
 def _missing(folder: Path, names: set[str]) -> Iterator[str]:
     if STATE not in names:
         yield f"{folder / STATE} is missing, which is written last: the job was stopped while it saved"
-    if "latest" in names or any(name.startswith("global_step") for name in names):
-        return  # DeepSpeed's, which has files of its own
+    if any(name.startswith("global_step") for name in names):
+        yield from _check_zero(folder)
+        return
     if not any(map(_WEIGHTS.fullmatch, names)) and not list(folder.glob("*/adapter_model.*")):
         parts = any(name.startswith("model-") for name in names)
         yield f"{folder / ('model.safetensors.index.json' if parts else 'model.safetensors')} is missing"
@@ -206,6 +206,8 @@ def _check_sharded(folder: Path) -> Iterator[str]:
     if not (folder / ".metadata").is_file():
         yield f"{folder / '.metadata'} is missing, which is written last: the job was stopped while it saved"
         return
+    from torch.distributed.checkpoint import FileSystemReader  # not in every build of torch
+
     try:
         stored = FileSystemReader(folder).read_metadata().storage_data
     except (EOFError, OSError, ValueError, AttributeError, pickle.UnpicklingError):
@@ -220,6 +222,19 @@ def _check_sharded(folder: Path) -> Iterator[str]:
             yield f"{path} is missing, which .metadata lists"
         elif path.stat().st_size < length:
             yield f"{path} is truncated ({path.stat().st_size} of {length} bytes)"
+
+
+def _check_zero(folder: Path) -> Iterator[str]:
+    """DeepSpeed's files, as far as they can be known without its engine (`zero_checkpoint` checks them again)."""
+    if not (folder / "latest").is_file():
+        yield f"{folder / 'latest'} is missing, which is written last: the job was stopped while it saved"
+        return
+    states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    if not states.is_dir():
+        yield f"{states} is missing, which latest names"
+        return
+    for path in _matching(states, ("*_states.pt",)):
+        yield from _check_torch(path)
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:

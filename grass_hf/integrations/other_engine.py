@@ -21,21 +21,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 PLAIN, FULL, SHARDED = "plain", "full", "sharded"
 _WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module"}
+
+
+def check_engine(trainer, checkpoint: str) -> None:
+    """Refuse to cross between DeepSpeed and the rest.
+
+    Raises:
+        ValueError: one of checkpoint and run is DeepSpeed's, and the other is not.
+    """
+    zero = os.path.exists(os.path.join(checkpoint, "latest"))
+    if zero != trainer.is_deepspeed_enabled:
+        wrote, runs = ("DeepSpeed", "without it") if zero else ("another engine", "with DeepSpeed")
+        raise ValueError(
+            f"{checkpoint} was saved by {wrote}, and this run is {runs}: resume on the engine that saved it, or start "
+            "anew from its weights (model_name_or_path)."
+        )
 
 
 def load_weights(trainer, checkpoint: str, model: nn.Module | None, original: Callable) -> None:
@@ -52,6 +60,9 @@ def load_weights(trainer, checkpoint: str, model: nn.Module | None, original: Ca
     if runs == PLAIN:
         result = model.load_state_dict(weights, strict=False)
     else:
+        # here and below not at the top: torch.distributed.checkpoint is not in every build of torch
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         result = set_model_state_dict(model, weights, options=options)
     trainer._issue_warnings_after_load(result)
@@ -65,6 +76,8 @@ def load_optimizer(trainer, checkpoint: str, original: Callable) -> None:
     if PLAIN not in (saved, runs):
         with _reading(trainer, saved):
             return original(checkpoint)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
     model, optimizer = trainer.model_wrapped, trainer.optimizer
     whole = runs != PLAIN
     state = _optimizer_state(checkpoint, saved, model, optimizer) if not whole or dist.get_rank() == 0 else None
@@ -140,6 +153,9 @@ def _optimizer_state(checkpoint: str, form: str, model: nn.Module, optimizer: An
 
 def read_sharded(folder: str) -> dict[str, Any]:
     """All that torch.distributed.checkpoint wrote into a folder, as whole tensors on the CPU; every rank reads all."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     metadata = dcp.FileSystemReader(folder).read_metadata()
     flat: dict[str, Any] = {}
     for key, kind in metadata.state_dict_metadata.items():

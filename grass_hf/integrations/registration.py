@@ -91,10 +91,12 @@ def _create_optimizer(original):
 def _train(original):
     @functools.wraps(original)
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        from . import checkpoints, trainer
+        from . import checkpoints, other_engine, trainer
 
         if resume_from_checkpoint and trainer.is_grass_run(self):
             resume_from_checkpoint = checkpoints.resume_point(resume_from_checkpoint, self.args.output_dir)
+            if isinstance(resume_from_checkpoint, str):
+                other_engine.check_engine(self, resume_from_checkpoint)
         return original(self, resume_from_checkpoint, *args, **kwargs)
 
     return train

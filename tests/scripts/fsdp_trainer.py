@@ -1,6 +1,7 @@
 """A Trainer with Grass under whatever engine launched it: prints its losses. fsdp_trainer.py SETTINGS [CHECKPOINT]"""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +30,8 @@ job = trainer(
     folder, trainer_options={"callbacks": [Look()]}, **{**defaults, "per_device_train_batch_size": 2, **settings}
 )
 job.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
-assert job.args.world_size == dist.get_world_size() > 1
+world = dist.get_world_size() if dist.is_initialized() else 1
+assert job.args.world_size == world == int(os.environ.get("WORLD_SIZE", 1))
 if job.is_world_process_zero():
+    print("world", world)
     print("losses", json.dumps([entry["loss"] for entry in job.state.log_history if "loss" in entry]))

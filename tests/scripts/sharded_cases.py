@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,6 +155,13 @@ def accumulation_equals_ddp():
 
 def without_resharding_equals_ddp():
     assert_equals_ddp(side="input", options={"reshard_after_forward": False})
+
+
+def cpu_offload_equals_ddp():
+    """Sharded parameters, gradients and optimizer state on the CPU; pinned memory would need an accelerator."""
+    policy = CPUOffloadPolicy(pin_memory=False)
+    assert_equals_ddp(row_blocks=dist.get_world_size(), options={"offload_policy": policy})
+    assert_equals_ddp(side="input", options={"offload_policy": policy})
 
 
 def blocks_are_taken_by_themselves():
