@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,12 +64,10 @@ class ZeroController(GrassController):
                 f"DeepSpeed made another optimizer of {type(base).__name__}, which does not drive the Grass slices: "
                 "use base=adamw_torch, or another one that it steps as it is."
             )
-        self._flat: dict[int, tuple[dict[str, Any], Tensor, list[nn.Parameter], int]] = {}
-        for number, (group, flat, params) in enumerate(_layout(engine.optimizer, base)):
-            self._flat.update({id(param): (group, flat, params, number) for param in params})
+        self._place = {id(p): flat for flat in _layout(engine.optimizer) for p in flat.params}
         self._seen: set[int] = set()
         for param in previous.model.parameters():
-            if id(param) in self._flat:
+            if id(param) in self._place:
                 param.register_hook(functools.partial(self._see, id(param)))
         for module in previous.model.modules():
             if isinstance(module, GrassModule):
@@ -94,13 +93,15 @@ class ZeroController(GrassController):
         return id(param) in self._seen
 
     def parameters(self) -> list[nn.Parameter]:
-        return [param for param in self.model.parameters() if id(param) in self._flat]
+        return [param for param in self.model.parameters() if id(param) in self._place]
 
     def stepped_dtype(self, param: nn.Parameter) -> torch.dtype:
-        return self._flat[id(param)][1].dtype
+        return self._place[id(param)].values.dtype
 
     def _groups(self) -> dict[int, dict[str, Any]]:
-        return {id(part.active): self._flat[id(part.active)][0] for part in self.slices}
+        # looked up every time, because loading a state puts other dicts in the groups' places
+        groups = self.base.param_groups
+        return {id(part.active): groups[self._place[id(part.active)].group] for part in self.slices}
 
     def _was_real(self, layers: list[Slice]) -> bool:
         return not getattr(self.optimizer, "overflow", False) and any(self._reached(part.active) for part in layers)
@@ -112,7 +113,7 @@ class ZeroController(GrassController):
     def _check_finite(self, layers: list[Slice]) -> None:
         if getattr(self.optimizer, "check_grad_overflow", False) or self.engine.fp16_enabled():
             return  # DeepSpeed skips the step
-        numbers = {self._flat[id(part.active)][3] for part in layers}
+        numbers = {self._place[id(part.active)].number for part in layers}
         grads = [grad for number in numbers for grad in _gradients(self.optimizer, number)]
         bad = torch.zeros(1, device=self.engine.device)
         if grads and not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
@@ -138,18 +139,18 @@ class ZeroController(GrassController):
         Raises:
             ValueError: some is stored in another way.
         """
-        _, flat, params, _ = self._flat[id(part.active)]
-        state = self.base.state.get(flat, {})
+        flat = self._place[id(part.active)]
+        state = self.base.state.get(flat.values, {})
         if not is_partitioned(part.active):
             # DeepSpeed looks it up once, after the step of the first group, before the others have any
-            masters.lazy_init_hp_params_optimizer_state(params, flat, self.base.state)
+            masters.lazy_init_hp_params_optimizer_state(flat.params, flat.values, self.base.state)
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
         for key, value in tensors.items():
-            if value.shape != flat.shape or not value.is_floating_point():
+            if value.shape != flat.values.shape or not value.is_floating_point():
                 raise ValueError(
                     f"{type(self.base).__name__} keeps {key!r} of shape {tuple(value.shape)} and {value.dtype} for "
-                    f"{flat.numel()} elements, which cannot be carried from row to row under ZeRO: use an optimizer "
-                    "with state per element (adamw_torch, lion_32bit, sgd), FSDP2 or DDP."
+                    f"{flat.values.numel()} elements, which cannot be carried from row to row under ZeRO: use an "
+                    "optimizer with state per element (adamw_torch, lion_32bit, sgd), FSDP2 or DDP."
                 )
         return list(tensors)
 
@@ -192,17 +193,34 @@ class ZeroController(GrassController):
         self.engine.save_checkpoint, self.engine.load_checkpoint = save_checkpoint, load_checkpoint
 
 
-def _layout(optimizer, base: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, list[nn.Parameter]]]:
-    """Of each flat vector of masters: its parameter group, this rank's part of it, and the parameters in it."""
+@dataclass(frozen=True)
+class _Flat:
+    """A flat vector of masters.
+
+    Attributes:
+        number: its own.
+        group: number of its parameter group.
+        values: this rank's part of it, which the optimizer steps over.
+        params: the parameters that it holds the masters of.
+    """
+
+    number: int
+    group: int
+    values: Tensor
+    params: list[nn.Parameter]
+
+
+def _layout(optimizer) -> list[_Flat]:
+    """The flat vectors of DeepSpeed's optimizer: one per parameter group, several under ZeRO-3."""
+    groups = None
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
-        for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-            yield base.param_groups[optimizer.sub_group_to_group_id[number]], flat, optimizer.fp16_groups[number]
+        found = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+        groups = optimizer.sub_group_to_group_id
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2
-        yield from zip(
-            base.param_groups, optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
-        )
+        found = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
     else:  # ZeRO-1 with bfloat16 weights and float32 gradients
-        yield from zip(base.param_groups, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, strict=True)
+        found = zip(optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, strict=True)
+    return [_Flat(n, groups[n] if groups else n, values, params) for n, (values, params) in enumerate(found)]
 
 
 def _gradients(optimizer, number: int) -> list[Tensor]:
