@@ -331,6 +331,7 @@ def test_an_optimizer_that_does_not_drive_the_slices_stops(tmp_path):
     [
         ({}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer.device='cpu'"),
         ({"optim_args": "rank=8,resident=false"}, {"stage": 2}, "resident=False does not go with ZeRO"),
+        ({"optim_args": "rank=8,weight_dtype=int8"}, {"stage": 3}, "weight_dtype='int8' does not go with ZeRO"),
         ({"torch_compile": True, "optim_args": "rank=8,stagger=true"}, None, "stagger=False"),
     ],
 )

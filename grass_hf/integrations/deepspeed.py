@@ -79,6 +79,11 @@ def check_config(config: dict[str, Any], settings: GrassConfig) -> None:
             "resident=False does not go with ZeRO, where every rank keeps only its part of what is trained: leave it "
             "out."
         )
+    if settings.weight_dtype is not None:
+        raise ValueError(
+            f"weight_dtype={settings.weight_dtype!r} does not go with ZeRO, which casts and splits weights: leave it "
+            "out, or use DDP."
+        )
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
