@@ -28,6 +28,7 @@ MORE_CASES = [
     "a_rule_without_scores_equals_ddp",
     "tied_embeddings_equal_ddp",
     "experts_equal_ddp",
+    "gradient_checkpointing_equals_ddp",
     "weights_that_stay_gathered_equal_ddp",
     "a_model_made_in_pieces_equals_ddp",
     "bfloat16",

@@ -43,7 +43,7 @@ def batch(step: int) -> torch.Tensor:
     return torch.randint(VOCABULARY, (2, 10), generator=draws)
 
 
-def ds_config(stage: int, accumulate: int = 1, clip: float = 0.0, bfloat16: bool = False, **zero) -> dict:
+def ds_config(stage: int, accumulate=1, clip=0.0, bfloat16=False, gradients=None, **zero) -> dict:
     return {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": accumulate,
@@ -52,6 +52,7 @@ def ds_config(stage: int, accumulate: int = 1, clip: float = 0.0, bfloat16: bool
         # tiny weights would all stay gathered
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
         **({"bf16": {"enabled": True}} if bfloat16 else {}),
+        "data_types": {"grad_accum_dtype": gradients},
     }
 
 
@@ -207,6 +208,17 @@ def experts_equal_ddp():
     assert_equals_ddp(build=build, side="input", stages=(3,))
 
 
+def gradient_checkpointing_equals_ddp():
+    for reentrant in (False, True):
+
+        def build(reentrant=reentrant):
+            model = tiny_llama()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            return model
+
+        assert_equals_ddp(build=build, stages=(2, 3))
+
+
 def weights_that_stay_gathered_equal_ddp():
     """DeepSpeed's default for small ones, here for some and for all."""
     for threshold in (600, 100_000):
@@ -244,10 +256,9 @@ def bfloat16():
     losses = train_ddp(model, optimizer, range(STEPS))
     for stage in (1, 2, 3):
         for kind in ("bf16", "fp32") if stage == 1 else ("bf16",):  # the second is another class of DeepSpeed's
-            options = {"bfloat16": True}
-            model, optimizer = converted(build=build)
-            config = {**ds_config(stage, **options), "data_types": {"grad_accum_dtype": kind}}
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            engine = zero(stage, {"bfloat16": True, "gradients": kind}, build=build)
+            assert (type(engine.optimizer).__name__ == "BF16_Optimizer") == (kind == "fp32")
+            model = engine.module
             ours = train(engine, range(STEPS))
             assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) <= 2e-2, (stage, ours, losses)
             for part in grass_slices(model):
@@ -345,7 +356,8 @@ def resumes_exactly():
         folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(folder)
         settings = {"selection": "multinomial_norm", "target_modules": "all-matrices"}
-        for options in ({}, {"bfloat16": True}):
+        more = [{"bfloat16": True, "gradients": "fp32"}] if stage == 1 else []
+        for options in ({}, {"bfloat16": True}, *more):
 
             def build(dtype=torch.bfloat16 if options else torch.float32):
                 return tiny_llama().to(dtype)
