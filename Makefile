@@ -10,10 +10,11 @@ OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_prec
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-dist stress test-oldest support-table quality bench-speed bench-net docs clean
+.PHONY: help venv demo test test-slow test-dist stress test-oldest support-table quality bench-speed bench-net \
+	bench-memory proof-13b proof-7b docs clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The stamps are the installed extras: an environment is made once, and made again when the metadata changes.
 $(BIN)/python:
@@ -64,6 +65,22 @@ bench-speed: $(VENV)/.stamp-dev ## Time Grass against AdamW and the frozen limit
 
 bench-net: $(VENV)/.stamp-dev ## Time AdamW and Grass over rate-limited links (root; runs/bench_net.json, .png)
 	$(BIN)/grass-hf bench net --json runs/bench_net.json --png runs/bench_net.png
+
+bench-memory: $(VENV)/.stamp-dev ## Check estimates of memory against real runs (runs/bench_memory.json)
+	$(BIN)/grass-hf bench memory --json runs/bench_memory.json
+
+proof-13b: $(VENV)/.stamp-dev ## Simulate LLaMA-13B in bfloat16 within 38 GiB, beside AdamW, GaLore and LoRA
+	$(BIN)/grass-hf estimate llama_13b --rank 512 --slice-dtype bfloat16 --within 38GiB \
+		--method grass,adamw,galore,lora --json runs/proof_13b.json
+
+proof-7b: $(VENV)/.stamp-proof ## Train LLaMA-7B in full on this machine, within 18.5 GiB (20 GB of memory, 14 of disk)
+	$(BIN)/python scripts/proof_7b.py --json runs/proof_7b.json
+
+# mistral-common wants an older numpy than everybody else, and only the tokenizer's file in it is read.
+$(VENV)/.stamp-proof: $(METADATA) | $(VENV)/.stamp-dev
+	$(PIP) --no-deps mistral-common
+	$(PIP) -e '.[proof]'
+	@touch $@
 
 docs: $(VENV)/.stamp-docs ## Build the documentation site (site/)
 	$(BIN)/mkdocs build --strict

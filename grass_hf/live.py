@@ -7,22 +7,28 @@ allocator's blocks, and what a kernel allocates inside itself, come on top.
 [Note: what lives at the peak] A storage shows what it was only later: a gradient is known once it is some
 parameter's ``.grad``, an activation by outliving the forward pass that made it. So all storages of a step are
 recorded with the times of their birth and death, and sorted afterwards into those that lived at the peak.
+
+[Note: tensors made of tensors] A DTensor or a quantised weight has no memory of its own: the tensors inside it have.
+Operations on such a tensor are left to its class, whose own operations on what is inside are counted.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
-ACTIVATIONS, LOGITS, TEMPORARIES = "activations", "logits", "temporaries"
+ACTIVATIONS, LOGITS, TEMPORARIES, COMMUNICATION = "activations", "logits", "temporaries", "communication"
+_COLLECTIVES = ("c10d", "_c10d_functional")
 
 _NEVER = float("inf")
 # What a fake tensor answers when Python asks for its value: gradients are finite, norms are not zero. Whole numbers get
@@ -86,7 +92,8 @@ class LiveBytes(TorchDispatchMode):
         """Say what the storages of some tensors are; those that were made elsewhere are counted from now on."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
-                self._see(tensor, kind)
+                for inner in plain_tensors(tensor):
+                    self._see(inner, kind)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -107,13 +114,52 @@ class LiveBytes(TorchDispatchMode):
                 found[kind] = found.get(kind, 0) + storage.nbytes
         return found
 
+    def most_of(self, kinds: Iterable[str]) -> dict[str, int]:
+        """Bytes by kind where these kinds together took most, since `start`."""
+        kinds = set(kinds)
+        storages = [(storage, storage.sort()) for storage in self._history]
+        events = [
+            (time, sign * storage.nbytes, sign, kind)
+            for storage, kind in storages
+            if kind in kinds
+            for time, sign in ((storage.born, 1), (storage.died, -1))
+        ]
+        now, found = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
+        for _, nbytes, _, kind in sorted(events, key=lambda event: (event[0], event[2])):  # deaths first
+            now[kind] += nbytes
+            if sum(now.values()) > sum(found.values()):
+                found = dict(now)
+        return found
+
+    def __enter__(self):
+        # FSDP2 frees a gathered layer by setting the size of its storages to zero, which no operation tells of
+        resize = torch.UntypedStorage.resize_
+
+        @functools.wraps(resize)
+        def resize_(storage: torch.UntypedStorage, *args: Any) -> Any:
+            out = resize(storage, *args)
+            self._resized(storage)
+            return out
+
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patch.stop()
+        return super().__exit__(*error)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(map(_is_made_of_tensors, types)):
+            return NotImplemented  # see [Note: tensors made of tensors]
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]) and args[0].dtype in _ANSWERS:
             return _ANSWERS[args[0].dtype]
         out = func(*args, **(kwargs or {}))
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
+        if func.namespace in _COLLECTIVES:
+            self._sent(args)
         if self.bytes > self.peak:
             self.peak, self._peak_at = self.bytes, self._clock
         # only now: what is freed from here on lived at this operation's end
@@ -136,10 +182,44 @@ class LiveBytes(TorchDispatchMode):
         if kind is not None:
             record.kind = kind
 
+    def _sent(self, tensors: Any) -> None:
+        """Buffers that travel, unless they are something else besides."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                record = self._live.get(tensor.untyped_storage()._cdata)
+                if record is not None and record.kind is None:
+                    record.kind = COMMUNICATION
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        """From now on it has another size: one record ends, and the next one begins."""
+        before = self._live.get(storage._cdata)
+        if before is None or before.nbytes == storage.nbytes():
+            return
+        before.died, before.kind = self._clock, before.kind or COMMUNICATION  # a layer that is gathered for a while
+        after = _Storage(storage.nbytes(), self._clock, self._forward, before.kind, reference=before.reference)
+        self._live[storage._cdata] = after
+        self._history.append(after)
+        self.bytes += after.nbytes - before.nbytes
+
     def _free(self, key: int) -> None:
         record = self._live.pop(key)
         record.died = self._clock
         self.bytes -= record.nbytes
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor is made of, where it has no memory of its own; else itself."""
+    if not _is_made_of_tensors(type(tensor)):
+        yield tensor
+        return
+    for inner in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+        if isinstance(inner, Tensor):  # a DTensor counts its mesh in
+            yield from plain_tensors(inner)
+
+
+@functools.cache
+def _is_made_of_tensors(kind: type) -> bool:
+    return is_traceable_wrapper_subclass_type(kind)
 
 
 def _is_fake(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -28,9 +28,11 @@ from torch._subclasses.fake_tensor import (
 )
 
 from .config import GrassConfig
+from .engines import Engine, check_engine
 from .live import LiveBytes
 from .methods import COMPUTED, check_method, default_optimizer_args
 from .simulate import Breakdown, Loss, Simulation, cast_parameters, causal_loss, vocabulary_of
+from .zero_sizes import on_one_rank
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -42,9 +44,9 @@ class MemoryEstimate:
     Attributes:
         method: grass, adamw, frozen, lora, adamw8bit, galore or apollo.
         step: at the peak of an ordinary step.
-        observing: at the peak of a step that observes gradient norms and selects rows; None for other methods and
-            for selection rules that never observe.
-        computed: whether the optimizer's state was allocated by formula instead of running the optimizer.
+        observing: at the peak of a step that observes gradient norms and selects rows; None for other methods, for
+            selection rules that never observe, and under ZeRO, whose one step has the larger parts of both.
+        computed: whether what the optimizer holds is given by a formula instead of running it: galore, apollo, ZeRO.
     """
 
     method: str
@@ -75,6 +77,8 @@ def estimate_memory(
     dtype: str | None = None,
     gradient_checkpointing: bool = False,
     loss: Loss | None = None,
+    world_size: int = 1,
+    engine: str = "ddp",
 ) -> MemoryEstimate:
     """Simulate training steps and count the bytes of live tensors at the peak; nothing is allocated.
 
@@ -91,6 +95,8 @@ def estimate_memory(
         dtype: of the parameters, "bfloat16" say; None keeps the model's.
         gradient_checkpointing: recompute layers in backward, without reentry.
         loss: the scalar loss of a model; None means a causal language model of transformers on random tokens.
+        world_size: processes that train together; the estimate is one rank's, and `batch` is too.
+        engine: how they do, if there are several: "ddp", "fsdp2" (both simulated), "zero1", "zero2" or "zero3".
 
     Returns:
         A `MemoryEstimate`, in bytes.
@@ -101,6 +107,7 @@ def estimate_memory(
     """
     config = config or GrassConfig()
     check_method(method)
+    check_engine(engine, world_size, method)
     for name, value in (("batch", batch), ("sequence", sequence)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive whole number: give 1 or more.")
@@ -110,30 +117,43 @@ def estimate_memory(
         optimizer_args = default_optimizer_args(optimizer)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with mode:
+        with Engine(engine, world_size).rank() as one, mode:
             model = _fake_model(model_or_factory, mode, dtype)
             with _as_in_training(), LiveBytes(vocabulary_of(model)) as live:
-                simulated = Simulation(live, model, loss or causal_loss(model, batch, sequence), gradient_checkpointing)
+                loss = loss or causal_loss(model, batch, sequence)
+                simulated = Simulation(live, model, loss, gradient_checkpointing, one)
                 step, observing = simulated.run(method, config, optimizer, optimizer_args)
+                if one.zero_stage:
+                    step = on_one_rank(one.zero_stage, world_size, step, simulated.transient, simulated.model)
+                    observing = None
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"{type(model).__name__} decides by the values of tensors ({error.func}), which a simulation does not "
             "have: its memory cannot be estimated."
         ) from error
-    return MemoryEstimate(method, step, observing, method in COMPUTED)
+    computed = method in COMPUTED or bool(one.zero_stage)
+    return MemoryEstimate(method, step, observing, computed)
 
 
 @contextmanager
 def _as_in_training() -> Iterator[None]:
-    """Let transformers not take fake tensors for the capture of a graph.
+    """Let transformers do under fake tensors what it does in training.
 
-    It then builds attention masks, and repeats keys and values for them, that training on unpadded sequences skips.
+    It takes them for the capture of a graph, and then builds attention masks, and repeats keys and values for them,
+    that training on unpadded sequences skips. And torch knows the shapes of experts' grouped products in bfloat16 only,
+    those of transformers' own in every dtype.
     """
-    home = sys.modules.get("transformers.utils.import_utils")
-    if hasattr(home, "is_fake_tensor"):
-        with mock.patch.object(home, "is_fake_tensor", lambda _: False):
-            yield
-    else:
+    with ExitStack() as patches:
+        utilities = sys.modules.get("transformers.utils.import_utils")
+        if hasattr(utilities, "is_fake_tensor"):
+            patches.enter_context(mock.patch.object(utilities, "is_fake_tensor", lambda _: False))
+        experts = sys.modules.get("transformers.integrations.moe")
+        if can_use := getattr(experts, "_can_use_grouped_mm", None):
+
+            def known(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> bool:
+                return weight.dtype == torch.bfloat16 and can_use(x, weight, *rest)
+
+            patches.enter_context(mock.patch.object(experts, "_can_use_grouped_mm", known))
         yield
 
 

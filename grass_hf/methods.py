@@ -48,41 +48,51 @@ def check_method(method: str) -> None:
             ) from None
 
 
-def prepare(
-    method: str,
-    model: nn.Module,
-    config: GrassConfig,
-    optimizer_class: type[torch.optim.Optimizer],
-    optimizer_args: Mapping[str, Any],
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Make a model ready for a method, in place where possible, and make its optimizer.
+def make_ready(method: str, model: nn.Module, config: GrassConfig) -> nn.Module:
+    """Make a model ready for a method, in place where possible.
 
     Args:
         method: one of `METHODS`.
         model: a plain model.
         config: the targets, and the rank or density of all methods that have one.
-        optimizer_class: of grass, frozen and lora; the others have their own.
-        optimizer_args: its arguments.
     """
     if method == "grass":
         convert_to_grass(model, config)
-        return model, grass_optimizer(model, optimizer_class, **optimizer_args)
-    if method == "frozen":
+    elif method == "frozen":
         for target in plan(model, config).targets:
             getattr(target.module, target.parameter).requires_grad_(False)
     elif method == "lora":
         model = _with_adapters(model, config)
+    return model
+
+
+def make_optimizer(
+    method: str,
+    model: nn.Module,
+    config: GrassConfig,
+    optimizer_class: type[torch.optim.Optimizer],
+    optimizer_args: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """The optimizer of a model that is ready, and sharded if it is to be.
+
+    Args:
+        method, model, config: as for `make_ready`.
+        optimizer_class: of grass, frozen and lora; the others have their own.
+        optimizer_args: its arguments.
+    """
+    if method == "grass":
+        return grass_optimizer(model, optimizer_class, **optimizer_args)
     params = [p for p in model.parameters() if p.requires_grad]
     if method in ("frozen", "lora"):
-        return model, optimizer_class(params, **optimizer_args)
+        return optimizer_class(params, **optimizer_args)
     if method == "adamw":
-        return model, torch.optim.AdamW(params, **_ADAMW)
+        return torch.optim.AdamW(params, **_ADAMW)
     if method == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return model, AdamW8bit(params, lr=1e-4)
+        return AdamW8bit(params, lr=1e-4)
     targets = {id(getattr(target.module, target.parameter)): target for target in plan(model, config).targets}
-    return model, _StandIn(params, lambda p: _low_rank_state(method, p, targets.get(id(p))))
+    return _StandIn(params, lambda p: _low_rank_state(method, p, targets.get(id(p))))
 
 
 def default_optimizer_args(optimizer_class: type[torch.optim.Optimizer]) -> dict[str, Any]:

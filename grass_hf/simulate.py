@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from . import selection
+from . import functional, selection
 from .config import GrassConfig
 from .convert import grass_slices, is_converted
-from .live import LiveBytes
-from .methods import prepare
+from .engines import Engine
+from .live import ACTIVATIONS, LOGITS, TEMPORARIES, LiveBytes
+from .methods import make_optimizer, make_ready
 
 Loss = Callable[[nn.Module], Tensor]
 
@@ -36,6 +38,7 @@ class Breakdown:
         optimizer_state: tensors of ``optimizer.state``.
         activations: what a forward pass, or a recomputation under gradient checkpointing, leaves for backward.
         logits: tensors with the vocabulary as last dimension, and their gradients.
+        communication: buckets of DDP; layers that FSDP2 has gathered, and what it is about to send.
         temporaries: all the rest, the batch too.
     """
 
@@ -45,6 +48,7 @@ class Breakdown:
     optimizer_state: int = 0
     activations: int = 0
     logits: int = 0
+    communication: int = 0
     temporaries: int = 0
 
     @property
@@ -61,10 +65,22 @@ class Simulation:
         model: in its dtype; it is changed.
         loss: of the model, a scalar.
         gradient_checkpointing: as in `estimate_memory`.
+        engine: that one rank of several runs under; None for a single process.
+
+    Attributes:
+        transient: activations, logits and temporaries where their sum was largest, in bytes.
     """
 
-    def __init__(self, live: LiveBytes, model: nn.Module, loss: Loss, gradient_checkpointing: bool = False):
-        self.live, self.model, self.loss = live, model.train(), loss
+    def __init__(
+        self,
+        live: LiveBytes,
+        model: nn.Module,
+        loss: Loss,
+        gradient_checkpointing: bool = False,
+        engine: Engine | None = None,
+    ):
+        self.live, self.model, self.loss, self.engine = live, model.train(), loss, engine or Engine()
+        self.transient: dict[str, int] = {}
         if gradient_checkpointing:
             enable = getattr(model, "gradient_checkpointing_enable", None)
             if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
@@ -81,7 +97,10 @@ class Simulation:
     ) -> tuple[Breakdown, Breakdown | None]:
         """The ordinary step and the observing one."""
         self.live.mark([*self.model.parameters(), *self.model.buffers()], "weights")
-        self.model, self.optimizer = prepare(method, self.model, config, optimizer, args)
+        config = self.engine.adapt(config, self.model)
+        self.model = make_ready(method, self.model, config)
+        self.called = self.engine.wrap(self.model)
+        self.optimizer = make_optimizer(method, self.model, config, optimizer, args)
         self._mark_model()
         self._make_state()
         step = self._step()
@@ -141,13 +160,17 @@ class Simulation:
         gc.collect()
         self.live.start()
         with self.live.forward():
-            loss = self.loss(self.model)
-        loss.backward()
+            loss = self.loss(self.called)
+        with mock.patch.object(functional, "squared_norms", _norms_of_the_last_blocks):
+            loss.backward()
         del loss
         self.live.mark((param.grad for param in self._trainable()), "gradients")
         self.optimizer.step()
         self._mark_state()
         self.optimizer.zero_grad()
+        most = self.live.most_of((ACTIVATIONS, LOGITS, TEMPORARIES))
+        if sum(most.values()) > sum(self.transient.values()):
+            self.transient = most
         return Breakdown(**self.live.at_peak())
 
     def _mark_state(self) -> None:
@@ -156,6 +179,20 @@ class Simulation:
 
     def _trainable(self) -> Iterable[nn.Parameter]:
         return (param for param in self.model.parameters() if param.requires_grad)
+
+
+def _norms_of_the_last_blocks(a: Tensor, b: Tensor, block: int = functional.NORM_BLOCK) -> Tensor:
+    """`functional.squared_norms` as far as memory goes.
+
+    A whole block and what is left of another run, and what dozens of earlier ones leave behind is there.
+    """
+    by_rows = a.shape[1] >= b.shape[1]
+    longer = a if by_rows else b
+    earlier = max(0, -(-longer.shape[1] // block) - 2) * block
+    if not by_rows:
+        return functional.norms_by_columns(a, b[:, earlier:], block)
+    norms = torch.empty(earlier, dtype=functional.accumulation_dtype(a.dtype), device=a.device)
+    return torch.cat([norms, functional.norms_by_rows(a[:, earlier:], b, block)])
 
 
 def causal_loss(model: nn.Module, batch: int, sequence: int) -> Loss:

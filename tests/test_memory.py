@@ -4,13 +4,10 @@ import dataclasses
 import importlib.util
 import json
 import sys
-import weakref
 
 import pytest
 import torch
 from helpers import tiny_llama
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
@@ -20,29 +17,13 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from grass_hf import GrassConfig, convert_to_grass, estimate_memory, grass_optimizer
+from grass_hf import GrassConfig, convert_to_grass, estimate_memory, functional, grass_optimizer
+from grass_hf.bench.memory import PlainCounter
 from grass_hf.cli import main
 from grass_hf.live import LiveBytes
 from grass_hf.memory import largest_rank
-from grass_hf.methods import METHODS, prepare
-
-
-class Counter(TorchDispatchMode):
-    """Live bytes in the plainest way: after every operation, the sizes of all storages that are not gone."""
-
-    def __init__(self, *known):
-        super().__init__()
-        self.storages, self.peak = weakref.WeakSet(), 0
-        for tensor in known:
-            self.storages.add(tensor.untyped_storage())
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.storages.add(tensor.untyped_storage())
-        self.peak = max(self.peak, sum({s._cdata: s.nbytes() for s in self.storages}.values()))
-        return out
+from grass_hf.methods import METHODS, make_optimizer
+from grass_hf.simulate import _norms_of_the_last_blocks
 
 
 def small_llama(layers=2):
@@ -63,7 +44,7 @@ def real_peaks(model, config, batch, sequence, checkpointing, steps=3):
     known += [part.state.trained for part in optimizer.grass.slices]
     known += [part.norms for part in optimizer.grass.slices if part.norms is not None]
     peaks = []
-    counter = Counter(*known)
+    counter = PlainCounter(*known)
     del known  # it would keep what a training loop lets go
     with counter:
         for _ in range(steps):
@@ -103,6 +84,15 @@ SETTINGS = {
         128,
         True,
     ),
+    "small, released slices": (
+        small_llama,
+        {"rank": 64, "resident": False, "target_modules": "all-matrices"},
+        torch.bfloat16,
+        1,
+        16,
+        False,
+    ),
+    "small, int8 weights": (small_llama, {"rank": 24, "weight_dtype": "int8"}, torch.bfloat16, 2, 64, False),
     "small, few tokens": (small_llama, {"rank": 80}, torch.bfloat16, 1, 4, False),
 }
 
@@ -126,7 +116,7 @@ def test_the_real_counters_agree_and_parts_sum_to_the_peak():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(model.config.vocab_size, (2, 8))
     known = [*model.parameters(), *model.buffers(), tokens]
-    with LiveBytes(vocabulary=300) as live, Counter(*known) as counter:
+    with LiveBytes(vocabulary=300) as live, PlainCounter(*known) as counter:
         live.mark(known, "weights")
         live.start()
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -176,7 +166,7 @@ def test_methods_hold_what_they_say():
 def test_8bit_state_is_that_of_the_real_optimizer():
     model = small_llama()
     estimate = estimate_memory(model, method="adamw8bit", sequence=16)
-    _, optimizer = prepare("adamw8bit", model, GrassConfig(), torch.optim.AdamW, {})
+    optimizer = make_optimizer("adamw8bit", model, GrassConfig(), torch.optim.AdamW, {})
     tokens = torch.randint(300, (1, 16))
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
@@ -212,6 +202,37 @@ def test_a_layer_with_a_forward_of_its_own_counts_as_in_training():
     _, ordinary, observing = real_peaks(model, config, 2, 16, False)
     assert estimate.step.total == pytest.approx(ordinary, rel=0.01)
     assert estimate.observing.total == pytest.approx(observing, rel=0.01)
+
+
+@pytest.mark.parametrize("rows, columns", [(1100, 300), (300, 1100), (512, 512), (700, 700), (100, 90), (257, 40)])
+def test_the_norms_of_the_last_blocks_take_as_much_as_all(rows, columns):
+    """The simulation leaves blocks out that take no more than others."""
+    a, b = torch.randn(16, rows), torch.randn(16, columns)
+
+    def peak(function):
+        with LiveBytes() as live:
+            live.mark([a, b], "weights")
+            live.start()
+            assert function(a, b).shape == (rows,)
+        return live.peak
+
+    assert peak(_norms_of_the_last_blocks) == peak(functional.squared_norms) > a.nbytes + b.nbytes
+
+
+def test_storages_are_counted_as_they_are_resized():
+    with LiveBytes() as live:
+        tensor = torch.ones(1000)
+        live.start()
+        assert live.bytes == 4000
+        tensor.untyped_storage().resize_(0)
+        other = torch.ones(100)
+        assert live.bytes == 400
+        tensor.untyped_storage().resize_(4000)
+        other += 1
+        assert live.peak == 4400 and sum(live.at_peak().values()) == 4400
+        assert live.most_of(["temporaries"]) == {"temporaries": 400}
+        del tensor
+        assert live.bytes == 400
 
 
 @pytest.mark.parametrize("budget, rank", [(1000, 90), (999, 89), (110, 1), (5000, 400)])
@@ -257,9 +278,30 @@ def test_mistakes_get_a_sentence(model, options, sentence):
         estimate_memory(model, **options)
 
 
+def tiny_mixtral():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 50, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(**shape, use_cache=False))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixture_trained_in_full_counts_as_in_training(dtype):
+    model = tiny_mixtral()
+    estimate = estimate_memory(model, method="adamw", dtype=dtype, batch=2, sequence=64)
+    model = model.to(getattr(torch, dtype)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(50, (2, 64))
+    with PlainCounter(*model.parameters(), *model.buffers(), tokens) as counter:
+        for _ in range(2):
+            counter.peak = 0
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert estimate.peak == pytest.approx(counter.peak, rel=0.001)
+
+
 def test_counts_of_tokens_per_expert_are_not_invented():
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = MixtralForCausalLM(MixtralConfig(**shape, num_key_value_heads=2, vocab_size=50, num_local_experts=4))
+    model = tiny_mixtral()
     with pytest.raises(ValueError, match="decides by the values of tensors"):
         estimate_memory(model, GrassConfig(rank=8), dtype="bfloat16", sequence=16)
 
@@ -326,13 +368,17 @@ def test_command_finds_the_largest_rank(folder, estimate_command):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["no_such_model.json"], "MODEL='no_such_model.json' is not a file: shipped configs are llama_130m"),
+        (
+            ["no_such_model.json"],
+            "MODEL='no_such_model.json' is not a file: shipped configs are llama3_70b",
+        ),
         (["no/such-model"], "could not be read as a folder, a config file or a hub id"),
         (["FOLDER/broken.json"], "is not a readable JSON file"),
         (["FOLDER/plain.json"], "has no model_type"),
         (["FOLDER/t5.json"], "no causal language model"),
         (["llama_9m", "--fit", "much"], "--fit 'much' is not a size: write 40GB"),
         (["FOLDER", "--fit", "1kB"], "needs at rank 1"),
+        (["FOLDER", "--sequence", "16", "--within", "1MB"], "more than 0.00: --fit finds the largest rank"),
         (["llama_9m", "--base", "adamm"], "an optimizer of the installed Trainer"),
         (["llama_9m", "--rank", "0"], "rank=0 is not a positive number of rows"),
     ],

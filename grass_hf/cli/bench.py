@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..bench import record, speed
+from ..bench import memory, record, speed
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # A dtype that multiplies this many times slower than float32 is emulated; timings in it say nothing.
@@ -69,3 +69,52 @@ def run_speed(
     if table.row_count:
         console.print(table)
         console.print(f"medians of {setting.rounds} steps each, taken in turn")
+
+
+# How close an estimate has to be, as a share of what was counted, and of what the system saw.
+_COUNTED, _RESIDENT = 0.01, 0.05
+
+
+def run_memory(*, cases: str, device: str, json: Path | None) -> None:
+    """Estimate and train the chosen cases, print one table, append one row per case to `json`.
+
+    Raises:
+        ValueError: a case is not known, or an estimate is further off than it may be.
+    """
+    chosen = _cases(cases)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, and torch sees no GPU: give --device cpu.")
+    console, table = Console(), Table(title=f"peaks in MiB, on {record.machine()['device']}", title_justify="left")
+    table.add_column("case")
+    for heading in ("estimate", "counted", "off by", "allocated" if device == "cuda" else "resident", "off by"):
+        table.add_column(heading, justify="right")
+    far = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("cases estimated and trained", total=len(chosen))
+        for number, case in chosen:
+            found = memory.compare(case, device)
+            progress.advance(task)
+            errors = found.counted_error, found.resident_error
+            sizes = [f"{size / 2**20:.1f}" for size in (found.estimate, found.counted, found.resident)]
+            table.add_row(f"{number} {case.name}", *sizes[:2], f"{errors[0]:+.3%}", sizes[2], f"{errors[1]:+.2%}")
+            if abs(errors[0]) > _COUNTED or abs(errors[1]) > _RESIDENT:
+                far.append(case.name)
+            if json is not None:
+                row = {"bench": "memory", "on": device, "errors": {"counted": errors[0], "resident": errors[1]}}
+                record.append(json, row | dataclasses.asdict(found) | {"malloc": memory.MALLOC} | record.machine())
+    console.print(table)
+    if far:
+        raise ValueError(
+            f"estimates of {', '.join(far)} are off by more than {_COUNTED:.0%} of the counted or {_RESIDENT:.0%} of "
+            "the resident bytes: nothing else should run on the machine; if it is quiet, the estimator is wrong."
+        )
+
+
+def _cases(numbers: str) -> list[tuple[int, memory.Case]]:
+    known = dict(enumerate(memory.CASES, start=1))
+    try:
+        wanted = [int(number) for number in numbers.split(",")] if numbers else list(known)
+        return [(number, known[number]) for number in wanted]
+    except (ValueError, KeyError):
+        raise ValueError(f"--cases {numbers!r} names no cases: give numbers of 1 to {len(known)}, as 1,6.") from None

@@ -18,6 +18,7 @@ from transformers.trainer import Trainer
 
 from ..bench.record import machine
 from ..config import GrassConfig
+from ..engines import check_engine
 from ..integrations.base import base_class_and_kwargs
 from ..memory import MemoryEstimate, estimate_memory, largest_rank
 from ..methods import check_method
@@ -38,6 +39,7 @@ def run_estimate(
     dtype: str,
     base: str,
     fit: str,
+    within: str,
     json: Path | None,
     png: Path | None,
     network: traffic.Network | None = None,
@@ -52,7 +54,9 @@ def run_estimate(
     methods = list(dict.fromkeys(name.strip() for given in methods for name in given.split(",")))
     for method in methods:
         check_method(method)
+        check_engine(setting["engine"], setting["world_size"], method)
     budget = parse_bytes(fit, "--fit") if fit else None
+    limit = parse_bytes(within, "--within") if within else None
     if budget and methods[0] != "grass":
         raise ValueError(f"--fit finds the rank of grass, and --method {methods[0]} was given: leave --method out.")
     pyplot = pyplot_for_png() if png else None
@@ -72,6 +76,9 @@ def run_estimate(
         f"{model}, {dtype}, {setting['batch']} x {setting['sequence']} tokens"
         + (", gradient checkpointing" if setting["gradient_checkpointing"] else "")
         + f", {_rank(config)}, side={config.side}"
+        + (f", {config.weight_dtype} weights" if config.weight_dtype else "")
+        + ("" if config.resident else ", slices released between steps")
+        + (f"; one of {setting['world_size']} ranks under {setting['engine']}" if setting["world_size"] > 1 else "")
     )
     console.print(_table(estimates, title))
     for line in _remarks(estimates):
@@ -80,6 +87,11 @@ def run_estimate(
         _write(json, model, dtype, base, config, setting, estimates, steps)
     if pyplot is not None:
         _draw(pyplot, estimates, title, png)
+    if limit is not None and estimates[0].peak > limit:
+        raise ValueError(
+            f"--within {within}: {methods[0]} needs {_gib(estimates[0].peak)} GiB, more than {_gib(limit)}: "
+            "--fit finds the largest rank that fits."
+        )
 
 
 def _fit(console: Console, model: str, model_config, factory, config: GrassConfig, budget: int, setting) -> GrassConfig:
@@ -141,6 +153,8 @@ def _table(estimates: list[MemoryEstimate], title: str) -> Table:
     for estimate in estimates:
         table.add_column(estimate.method + ("*" if estimate.computed else ""), justify="right")
     for part in _PARTS:
+        if part == "communication" and not any(e.at_peak.communication for e in estimates):
+            continue
         table.add_row(part.replace("_", " "), *(_gib(getattr(e.at_peak, part)) for e in estimates))
     table.add_section()
     table.add_row("peak", *(_gib(e.peak) for e in estimates), style="bold")
@@ -152,7 +166,7 @@ def _table(estimates: list[MemoryEstimate], title: str) -> Table:
 def _remarks(estimates: Iterable[MemoryEstimate]) -> Iterable[str]:
     yield "An allocator's fragmentation, kernels' own workspace and the driver's context come on top."
     if any(estimate.computed for estimate in estimates):
-        yield "* optimizer state by formula, its step's temporaries left out; the rest is simulated"
+        yield "* what the optimizer (under ZeRO, the engine) holds is computed by formula; the rest is simulated"
 
 
 def _write(path: Path, model, dtype, base, config, setting, estimates, network) -> None:

@@ -42,7 +42,7 @@ def model_config(name: str, what: str = "MODEL") -> PretrainedConfig:
         ValueError: nothing of that name can be read.
     """
     path = Path(name)
-    shipped = {file.stem: file for file in sorted(_SHIPPED.rglob("*.json"))}
+    shipped = {file.stem: file for file in sorted(_SHIPPED.glob("*.json"))}
     if not path.exists() and path.name.removesuffix(".json") in shipped and len(path.parts) == 1:
         path = shipped[path.name.removesuffix(".json")]
     if path.is_dir() and not (path / "config.json").is_file():
