@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import yaml
@@ -17,7 +18,9 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     training, shown = recipe.training, {}
     # the precision is given, or the defaults of TRL's would ask for a GPU
     given = {name: getattr(training, name) for name in ("output_dir", "use_cpu", "bf16", "fp16")}
-    defaults = type(training)(**given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about names that are not given here
+        defaults = type(training)(**given)
     for field in dataclasses.fields(TrainingArguments) + tuple(
         f for f in dataclasses.fields(training) if f.name not in TrainingArguments.__dataclass_fields__
     ):
