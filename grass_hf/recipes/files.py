@@ -18,7 +18,7 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {}),
 }
 # A file or folder of such a name, or of validation-00000-of-00001, is for evaluation.
-_EVALUATION = ("validation", "valid", "dev", "eval", "test")
+EVALUATION = ("validation", "valid", "dev", "eval", "test")
 
 
 def local_files(path: Path, name: str) -> tuple[list[Path], list[Path]] | None:
@@ -43,7 +43,7 @@ def local_files(path: Path, name: str) -> tuple[list[Path], list[Path]] | None:
     else:
         return None
     builder(files)
-    evaluation = [f for f in files if any(part.split("-")[0] in _EVALUATION for part in (f.stem, f.parent.name))]
+    evaluation = [f for f in files if any(part.split("-")[0] in EVALUATION for part in (f.stem, f.parent.name))]
     train = [file for file in files if file not in evaluation]
     return (train, evaluation) if train else (evaluation, [])
 

@@ -36,11 +36,12 @@ h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6r
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1rem 1.6rem }
 figure { margin: 0 } figure svg { width: 100%; height: auto; display: block }
 figcaption { color: #486581; font-size: .9rem }
-table { border-collapse: collapse; width: 100% } th { text-align: left; font-weight: 600; color: #486581 }
+table { border-collapse: collapse; width: 100%; margin-bottom: 1.2rem }
+th { text-align: left; font-weight: 600; color: #486581 }
 th, td { padding: .25rem .8rem .25rem 0; border-top: 1px solid #e4ebf1; vertical-align: top; overflow-wrap: anywhere }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-pre { background: #f5f7fa; border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; font-size: 13px;
-  line-height: 1.45 }
+pre { background: #f5f7fa; border-radius: 6px; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: 13px; line-height: 1.45 }
 blockquote { margin: .6rem 0; border-left: 3px solid #9fb3c8; padding: .1rem 1rem } blockquote b { color: #486581 }
 """
 
@@ -115,7 +116,7 @@ def render(run: Run, start: StartReport | None) -> str:
     ]
     curves = draw(run.history)
     if curves:
-        figures = "".join(f"<figure>{svg}<figcaption>{text(caption)}</figcaption></figure>" for caption, svg in curves)
+        figures = "".join(f"<figure><figcaption>{text(caption)}</figcaption>{svg}</figure>" for caption, svg in curves)
         body += ["<h2>Curves</h2>", f'<div class="curves">{figures}</div>']
     if run.samples:
         body += ["<h2>Samples</h2>"]
@@ -148,7 +149,7 @@ def _cards(results: dict[str, Any]) -> str:
             said = (f"{cell(earlier)} → " if earlier is not None else "") + cell(value)
             cards.append((quantity, said))
         else:
-            cards.append((name, cell(value)))
+            cards.append((name, cell(Path(value).name if name == "best checkpoint" else value)))
     return (
         '<div class="cards">'
         + "".join(

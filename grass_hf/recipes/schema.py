@@ -49,7 +49,8 @@ class ModelSection:
     )
     tokenizer_name: str | None = _help("A folder or hub id; the model's own if not given.")
     tokenizer_vocab_size: int | None = _help(
-        "From scratch: train a byte-level BPE tokenizer of so many pieces on the training texts instead."
+        "From scratch: train a byte-level BPE tokenizer of so many pieces on the training texts instead (of a stream, "
+        "on the first 100,000)."
     )
     chat_template: str | None = _help(
         "A Jinja file, or `plain` (### User: ... ### Assistant: ...), for a tokenizer without a template of its own."

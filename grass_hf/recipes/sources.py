@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .files import builder, local_files, reason
+from .files import EVALUATION, builder, local_files, reason
 from .packaged import TEXTS
 from .rows import BadRow, place
 from .schema import DataSection
@@ -151,7 +151,7 @@ def load_rows(data: DataSection) -> tuple[Rows, Rows | None]:
     train, evaluation = _load(data, data.dataset, data.split)
     if data.eval_dataset:
         evaluation, _ = _load(data, data.eval_dataset, data.eval_split or "train")
-    elif data.eval_split:
+    elif data.eval_split and (evaluation is None or data.eval_split not in EVALUATION):
         evaluation, _ = _load(data, data.dataset, data.eval_split)
     train = _limited(train, data.max_train_rows)
     return train, None if evaluation is None else _limited(evaluation, data.max_eval_rows)

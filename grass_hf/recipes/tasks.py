@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ from .layouts import converter, find_layout
 from .models import fit_config, load_config, load_tokenizer
 from .schema import Recipe
 from .sources import Rows, hold_out, load_rows
+
+# Of a stream, so many texts are read to train a tokenizer on.
+STREAMED_TEXTS = 100_000
 
 
 @dataclass
@@ -68,7 +72,8 @@ def prepare(recipe: Recipe) -> Prepared:
             seed = training.seed if training.data_seed is None else training.data_seed
             train, evaluation = hold_out(train, data, seed)
         sample = train.first()
-        tokenizer = load_tokenizer(recipe.model, (row["text"] for row in train.dataset))
+        texts = itertools.islice(train.dataset, STREAMED_TEXTS if train.streaming else None)
+        tokenizer = load_tokenizer(recipe.model, (row["text"] for row in texts))
         if recipe.task == "classification" and not labels:
             labels = _found_labels(train)
         config = fit_config(config, recipe, tokenizer, labels)
