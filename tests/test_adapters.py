@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -357,6 +358,22 @@ def test_an_output_that_exists_is_replaced_only_on_demand(words, tmp_path, capsy
     assert code == 0, err
     assert not (output / "precious").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "output", "tuned"]  # nothing half-written
+
+
+def test_what_is_replaced_comes_back_if_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
+    (tmp_path / "output").write_text("old")
+    rename = Path.rename
+
+    def refuse(path, target):
+        if "partial" in path.name:
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    appearing = checkpoint.appearing(tmp_path / "output", overwrite=True, inputs=[])
+    with pytest.raises(ValueError, match=r"output=.* cannot be written \(No space left"), appearing as path:
+        path.write_text("new")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"output": "old"}
 
 
 def test_mistakes_get_a_sentence_and_leave_nothing(tmp_path, capsys, monkeypatch):

@@ -174,7 +174,7 @@ def appearing(output: str | os.PathLike, *, overwrite: bool, inputs: list[Path])
     Raises:
         ValueError: `output` exists and `overwrite` is false, it cannot be replaced safely, or not be written at all.
     """
-    output = Path(output)
+    output = Path(os.path.abspath(output))
     _check_replaceable(output, overwrite, inputs)
     # beside it, so that the last step is a rename
     partial, replaced = (output.with_name(f".{output.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
@@ -191,6 +191,8 @@ def appearing(output: str | os.PathLike, *, overwrite: bool, inputs: list[Path])
         ) from error
     finally:
         _remove(partial)
+        if replaced.exists() and not output.exists():  # the last rename failed
+            replaced.rename(output)
 
 
 def _check_replaceable(output: Path, overwrite: bool, inputs: list[Path]) -> None:

@@ -134,6 +134,7 @@ def _add(
         rank, error = max(found.rank for found in each), math.sqrt(math.fsum(found.error**2 for found in each))
         files.add_experts(name, *place.products.values(), each)
     elif place.kind == "bias":
+        reason = ""
         for module in place.modules:
             files.add_bias(module, tuned)
     elif base is not None and not alike:
