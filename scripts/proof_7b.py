@@ -164,12 +164,12 @@ def main() -> None:
         say(f"read again and run in {time.perf_counter() - begun:.0f} s")
     finally:
         shutil.rmtree(args.output, ignore_errors=True)
-    peak, first, last = resident()[1], losses[: args.texts], losses[-args.texts :]
-    ok = sum(last) < sum(first) and again == trained and peak <= args.budget
+    peak, before = resident()[1], mean(losses[: args.texts])  # of every text when it was seen first
+    ok = trained < before and again == trained and peak <= args.budget
     print(
         f"{'ok' if ok else 'FAILED'}: {count / 1e9:.2f} B parameters, r={args.rank}, {args.steps} steps of "
-        f"{args.tokens} tokens, {sum(seconds) / len(seconds):.1f} s a step, loss {mean(first):.3f} -> {mean(last):.3f} "
-        f"({trained:.3f} after training, {again:.3f} reloaded), {coverage:.1%} of the rows trained, "
+        f"{args.tokens} tokens, {sum(seconds) / len(seconds):.1f} s a step, loss on the text {before:.3f} -> "
+        f"{trained:.3f} ({again:.3f} reloaded), {coverage:.1%} of the rows trained, "
         f"peak resident {peak:.2f} GiB of {args.budget}, {time.perf_counter() - started:.0f} s in all"
     )
     if args.json:
