@@ -19,6 +19,7 @@ PARAMETERS = {
     "llama_1b": 1_339_082_752,
     "llama_7b": 6_738_415_616,
     "llama_13b": 13_015_864_320,
+    "llama3_70b": 70_553_706_496,  # with its own vocabulary of 128,256
 }
 UNITS = {"m": 1e6, "b": 1e9}
 
