@@ -70,7 +70,7 @@ bench-memory: $(VENV)/.stamp-dev ## Check estimates of memory against real runs 
 	$(BIN)/grass-hf bench memory --json runs/bench_memory.json
 
 proof-13b: $(VENV)/.stamp-dev ## Simulate LLaMA-13B in bfloat16 within 38 GiB, beside AdamW, GaLore and LoRA
-	$(BIN)/grass-hf estimate llama_13b --rank 512 --slice-dtype bfloat16 --within 38GiB \
+	$(BIN)/grass-hf estimate llama_13b --rank 512 --slice-dtype bfloat16 --released --within 38GiB \
 		--method grass,adamw,galore,lora --json runs/proof_13b.json
 
 proof-7b: $(VENV)/.stamp-proof ## Train LLaMA-7B in full on this machine, within 18.5 GiB (20 GB of memory, 14 of disk)
