@@ -51,6 +51,7 @@ def test_the_demo_trains_evaluates_and_reports(tmp_path):
     text = "Fellow citizens — the state of the Union is sound."
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "grass"])

@@ -1,12 +1,16 @@
-"""The curves of a run as SVG text, to stand inside a page: drawn by matplotlib, with the page's own font."""
+"""The curves of a run, drawn by matplotlib: as SVG text that stands inside a page, and the loss as a PNG file."""
 
 from __future__ import annotations
 
 import io
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 Series = tuple[list[int], list[float]]
+Line = tuple[Series, str, str]
 
 TRAIN, EVAL, OTHER = "#2f6f9f", "#c2410c", "#4d7c0f"
 
@@ -26,9 +30,7 @@ def draw(history: list[dict[str, Any]]) -> list[tuple[str, str]]:
         return []
     matplotlib.use("Agg")  # no display is needed
 
-    wanted: list[tuple[str, list[tuple[Series, str, str]]]] = [
-        ("loss", [(series(history, "loss"), "training", TRAIN), (series(history, "eval_loss"), "held out", EVAL)]),
-    ]
+    wanted: list[tuple[str, list[Line]]] = [("loss", _losses(history))]
     for key, caption in (
         ("eval_accuracy", "accuracy on held-out rows"),
         ("eval_f1", "F1 on held-out rows"),
@@ -56,7 +58,33 @@ def draw(history: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return drawn
 
 
-def _figure(lines: list[tuple[Series, str, str]], bounded: bool) -> str:
+def save_loss(history: list[dict[str, Any]], path: str | os.PathLike) -> bool:
+    """Draw the loss curve into a PNG file; False without matplotlib or without points."""
+    lines = [line for line in _losses(history) if line[0][0]]
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    if lines:
+        matplotlib.use("Agg")
+        with _plotted(lines) as figure:
+            figure.savefig(path, dpi=150)
+    return bool(lines)
+
+
+def _losses(history: list[dict[str, Any]]) -> list[Line]:
+    return [(series(history, "loss"), "training", TRAIN), (series(history, "eval_loss"), "held out", EVAL)]
+
+
+def _figure(lines: list[Line], bounded: bool) -> str:
+    with _plotted(lines, bounded) as figure:
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return _inline(out.getvalue())
+
+
+@contextmanager
+def _plotted(lines: list[Line], bounded: bool = False) -> Iterator[Any]:
     from matplotlib import pyplot
 
     style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "grass-hf"}
@@ -72,10 +100,8 @@ def _figure(lines: list[tuple[Series, str, str]], bounded: bool) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         if len(lines) > 1:
             axes.legend(frameon=False)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        yield figure
         pyplot.close(figure)
-    return _inline(out.getvalue())
 
 
 def _inline(svg: str) -> str:

@@ -1,4 +1,4 @@
-"""The page that a run leaves behind: report.html, one file that holds everything, and training.jsonl beside it.
+"""What a run leaves behind: report.html, one file that holds everything, training.jsonl and loss.png beside it.
 
 Results before and after, curves, memory beside full AdamW's, what was compressed and what was not, samples, the
 resolved recipe and the versions.
@@ -20,7 +20,7 @@ from transformers import Trainer
 from ..bench.record import machine
 from ..convert import is_converted
 from ..report import StartReport, shown_bytes, start_report
-from .curves import draw
+from .curves import draw, save_loss
 from .preview import as_yaml, resolved
 from .schema import Recipe
 
@@ -89,7 +89,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def report_run(run: Run, trainer: Trainer, folder: Path) -> list[Path]:
-    """Write training.jsonl, and report.html if the recipe wants it; the paths."""
+    """Write training.jsonl, and report.html and loss.png if the recipe wants them; the paths."""
     lines = folder / "training.jsonl"
     lines.write_text("".join(json.dumps(entry) + "\n" for entry in run.history), encoding="utf-8")
     if not run.recipe.evaluation.report:
@@ -99,7 +99,8 @@ def report_run(run: Run, trainer: Trainer, folder: Path) -> list[Path]:
     start = start_report(model, optimizer) if is_converted(model) and optimizer is not None else None
     page = folder / "report.html"
     page.write_text(render(run, start), encoding="utf-8")
-    return [lines, page]
+    picture = folder / "loss.png"
+    return [lines, page, picture] if save_loss(run.history, picture) else [lines, page]
 
 
 def render(run: Run, start: StartReport | None) -> str:

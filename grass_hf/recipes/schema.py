@@ -162,7 +162,7 @@ class EvaluationSection:
     do_sample: bool = _help(
         "Draw from the 40 likeliest tokens at temperature 0.8 instead of taking the likeliest.", False
     )
-    report: bool = _help("Write report.html into output_dir.", True)
+    report: bool = _help("Write report.html and loss.png into output_dir.", True)
     title: str | None = _help("Heading of the report; the recipe's name if not given.")
 
     def __post_init__(self):
