@@ -61,6 +61,9 @@ def test_fsdp2_by_hand():
     assert timed.communication == pytest.approx(4 + 2)
     assert timed.step == pytest.approx(1 + 4 + 8 + 1 + 0.5)
     assert fsdp2_step(sent, Link(7 / 8 * 800, 0.0, 8), compute, overlap=False).step == pytest.approx(12.5 + 6)
+    # gathers of 10 s: backward of layer 1, 40 s, waits until it is gathered again, at 30 s
+    timed = fsdp2_step(sent, Link(7 / 80 * 800, 0.0, 8), Compute(2.0, 80.0, 0.5))
+    assert timed.step == pytest.approx(30 + 40 + 40 + 10 + 0.5)
 
 
 @pytest.mark.parametrize("engine, step", [("ddp", ddp_step), ("fsdp2", fsdp2_step)])
