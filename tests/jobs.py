@@ -36,12 +36,6 @@ ENGINES = {
     "full": {**FSDP, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
     "sharded": {**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
 }
-HSDP = {
-    **ENGINES["full"],
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
-    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
-    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
-}
 
 
 class DieInStep(TrainerCallback):

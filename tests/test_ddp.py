@@ -74,7 +74,5 @@ def test_eight_ranks_are_one(tmp_path, name):
     eight = outcome(tmp_path, 8, SETTINGS[name])
     if name == "bfloat16":  # a weight's gradient of eight sequences is rounded once, of eight times one eight times
         assert_same(eight, one, atol=2e-2, rows=False)
-        for chosen in range(3):  # the first selection, from which on the weights part
-            assert all(torch.equal(a, b) for a, b in zip(eight["chosen"][chosen], one["chosen"][chosen], strict=True))
     else:
         assert_same(eight, one, atol=2e-5)

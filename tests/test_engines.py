@@ -88,15 +88,6 @@ def test_a_last_batch_that_does_not_divide(tmp_path, even):
 
 
 @pytest.mark.dist
-def test_two_replicas_of_two_shards_through_the_trainer(tmp_path):
-    """HSDP by accelerate's parallelism config."""
-    blocks = ROWS + ",row_blocks=4"
-    hybrid, _ = run(tmp_path, "hsdp", "hsdp", 4, optim_args=blocks)
-    replicas, _ = run(tmp_path, "ddp", "ddp", 4, optim_args=blocks)
-    assert_goes_on(hybrid, replicas, 0)
-
-
-@pytest.mark.dist
 def test_compiled_under_ddp(tmp_path):
     """Without an inductor compiler; the graphs are what torch.compile makes of the tap under DDP."""
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}

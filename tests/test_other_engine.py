@@ -3,7 +3,7 @@
 import pytest
 import torch
 from forks import ranks
-from jobs import ENGINES, HSDP
+from jobs import ENGINES
 
 ROWS = "density=0.5,update_interval=3,base=adamw_torch,score_by=sequence"
 ALIGNED = ROWS + ",row_blocks=2"
@@ -15,7 +15,7 @@ def run(tmp_path, name, engine, count, resume=None, optim_args=ALIGNED, **option
     """The outcome of `jobs.train`, and all that the ranks said."""
     file = tmp_path / f"{name}.pt"
     arguments = (str(file), str(tmp_path / name), count, resume, {"optim_args": optim_args, **options})
-    said = ranks(count, "train", *arguments, environment={**ENGINES, "hsdp": HSDP}[engine])
+    said = ranks(count, "train", *arguments, environment=ENGINES[engine])
     return torch.load(file), "".join(said)
 
 
