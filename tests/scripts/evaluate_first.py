@@ -21,4 +21,5 @@ dist.all_gather(everyone, weights)
 if dist.get_rank() == 0:
     wrapped = isinstance(job.model_wrapped, DistributedDataParallel)
     print("world", dist.get_world_size(), "wrapped", wrapped, "same", torch.equal(*everyone))
+dist.barrier()
 dist.destroy_process_group()

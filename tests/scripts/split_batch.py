@@ -48,4 +48,7 @@ for step in range(8):
 if rank == 0:
     outcome = {"ranks": ranks, "losses": losses, "chosen": chosen, "weights": plain_state(model)}
     torch.save(outcome, sys.argv[1])
+# A rank that closes its connections while another is still busy may abort that one: all end together.
+del wrapped
+dist.barrier()
 dist.destroy_process_group()
