@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -12,6 +9,7 @@ from transformers.utils import logging
 
 from ..config import GrassConfig
 from ..distributed import world_size
+from ..engines import for_shards
 
 logger = logging.get_logger(__name__)
 
@@ -57,12 +55,7 @@ def refuse_parallelism() -> None:
 
 
 def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:
-    """The settings as the engine needs them, which are the given ones but under FSDP2.
-
-    There every rank trains rows of its own shard, so rows are chosen by as many blocks as there are ranks; and the
-    trainable parameters of one shard must have one dtype, so without mixed precision half-precision weights get
-    slices of their own dtype.
-    """
+    """The settings as the engine needs them: the given ones, but under FSDP2 those of `engines.for_shards`."""
     if fsdp_version() != 2:
         return config
     if not config.resident:
@@ -70,15 +63,12 @@ def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:
             "resident=False does not go with FSDP2, where every rank holds only its part of the slices already: leave "
             "it out, or use DDP."
         )
-    if config.row_blocks % world_size():
-        config = dataclasses.replace(config, row_blocks=world_size())
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    half = dtypes & {torch.bfloat16, torch.float16}
-    if config.slice_dtype is None and half and AcceleratorState().mixed_precision == "no":
-        name = str(half.pop()).removeprefix("torch.")
+    one_dtype = AcceleratorState().mixed_precision == "no"
+    adapted = for_shards(config, model, world_size(), one_dtype=one_dtype)
+    if adapted.slice_dtype != config.slice_dtype:
         logger.warning_once(
-            f"FSDP2 wants trainable parameters of one dtype, so slices are {name} like the weights, and updates below "
-            "half a unit in their last place are lost: load the model in float32 with mixed_precision: bf16 instead."
+            f"FSDP2 wants trainable parameters of one dtype, so slices are {adapted.slice_dtype} like the weights, and "
+            "updates below half a unit in their last place are lost: load the model in float32 with mixed_precision: "
+            "bf16 instead."
         )
-        config = dataclasses.replace(config, slice_dtype=name)
-    return config
+    return adapted
