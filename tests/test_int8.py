@@ -177,6 +177,14 @@ def test_refused_with_a_sentence(settings, words):
         GrassConfig(**{**SETTINGS, **settings})
 
 
+def test_fsdp2_is_refused_with_a_sentence(monkeypatch):
+    from grass_hf.integrations import accelerate
+
+    monkeypatch.setattr(accelerate, "fsdp_version", lambda: 2)
+    with pytest.raises(ValueError, match="weight_dtype='int8' does not go with FSDP2"):
+        accelerate.adapt_to_engine(GrassConfig(**SETTINGS), tiny_llama())
+
+
 def test_state_dicts_are_plain():
     model, _ = converted(torch.bfloat16)
     assert all(type(value) is torch.Tensor for value in plain_state(model).values())

@@ -63,6 +63,11 @@ def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:
             "resident=False does not go with FSDP2, where every rank holds only its part of the slices already: leave "
             "it out, or use DDP."
         )
+    if config.weight_dtype is not None:
+        raise ValueError(
+            f"weight_dtype={config.weight_dtype!r} does not go with FSDP2, which shards plain weights: leave it out, "
+            "or train on one process."
+        )
     one_dtype = AcceleratorState().mixed_precision == "no"
     adapted = for_shards(config, model, world_size(), one_dtype=one_dtype)
     if adapted.slice_dtype != config.slice_dtype:
