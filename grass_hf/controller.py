@@ -59,6 +59,8 @@ class GrassController:
         self.following = True
         self._has_stepped = False
         self._full_rates: list[tuple[dict, Any]] = []
+        self._slices_of: Any = None
+        self._slices: list[Slice] = []
         self._follow_step()
         self._follow_zero_grad()
         self._follow_state()
@@ -112,7 +114,11 @@ class GrassController:
 
     @property
     def slices(self) -> list[Slice]:
-        return list(grass_slices(self.model))
+        """The model's slices; none once `restore_model` was called."""
+        conversion = getattr(self.model, "grass", None)
+        if self._slices_of is not conversion:  # a walk over all modules, some times in every step
+            self._slices_of, self._slices = conversion, list(grass_slices(self.model))
+        return self._slices
 
     def forget_norms(self) -> None:
         """Drop the norms observed so far in this step, with the gradients that they belong to."""

@@ -187,26 +187,34 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
-        x, index, multiplier = ctx.saved_tensors
-        x = x.to(dy.dtype)
-        norms2 = None
-        # A backward called inside an autocast region would autocast these too; ordinary layers' backward does not.
-        with torch.autocast(dy.device.type, enabled=False):
-            if ctx.side == "output":
-                if ctx.observe:
-                    norms2 = sum(squared_norms(_flat(a), _flat(b)) for a, b in _pairs(dy, x, ctx.by_sequence))
-                left, right = take_columns(dy, index), x
-            else:
-                if ctx.observe:
-                    norms2 = sum(squared_norms(_flat(b), _flat(a)) for a, b in _pairs(dy, x, ctx.by_sequence))
-                    x = take_columns(x, index)
-                left, right = dy, x
-            if ctx.transposed:
-                left, right = right, left
-            grad = torch.mm(_flat(left).t(), _flat(right)).to(ctx.active_dtype)
-            if multiplier is not None:
-                grad = grad * along_slice(multiplier.to(grad.dtype), selected_dim(ctx.side, ctx.transposed))
+        # A backward called inside an autocast region would autocast these products too; ordinary layers' does not.
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                grad, norms2 = _slice_gradient(ctx, dy)
+        else:
+            grad, norms2 = _slice_gradient(ctx, dy)
         return dy, None, grad, None, None, norms2, None, None, None, None
+
+
+def _slice_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the active slice and, when they are observed, the squared norms of all rows (columns)."""
+    x, index, multiplier = ctx.saved_tensors
+    x = x.to(dy.dtype)
+    norms2 = None
+    if ctx.observe:
+        pairs = _pairs(dy, x, ctx.by_sequence)
+        if ctx.side == "input":
+            pairs = ((b, a) for a, b in pairs)
+        norms2 = sum(squared_norms(_flat(a), _flat(b)) for a, b in pairs)
+    if ctx.side == "output":
+        dy = take_columns(dy, index)
+    elif ctx.observe:
+        x = take_columns(x, index)
+    left, right = (x, dy) if ctx.transposed else (dy, x)
+    grad = torch.mm(_flat(left).t(), _flat(right)).to(ctx.active_dtype)
+    if multiplier is not None:
+        grad = grad * along_slice(multiplier.to(grad.dtype), selected_dim(ctx.side, ctx.transposed))
+    return grad, norms2
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -254,7 +262,11 @@ class _EmbeddingTap(torch.autograd.Function):
 def take_columns(values: Tensor, index: Tensor) -> Tensor:
     """``values[..., index]`` of (..., d): a gather, which reads any strides without a copy of them all and is several
     times faster than `index_select` along a last dimension of half precision on a CPU."""
-    return values.gather(-1, index.expand(*values.shape[:-1], index.shape[0]))
+    index = index.expand(*values.shape[:-1], index.shape[0])
+    if values.element_size() == 2:
+        # as the bits that they are: of floating-point halves a CPU makes a float32 copy on the way
+        return values.view(torch.int16).gather(-1, index).view(values.dtype)
+    return values.gather(-1, index)
 
 
 def selected_dim(side: str, transposed: bool) -> int:
