@@ -20,7 +20,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .selection import bounds
 
@@ -100,6 +100,24 @@ def _difference(ours: str, theirs: str) -> str:
     pairs = itertools.zip_longest(ours.split("; "), theirs.split("; "), fillvalue="nothing")
     mine, other = next((a, b) for a, b in pairs if a != b)
     return f"{mine!r} here, {other!r} there"
+
+
+def refuse_join() -> None:
+    """Stop within torch's `Join` (accelerate's `join_uneven_inputs`); to be called in a forward pass under DDP.
+
+    A rank that has run out of batches takes part there in what DDP sends and in nothing else: it neither adds up norms
+    nor counts steps, so ranks would train other rows from then on.
+
+    Raises:
+        ValueError: the model is run by a DDP that waits for ranks without batches.
+    """
+    running = nn.parallel.DistributedDataParallel._active_ddp_module
+    if running is not None and running._join_config.enable:
+        raise ValueError(
+            "join_uneven_inputs (torch.distributed.algorithms.Join) leaves ranks that run out of batches without a "
+            "part in the selection of rows: use accelerate's even_batches=True or drop_last=True instead, so that all "
+            "ranks take equally many steps."
+        )
 
 
 def is_partitioned(tensor: Tensor) -> bool:

@@ -134,6 +134,7 @@ class Slice(Exchange, nn.Module):
     def _extras(self) -> dict[str, Tensor | bool | None]:
         if not torch.compiler.is_compiling():
             self.drop_stale_norms()
+            distributed.refuse_join()
         return {"multiplier": self.rho, "norms": self.norms, "by_sequence": self.by_sequence}
 
     def observe(self) -> None:

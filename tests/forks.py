@@ -1,7 +1,7 @@
 """Ranks as forks of one process that has imported everything: a start costs a second instead of ten.
 
 ``ranks(2, "run", settings)`` runs `run` of tests/jobs.py on two ranks over gloo, as torchrun would: the same
-environment variables, one process each. `Ranks.kill` is SIGKILL.
+environment variables, one process each. ``"batches.run"`` is that of tests/batches.py. `Ranks.kill` is SIGKILL.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from tempfile import mkdtemp
 _context = multiprocessing.get_context("forkserver")
 # By name, not by path: 3.11's fork server does not pass sys.path on before it has forked.
 _context.set_forkserver_preload(
-    ["torch", "transformers", "transformers.trainer", "accelerate", "grass_hf.integrations.trainer"]
+    [
+        "torch",
+        "transformers",
+        "transformers.trainer",
+        "transformers.models.llama.modeling_llama",
+        "accelerate",
+        "grass_hf.integrations.trainer",
+    ]
 )
 
 
@@ -90,12 +97,9 @@ def _begin(output: str, environment: dict[str, str], job: str, arguments: tuple)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
     import torch
-    import torch.distributed as dist
+    from helpers import leave
 
     torch.set_num_threads(1)
-    getattr(importlib.import_module("jobs"), job)(*arguments)
-    if dist.is_initialized():
-        dist.barrier()  # rank 0 holds the store, which the others may still need
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # no exit handlers of the process that was forked
+    module, _, name = job.rpartition(".")
+    getattr(importlib.import_module(module or "jobs"), name)(*arguments)
+    leave()  # without exit handlers of the process that was forked

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -64,6 +68,22 @@ def trainer(folder, model=None, trainer_options=None, **options) -> Trainer:
     if "model_init" not in extra:
         extra = {"model": model if model is not None else tiny_llama()} | extra
     return Trainer(args=arguments(folder, **options), train_dataset=Sequences(), **extra)
+
+
+def leave() -> None:
+    """End a rank that has done its work: together with the others, and without the interpreter's own end.
+
+    A thread of gloo's may hold the tensors of the last message for a moment after the call that sent it has returned,
+    and frees them, for which it wants the interpreter. If that is about to end, the process is aborted: SIGABRT, now
+    and then, on a busy machine (github.com/pytorch/pytorch/pull/179291). destroy_process_group() joins the threads only
+    where nothing else, such as a DDP module, still refers to the group.
+    """
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 holds the store, which the others may still need
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def plain_state(model) -> dict[str, torch.Tensor]:

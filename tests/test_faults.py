@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from forks import Ranks, ranks
 from helpers import assert_same_weights, tiny_llama, trainer
 from jobs import ENGINES, DieInSave
-from launch import SCRIPTS
+from launch import torchrun, well
 from stress import DROPOUT, stress
 
 from grass_hf import last_complete_checkpoint
@@ -210,12 +208,9 @@ def test_torchrun_restarts_and_resumes(tmp_path):
     whole = tmp_path / "whole.pt"
     ranks(2, "train", str(whole), str(tmp_path / "whole"), 2, None, {"save_steps": 2}, DROPOUT)
     file = tmp_path / "restarted.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(SCRIPTS / "elastic.py")]
-    command += [str(file), str(tmp_path / "run")]
     # else torch 2.13 keeps its store over restarts, and workers may connect to the addresses of dead ones
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    arguments = ("elastic.py", str(file), str(tmp_path / "run"))
+    done = well(torchrun(2, *arguments, options=["--max-restarts=2"], **environment))
     assert [line for line in done.stdout.splitlines() if line.startswith("life")] == ["life 0", "life 1", "life 2"]
     assert_same_outcome(torch.load(file), torch.load(whole), 6)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launch import SCRIPTS, accelerate_launch, torchrun
+from launch import SCRIPTS, accelerate_launch, torchrun, well
 from safetensors import safe_open
 
 CASES = [
@@ -42,7 +42,7 @@ def two_ranks():
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks(two_ranks, case):
-    assert f"ok {case}" in two_ranks.stdout.splitlines(), two_ranks.stderr[-3000:]
+    assert f"ok {case}" in two_ranks.stdout.splitlines(), two_ranks.stderr
 
 
 @pytest.mark.dist
@@ -63,8 +63,7 @@ def trainer_run(tmp_path, processes=2, resume=None, options=None, **fsdp):
     file.write_text(yaml.safe_dump(config))
     settings = {"output_dir": str(tmp_path / "out"), **(options or {})}
     arguments = [str(SCRIPTS / "fsdp_trainer.py"), json.dumps(settings), *([str(resume)] if resume else [])]
-    done = accelerate_launch(file, "cpu_fsdp.py", *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = well(accelerate_launch(file, "cpu_fsdp.py", *arguments))
     assert f"sharded over {processes}" in done.stdout, done.stdout
     return json.loads(re.search(r"losses (\[.*\])", done.stdout).group(1)), done
 
@@ -93,8 +92,8 @@ def test_through_the_trainer_resumes_exactly(tmp_path, fsdp):
 def test_through_the_trainer_equals_ddp_for_columns(tmp_path):
     options = {"optim_args": "density=0.25,update_interval=3,side=input,base=adamw_torch"}
     losses, _ = trainer_run(tmp_path, options=options, fsdp_state_dict_type="FULL_STATE_DICT")
-    done = torchrun(2, "fsdp_trainer.py", json.dumps({"output_dir": str(tmp_path / "ddp"), "use_cpu": True, **options}))
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = {"output_dir": str(tmp_path / "ddp"), "use_cpu": True, **options}
+    done = well(torchrun(2, "fsdp_trainer.py", json.dumps(settings)))
     expected = json.loads(re.search(r"losses (\[.*\])", done.stdout).group(1))
     assert losses == pytest.approx(expected, abs=1e-5)
 

@@ -230,8 +230,7 @@ def test_preferences_are_learnt_and_the_reference_stays(tmp_path, precompute):
 def test_evaluation_before_training_leaves_two_ranks_together(tmp_path):
     """Trainer.evaluate() marks a model as prepared without DDP, and train() would leave it so."""
     launch = pytest.importorskip("launch")
-    done = launch.torchrun(2, "evaluate_first.py", str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch.well(launch.torchrun(2, "evaluate_first.py", str(tmp_path)))
     assert "world 2 wrapped True same True" in done.stdout
 
 

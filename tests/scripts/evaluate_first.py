@@ -7,7 +7,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch
 import torch.distributed as dist
-from helpers import Sequences, plain_state, trainer
+from helpers import Sequences, leave, plain_state, trainer
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_hf  # noqa: F401
@@ -21,5 +21,4 @@ dist.all_gather(everyone, weights)
 if dist.get_rank() == 0:
     wrapped = isinstance(job.model_wrapped, DistributedDataParallel)
     print("world", dist.get_world_size(), "wrapped", wrapped, "same", torch.equal(*everyone))
-dist.barrier()
-dist.destroy_process_group()
+leave()

@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch
 import torch.distributed as dist
-from helpers import VOCABULARY, tiny_llama
+from helpers import VOCABULARY, leave, tiny_llama
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -382,7 +382,7 @@ def main() -> None:
         dist.barrier()
         if dist.get_rank() == 0:
             print("ok", name, flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 import cpu_fsdp  # noqa: F401  (lets accelerate start over gloo)
 import deepspeed
 import torch.distributed as dist
-from helpers import Sequences, arguments
+from helpers import Sequences, arguments, leave
 from transformers import AutoModelForCausalLM, Trainer
 
 import grass_hf  # noqa: F401
@@ -36,4 +36,4 @@ assert job.deepspeed.zero_optimization_stage() == stage and len(list(grass_slice
 job.save_model(f"{folder}/final")
 if job.is_world_process_zero():
     print("losses", json.dumps([entry["loss"] for entry in job.state.log_history if "loss" in entry]))
-dist.destroy_process_group()
+leave()
