@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from grass_hf import GrassConfig, convert_to_grass, last_complete_checkpoint
 from grass_hf.convert import grass_slices
-from grass_hf.distributed import whole
+from grass_hf.distributed import shards, whole
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -35,6 +35,14 @@ ENGINES = {
     "ddp": {},
     "full": {**FSDP, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
     "sharded": {**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+}
+
+
+# two replicas of two shards each; not one of ENGINES, because it takes four ranks
+HYBRID = {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
 }
 
 
@@ -133,6 +141,8 @@ def train(
     assert job.args.world_size == ranks == (dist.get_world_size() if ranks > 1 else 1)
     if sharded:
         assert all(isinstance(part.active, DTensor) for part in grass_slices(job.model))
+        replicas = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1))
+        assert all(shards(part.weight) == ranks // replicas for part in grass_slices(job.model))
     weights = {name: whole(value) for name, value in plain_state(job.model).items()}
     if job.is_world_process_zero():
         losses = {entry["step"]: entry["loss"] for entry in job.state.log_history if "loss" in entry}

@@ -12,7 +12,7 @@ import yaml
 from accelerate.utils import DistributedType
 from forks import ranks
 from helpers import arguments, tiny_llama
-from launch import accelerate_launch
+from launch import SCRIPTS, accelerate_launch, well
 from test_other_engine import ROWS, assert_goes_on, run
 
 from grass_hf.convert import is_converted
@@ -101,6 +101,8 @@ def turned_down(tmp_path, name, processes):
     config = yaml.safe_load((CONFIGS / name).read_text())
     config["num_processes"] = processes
     config["mixed_precision"] = "no"  # the Trainer refuses bf16 on what it takes for a GPU without it
+    if "parallelism_config" in config:
+        config["parallelism_config"]["parallelism_config_dp_shard_size"] = processes // 2
     if config["distributed_type"] == "FSDP":
         config["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = "LlamaDecoderLayer"
     if processes == 1:
@@ -110,9 +112,12 @@ def turned_down(tmp_path, name, processes):
     return file
 
 
+def script(sharded):
+    return ["cpu_fsdp.py", str(SCRIPTS / "fsdp_trainer.py")] if sharded else ["fsdp_trainer.py"]
+
+
 def losses_of(done, processes):
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"world {processes}" in done.stdout
+    assert f"world {processes}" in well(done).stdout
     losses = json.loads(re.search(r"losses (\[.*\])", done.stdout).group(1))
     assert losses[-1] < losses[0] - 0.3
     return losses
@@ -125,25 +130,25 @@ def test_every_config_runs_with_fewer_devices(tmp_path, name):
     file = turned_down(tmp_path, name, processes)
     sharded = "fsdp" in name
     settings = json.dumps({"output_dir": str(tmp_path / "out"), "use_cpu": not sharded})
-    script = (
-        ["cpu_fsdp.py", str(Path(__file__).parent / "scripts" / "fsdp_trainer.py")] if sharded else ["fsdp_trainer.py"]
-    )
-    done = accelerate_launch(file, *script, settings)
+    done = accelerate_launch(file, *script(sharded), settings)
     losses_of(done, processes)
     assert (f"sharded over {processes}" in done.stdout) == sharded
 
 
 @pytest.mark.dist
-def test_the_two_node_config_runs_on_two_launchers(tmp_path):
-    file = turned_down(tmp_path, "ddp_2x8gpu.yaml", 4)
-    settings = json.dumps({"output_dir": str(tmp_path / "out"), "use_cpu": True})
+@pytest.mark.parametrize("name", [name for name in GPUS if "2x" in name])
+def test_the_two_node_configs_run_on_two_launchers(tmp_path, name):
+    file = turned_down(tmp_path, name, 4)
+    sharded = "hsdp" in name
+    settings = json.dumps({"output_dir": str(tmp_path / "out"), "use_cpu": not sharded})
     port = str(random.randint(20000, 40000))
 
     def node(rank):
         where = ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
-        return accelerate_launch(file, "fsdp_trainer.py", settings, port=port, options=where)
+        return accelerate_launch(file, *script(sharded), settings, port=port, options=where)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(node, range(2))
-    assert second.returncode == 0, second.stderr[-3000:]
+    well(second)
     losses_of(first, 4)
+    assert ("sharded over 4 as 2 x 2" in first.stdout) == sharded

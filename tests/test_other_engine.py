@@ -3,7 +3,7 @@
 import pytest
 import torch
 from forks import ranks
-from jobs import ENGINES
+from jobs import ENGINES, HYBRID
 
 ROWS = "density=0.5,update_interval=3,base=adamw_torch,score_by=sequence"
 ALIGNED = ROWS + ",row_blocks=2"
@@ -15,7 +15,9 @@ def run(tmp_path, name, engine, count, resume=None, optim_args=ALIGNED, **option
     """The outcome of `jobs.train`, and all that the ranks said."""
     file = tmp_path / f"{name}.pt"
     arguments = (str(file), str(tmp_path / name), count, resume, {"optim_args": optim_args, **options})
-    said = ranks(count, "train", *arguments, environment=ENGINES[engine])
+    engine, _, hybrid = engine.partition("-")
+    environment = {**ENGINES[engine], **(HYBRID if hybrid else {})}
+    said = ranks(count, "train", *arguments, environment=environment)
     return torch.load(file), "".join(said)
 
 
@@ -75,6 +77,25 @@ def test_rows_that_do_not_fit_start_anew_and_it_is_said(tmp_path):
     kept, said = run(tmp_path, "ddp", "ddp", 2, str(tmp_path / "one" / "checkpoint-4"), ROWS)
     assert "evenly strided" not in said and kept["from"] == 4
     assert_goes_on(kept, torch.load(tmp_path / "one.pt"), 4)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("optim_args", [ROWS, COLUMNS], ids=["rows", "columns"])
+@pytest.mark.parametrize("form", ["full", "sharded"])
+def test_hybrid_shards_train_as_ddp_and_resume(tmp_path, form, optim_args):
+    """HSDP through accelerate (dp_replicate_size, dp_shard_size): rows by as many blocks as shards, not as ranks."""
+    hybrid = f"{form}-hybrid"
+    whole, _ = run(tmp_path, "whole", hybrid, 4, optim_args=optim_args)
+    blocks = "" if optim_args == COLUMNS else ",row_blocks=2"
+    same, _ = run(tmp_path, "ddp", "ddp", 4, optim_args=optim_args + blocks)
+    assert_goes_on(whole, same, 0)
+    resumed, _ = run(tmp_path, "resumed", hybrid, 4, str(tmp_path / "whole" / "checkpoint-4"), optim_args)
+    assert_goes_on(resumed, whole, 4, atol=0)
+    one, said = run(tmp_path, "one", "ddp", 1, str(tmp_path / "whole" / "checkpoint-4"), optim_args + blocks)
+    assert "was saved by 4 rank(s) and goes on on 1" in said
+    assert_goes_on(one, whole, 4)
+    back, _ = run(tmp_path, "back", hybrid, 4, str(tmp_path / "ddp" / "checkpoint-4"), optim_args)
+    assert_goes_on(back, same, 4)
 
 
 @pytest.mark.dist

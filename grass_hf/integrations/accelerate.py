@@ -69,7 +69,7 @@ def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:
             "or train on one process."
         )
     one_dtype = AcceleratorState().mixed_precision == "no"
-    adapted = for_shards(config, model, world_size(), one_dtype=one_dtype)
+    adapted = for_shards(config, model, _shards(), one_dtype=one_dtype)
     if adapted.slice_dtype != config.slice_dtype:
         logger.warning_once(
             f"FSDP2 wants trainable parameters of one dtype, so slices are {adapted.slice_dtype} like the weights, and "
@@ -77,3 +77,9 @@ def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:
             "bf16 instead."
         )
     return adapted
+
+
+def _shards() -> int:
+    """Number of parts that a parameter is split into: all ranks, or under HSDP those of one replica."""
+    config = getattr(AcceleratorState(), "parallelism_config", None)
+    return world_size() if config is None or config.dp_shard_size == 1 else config.dp_shard_size

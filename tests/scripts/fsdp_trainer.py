@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch.distributed as dist
-from helpers import trainer
+from helpers import leave, trainer
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -20,7 +20,8 @@ class Look(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         parts = list(grass_slices(model))
         if parts and all(isinstance(part.active, DTensor) and isinstance(part.weight, DTensor) for part in parts):
-            print(f"sharded over {parts[0].active.device_mesh.size()}", flush=True)
+            mesh = parts[0].active.device_mesh
+            print(f"sharded over {mesh.size()} as {' x '.join(map(str, mesh.shape))}", flush=True)
 
 
 settings = json.loads(sys.argv[1])
@@ -35,3 +36,4 @@ assert job.args.world_size == world == int(os.environ.get("WORLD_SIZE", 1))
 if job.is_world_process_zero():
     print("world", world)
     print("losses", json.dumps([entry["loss"] for entry in job.state.log_history if "loss" in entry]))
+leave()
