@@ -1,7 +1,8 @@
 """Check that the documentation keeps up with the code; part of `make quality`.
 
 Every public name has a docstring and, like every `GrassConfig` field and every CLI command, stands in
-docs/*.md as code: in backticks or in a code block.
+docs/*.md as code: in backticks or in a code block. And every test that the docs name exists: files and functions whose
+names begin with "test_", and all that stands as code in the last column of a table with the heading "test".
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ import grass_hf
 from grass_hf.cli.app import app
 from grass_hf.recipes.schema import DataSection, EvaluationSection, ModelSection
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def code_in(markdown: str) -> str:
@@ -61,10 +63,35 @@ def problems(code: str) -> Iterator[str]:
             yield f"the command `{command}` is not mentioned in docs/*.md: describe it"
 
 
+def tests_named(markdown: str) -> Iterator[str]:
+    """The tests that a page names, as "test_x.py", "test_x.py::test_y", the name of a function, or a make target."""
+    in_table = False
+    for line in markdown.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        in_table = line.startswith("|") and (in_table or cells[-1].startswith("test"))
+        yield from re.findall(r"`([^`]+)`", cells[-1] if in_table else "")
+        yield from re.findall(r"`(?:tests/)?(test_\w+(?:\.py)?(?:::\w+)?)`", line)
+
+
+def missing_tests(pages: dict[str, str]) -> Iterator[str]:
+    """One sentence for each test that a page names and that does not exist."""
+    functions, files = set(), set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        files |= {path.name, str(path.relative_to(ROOT))}
+        names = re.findall(r"^(?:def|class) (\w+)", path.read_text(encoding="utf-8"), flags=re.M)
+        functions |= {*names, *(f"{path.name}::{name}" for name in names)}
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
+    there = functions | files | {f"make {target}" for target in targets}
+    for page, markdown in pages.items():
+        for name in dict.fromkeys(tests_named(markdown)):
+            if name.removeprefix("tests/") not in there and name not in there:
+                yield f"docs/{page} names the test `{name}`, which is not in tests/: correct the name"
+
+
 def main() -> int:
     """Print the problems; the exit code is 1 if there are any."""
-    pages = sorted(DOCS.rglob("*.md"))
-    found = list(problems("\n".join(code_in(page.read_text(encoding="utf-8")) for page in pages)))
+    pages = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
+    found = [*problems("\n".join(map(code_in, pages.values()))), *missing_tests(pages)]
     for problem in found:
         print(problem)
     print(f"docs coverage: {len(pages)} pages, {len(found)} problems")

@@ -56,6 +56,7 @@ def _run(
 ) -> subprocess.CompletedProcess:
     """Run it; ``stderr`` of what is returned is every rank's last words and the launcher's."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}
+    env.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch repeats some until nothing else is left to see
     with tempfile.TemporaryDirectory(prefix="ranks") as folder:
         command = [*command, "--tee", "2", "--log_dir", folder, *script]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
