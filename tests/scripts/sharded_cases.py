@@ -1,6 +1,6 @@
 """What FSDP2 must do, case by case, under torchrun over gloo; tests/test_fsdp.py runs it and reads "ok CASE".
 
-sharded_cases.py CASE...
+sharded_cases.py RANKS CASE...
 """
 
 from __future__ import annotations
@@ -373,11 +373,11 @@ def hybrid_sharding():
     assert_equals_ddp(side="input", options={"mesh": mesh})
 
 
-def main() -> None:
+def main(ranks: int, names: list[str]) -> None:
+    """Run the cases of these names; rank 0 says "ok NAME" of each that has ended well."""
     dist.init_process_group("gloo")
-    expected = int(sys.argv[1])
-    assert dist.get_world_size() == expected, f"{dist.get_world_size()} ranks, not {expected}"
-    for name in sys.argv[2:]:
+    assert dist.get_world_size() == ranks, f"{dist.get_world_size()} ranks, not {ranks}"
+    for name in names:
         globals()[name]()
         dist.barrier()
         if dist.get_rank() == 0:
@@ -386,4 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), sys.argv[2:])
