@@ -18,14 +18,14 @@ from typing import Any
 # The names of DESIGN's table; their maths is in `grass_hf.selection`.
 # Rules that draw with replacement, so that their slices carry multipliers, and the others.
 WITH_REPLACEMENT = ("multinomial_norm", "multinomial_norm2", "uniform")
-WITHOUT_REPLACEMENT = ("top_r", "multinomial_norm_nr", "multinomial_norm2_nr", "uniform_nr")
+WITHOUT_REPLACEMENT = ("top_r", "multinomial_norm_nr", "multinomial_norm2_nr", "uniform_nr", "cycle")
 SELECTIONS = (*WITHOUT_REPLACEMENT, *WITH_REPLACEMENT)
 SIDES = ("output", "input", "auto")
 _CHOICES = {
     "selection": SELECTIONS,
     "side": SIDES,
     "score_by": ("batch", "sequence"),
-    "state_policy": ("carry", "reset", "reset_warmup"),
+    "state_policy": ("carry", "carry_seeded", "reset", "reset_warmup"),
     "decay": ("all", "active"),
     "rounding": ("stochastic", "nearest"),
     "weight_dtype": ("int8",),
@@ -67,7 +67,8 @@ class GrassConfig:
             whatever `side` says.
         exclude_modules: suffixes or a regular expression of modules never to compress: PEFT's semantics.
         state_policy: at reselection the optimizer state of rows that stay is kept ("carry"), or all of it is
-            dropped ("reset"), or dropped and the slices' learning rate ramped up again ("reset_warmup").
+            dropped ("reset"), or dropped and the slices' learning rate ramped up again ("reset_warmup"). With
+            "carry_seeded" fresh rows start with the mean second moment of the slice instead of zero.
         stagger: spread the layers' selections evenly over the interval instead of all on the same step.
         decay: "all" lets weight decay reach the rows that are not being trained too (lazily); "active" not.
         slice_dtype: dtype of the slices and so of their gradients and optimizer state; None means float32 over
@@ -148,6 +149,11 @@ class GrassConfig:
                 f"resident=False reloads slices from the weights, and selection={self.selection!r} trains multiples of "
                 f"them: use resident=True, or {self.selection}_nr."
             )
+        if self.state_policy == "carry_seeded" and self.selection in WITH_REPLACEMENT:
+            raise ValueError(
+                f"state_policy='carry_seeded' takes means over rows, and selection={self.selection!r} leaves some of a "
+                f"slice empty: use {self.selection}_nr, or state_policy='carry'."
+            )
         if self.weight_dtype == "int8":
             for name, value, needed in _INT8_NEEDS:
                 if getattr(self, name) in value:
@@ -171,11 +177,22 @@ class GrassConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GrassConfig:
-        """Build from a mapping; an unknown key raises a `ValueError` that names the nearest valid one."""
+        """Build from a mapping; an unknown key raises a `ValueError` that names the nearest valid one.
+
+        The key ``preset`` names a set of fields ("paper", "default", "max_memory") that the other keys override.
+        """
+        from .presets import filled
+
+        values = filled(values)
         for key in values:
             if key not in FIELD_TYPES:
-                raise ValueError(unknown_key(key, FIELD_TYPES, "a setting of Grass"))
+                raise ValueError(unknown_key(key, [*FIELD_TYPES, "preset"], "a setting of Grass"))
         return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **fields: Any) -> GrassConfig:
+        """A named set of fields, and others that override it; as the key ``preset`` of `from_dict`."""
+        return cls.from_dict({"preset": name, **fields})
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike) -> GrassConfig:

@@ -221,7 +221,7 @@ class GrassController:
         for part, chosen in reselect.choose(due, self.config, self.step):
             part.mark_trained()
             source = part.load_selection(chosen, self._rounding_seed(part))
-            if self.config.state_policy == "carry":
+            if self.config.state_policy.startswith("carry"):
                 self._carry_state(part, source, groups[id(part.active)])
             else:
                 self._drop_state(part, groups[id(part.active)])
@@ -271,7 +271,8 @@ class GrassController:
 
     def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any]) -> None:
         state = self.optimizer.state.get(part.active, {})
-        carry_rows(state, local(part.active).shape, part.dim, source, group, part.state.name)
+        seeded = self.config.state_policy == "carry_seeded"
+        carry_rows(state, local(part.active).shape, part.dim, source, group, part.state.name, seeded)
 
     def _drop_state(self, part: Slice, group: dict[str, Any]) -> None:
         self.optimizer.state.pop(part.active, None)

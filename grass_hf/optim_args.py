@@ -41,11 +41,13 @@ def parse_optim_args(text: str | None, **defaults: Any) -> OptimArgs:
             base = value
         elif key.startswith("base."):
             base_args[key.removeprefix("base.")] = value
+        elif key == "preset":
+            values[key] = value
         elif key in FIELD_TYPES:
             values[key] = parse_field(key, value)
         else:
-            raise ValueError("optim_args: " + unknown_key(key, [*FIELD_TYPES, "base"], "a setting of Grass"))
+            raise ValueError("optim_args: " + unknown_key(key, [*FIELD_TYPES, "base", "preset"], "a setting of Grass"))
     if "rank" in seen or "density" in seen:  # the string's choice replaces a default of the other
         for name in {"rank", "density"} - seen:
             values.pop(name, None)
-    return OptimArgs(GrassConfig(**values), base, base_args)
+    return OptimArgs(GrassConfig.from_dict(values), base, base_args)

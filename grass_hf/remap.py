@@ -5,7 +5,8 @@ always). State is recognised by its shape, so any optimizer whose state is per e
 row and column (Adafactor) or block-quantised (bitsandbytes, torchao) can carry; anything else says so.
 
 The step counter of an Adam-type optimizer is one for the whole slice and goes on counting, so the first updates of
-a fresh row lack the bias correction and are larger (1 - b1) / sqrt(1 - b2) at most, 3.2 with (0.9, 0.999).
+a fresh row lack the bias correction and are larger (1 - b1) / sqrt(1 - b2) at most, 3.2 with (0.9, 0.999). Seeded, a
+fresh row's second moment starts as the mean of those that the slice's rows had, which makes its first updates small.
 """
 
 from __future__ import annotations
@@ -18,12 +19,22 @@ from torch import Tensor
 from .distributed import local
 from .functional import along_slice, take_rows
 
+# Where optimizers keep averages of squared gradients: torch's and torchao's Adams, Adafactor (torch's, transformers'),
+# RMSprop, bitsandbytes.
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col")
+_SECOND_MOMENTS += ("square_avg", "state2")
 # bitsandbytes quantises optimizer state in blocks of this many elements (optimizer.py, init_state)
 _BNB_BLOCK = 256
 
 
 def carry_rows(
-    state: dict[str, Any], shape: torch.Size, dim: int, source: Tensor, group: dict[str, Any], name: str
+    state: dict[str, Any],
+    shape: torch.Size,
+    dim: int,
+    source: Tensor,
+    group: dict[str, Any],
+    name: str,
+    seeded: bool = False,
 ) -> None:
     """Move the per-row state of one slice, in place.
 
@@ -34,6 +45,7 @@ def carry_rows(
         source: int64 (..., r) on the CPU: the old position of each new row, -1 for a fresh row.
         group: the slice's parameter group.
         name: of the layer, for errors.
+        seeded: give fresh rows the mean second moment of the rows that this rank's part of the slice had.
 
     Raises:
         ValueError: some state belongs to rows in a way that is not understood.
@@ -45,9 +57,9 @@ def carry_rows(
         axis = _row_axis(key, value, shape, dim, state)
         if axis is None:
             continue
-        fresh = _fresh_value(key, group)
+        fresh = None if seeded and key in _SECOND_MOMENTS else _fresh_value(key, group)
         if key in ("state1", "state2") and value.dtype == torch.uint8:
-            _carry_bitsandbytes(state, key, shape, axis, source)
+            _carry_bitsandbytes(state, key, shape, axis, source, fresh)
         elif callable(dequantize := getattr(value, "dequantize", None)) and type(value) is not Tensor:
             value.copy_(_moved(dequantize(), axis, source, fresh))  # torchao: copy_ quantises
         elif axis == "unknown":
@@ -94,19 +106,26 @@ def _fresh_value(key: str, group: dict[str, Any]) -> float:
     return 0.0
 
 
-def _moved(value: Tensor, axis: int, source: Tensor, fresh: float = 0.0) -> Tensor:
+def _moved(value: Tensor, axis: int, source: Tensor, fresh: float | None) -> Tensor:
+    """A state's rows by their old positions; fresh rows hold a number, or the mean of all rows for None."""
     source = source.to(value.device)
     chosen, is_fresh = source.clamp(min=0), source < 0
     if source.dim() == 1:
         # a mask and not the numbers of fresh rows, whose count the estimator's fake tensors do not know
         mask = is_fresh.view([-1 if d == axis % value.dim() else 1 for d in range(value.dim())])
-        return value.index_select(axis, chosen).masked_fill_(mask, fresh)
-    if value.dim() == source.dim():  # factored: one number per row
-        return value.gather(-1, chosen).masked_fill_(is_fresh, fresh)
-    return take_rows(value, chosen, axis).masked_fill_(along_slice(is_fresh, axis), fresh)
+        moved = value.index_select(axis, chosen)
+    elif value.dim() == source.dim():  # factored: one number per row
+        axis, mask, moved = -1, is_fresh, value.gather(-1, chosen)
+    else:
+        mask, moved = along_slice(is_fresh, axis), take_rows(value, chosen, axis)
+    if fresh is None:
+        return torch.where(mask, value.mean(axis, keepdim=True), moved)
+    return moved.masked_fill_(mask, fresh)
 
 
-def _carry_bitsandbytes(state: dict[str, Any], key: str, shape: torch.Size, axis: int, source: Tensor) -> None:
+def _carry_bitsandbytes(
+    state: dict[str, Any], key: str, shape: torch.Size, axis: int, source: Tensor, fresh: float | None
+) -> None:
     import bitsandbytes.functional as bnb
 
     number = key[-1]
@@ -115,7 +134,7 @@ def _carry_bitsandbytes(state: dict[str, Any], key: str, shape: torch.Size, axis
     stacked = codes.view(-1, *shape).unbind(0)
     for part, part_absmax in zip(stacked, absmax.view(len(stacked), -1).unbind(0), strict=True):
         values = bnb.dequantize_blockwise(part, absmax=part_absmax, code=code, blocksize=_BNB_BLOCK)
-        moved = _moved(values, axis, source).contiguous()
+        moved = _moved(values, axis, source, fresh).contiguous()
         quantised, new = bnb.quantize_blockwise(moved, code=code, blocksize=_BNB_BLOCK)
         part.copy_(quantised)
         part_absmax.copy_(new.absmax)

@@ -48,8 +48,9 @@ def choose(due: list[Slice], config: GrassConfig, step: int) -> list[tuple[Slice
 
 def _rows(part: Slice, name: str, scores: Tensor | None, config: GrassConfig, step: int) -> selection.Selection:
     def select(scores: Tensor | None, name: str) -> selection.Selection:
-        draws = selection.generator(config.seed, step, name)
-        return selection.select(config.selection, scores, part.state.size, part.state.rank, draws, part.blocks())
+        rule, turn = config.selection, step // config.update_interval
+        draws = selection.draws_of(rule, config.seed, step, name)
+        return selection.select(rule, scores, part.state.size, part.state.rank, draws, part.blocks(), turn)
 
     if part.index.dim() == 1:
         return select(scores, name)

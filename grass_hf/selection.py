@@ -8,6 +8,11 @@ With ``s_i = ||G_i||^2`` the observed squared norm of row i of m, r rows to choo
     multinomial_norm_nr      ~ sqrt(s_i)   r draws, no replacement       1
     multinomial_norm2 / _nr  ~ s_i         with / without replacement    1 / sqrt(r q_i)  /  1
     uniform / uniform_nr     1/m           with / without replacement    sqrt(m / r)      /  1
+    cycle                    -             the next r of a permutation   1
+
+`cycle` is not the paper's. It draws one permutation of the rows per layer and walks through it, r rows a turn and over
+its end to its beginning, so that after ceil(m / r) turns every row was trained, and no row ever more than one turn
+more often than another. The turn is the number of intervals begun, so it needs no state.
 
 The rules with replacement are unbiased, E[P P^T] = I; `multinomial_norm` has the least variance among them and
 `top_r` the least reconstruction error (Grass, section 3.3 and Table 1; the field's `norm2` is the squared norm).
@@ -88,7 +93,7 @@ class Selection:
 
 def needs_scores(rule: str) -> bool:
     """Whether the rule reads gradient norms, so that a layer must observe before it selects."""
-    return not rule.startswith("uniform")
+    return rule != "cycle" and not rule.startswith("uniform")
 
 
 def with_replacement(rule: str) -> bool:
@@ -135,8 +140,16 @@ def generator(seed: int, step: int, layer: str) -> torch.Generator:
     return seeded(f"{seed}:{step}:{layer}")
 
 
+def draws_of(rule: str, seed: int, step: int, layer: str) -> torch.Generator:
+    """The generator of one layer's draws: of one step, or of the permutation that lasts for the whole run."""
+    return generator(seed, _NO_STEP if rule == "cycle" else step, layer)
+
+
+_NO_STEP = -1
+
+
 def select(
-    rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.Generator, blocks: int = 1
+    rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.Generator, blocks: int = 1, turn: int = 0
 ) -> Selection:
     """Choose `rank` of `size` rows, of each block its share of them.
 
@@ -145,23 +158,28 @@ def select(
         scores: (size,) observed squared norms, finite; None for the rules that need none.
         size: rows on the selected side.
         rank: rows to choose, at most `size`.
-        draws: source of randomness, see `generator`.
+        draws: source of randomness, see `draws_of`.
         blocks: parts of the side that choose for themselves, so that every shard of it trains its own rows; the
             slice is the slices of the blocks one after the other. `fits` says whether that is possible.
+        turn: number of the selection, for `cycle`.
     """
     parts = []
     for (low, high), (first, last) in zip(bounds(size, blocks), bounds(rank, blocks), strict=True):
         if last > first:
-            part = _select(rule, None if scores is None else scores[low:high], high - low, last - first, draws)
+            own = None if scores is None else scores[low:high]
+            part = _select(rule, own, high - low, last - first, draws, turn)
             parts.append(Selection(part.index + low, part.rho, part.write))
     return parts[0] if len(parts) == 1 else Selection.concatenate(parts)
 
 
-def _select(rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.Generator) -> Selection:
+def _select(rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.Generator, turn: int) -> Selection:
     if rule == "top_r":
         # stable: among equal norms the first rows win, on every device and rank
         order = torch.sort(scores.double().cpu(), descending=True, stable=True).indices
         return Selection(index=order[:rank].sort().values)
+    if rule == "cycle":
+        rows = torch.randperm(size, generator=draws)
+        return Selection(index=rows[torch.arange(turn * rank, (turn + 1) * rank) % size].sort().values)
     q = probabilities(rule, scores, size)
     if with_replacement(rule):
         drawn = torch.multinomial(q, rank, replacement=True, generator=draws)

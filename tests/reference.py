@@ -142,11 +142,12 @@ class NaiveGrass:
         if self.t % self.interval == matrix.phase:
             self._settle(matrix)
             matrix.draw = self.choose(self.t, name, matrix.scores.clone())
-            if self.policy == "carry":
+            if self.policy.startswith("carry"):
                 gone = torch.ones(size, dtype=torch.bool)
                 gone[[row for row in matrix.draw.rows.tolist() if row in rows.tolist()]] = False
                 matrix.state["m"][gone] = 0
-                matrix.state["v"][gone] = 0
+                mean = matrix.state["v"][distinct].mean(dim=0)
+                matrix.state["v"][gone] = mean if self.policy == "carry_seeded" else 0
             else:
                 matrix.state = {"m": torch.zeros_like(w), "v": torch.zeros_like(w), "steps": 0}
                 matrix.reset_at = self.t

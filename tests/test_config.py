@@ -21,7 +21,8 @@ REFUSED = [
     ({"update_interval": "200"}, ["update_interval='200'", "whole number"]),
     ({"selection": "topr"}, ["selection='topr'", "top_r"]),
     ({"side": "outputs"}, ["side='outputs'", "'output'"]),
-    ({"state_policy": "keep"}, ["state_policy='keep'", "carry, reset, reset_warmup"]),
+    ({"state_policy": "keep"}, ["state_policy='keep'", "carry, carry_seeded, reset, reset_warmup"]),
+    ({"state_policy": "carry_seeded", "selection": "uniform"}, ["carry_seeded", "uniform_nr"]),
     ({"decay": "none"}, ["decay='none'", "all, active"]),
     ({"slice_dtype": "fp32"}, ["slice_dtype='fp32'", "float32"]),
     ({"scale": 0.0}, ["scale=0.0", "1.0"]),
@@ -73,6 +74,20 @@ def test_optim_args_are_read():
     assert parse_optim_args("slice_dtype=none").config.slice_dtype is None
     assert GrassConfig.from_optim_args("rank=8").rank == 8
     assert parse_optim_args("rank=8", target_modules=["q_proj"]).config.target_modules == ("q_proj",)
+
+
+def test_presets_are_sets_of_fields_that_others_override():
+    assert GrassConfig.preset("default") == GrassConfig()
+    paper = GrassConfig.from_dict({"preset": "paper", "update_interval": 50})
+    assert (paper.selection, paper.state_policy, paper.side, paper.update_interval) == ("top_r", "reset", "output", 50)
+    assert GrassConfig.preset("paper", rank=8).density is None
+    parsed = parse_optim_args("preset=max_memory,rank=8,side=input,base=adamw_torch", target_modules=["q_proj"])
+    assert parsed.config == GrassConfig(rank=8, side="input", resident=False, target_modules=["q_proj"])
+    for name, words in (("papre", "did you mean paper"), ("x", "known are default, max_memory, paper")):
+        with pytest.raises(ValueError, match=words):
+            GrassConfig.preset(name)
+        with pytest.raises(ValueError, match=words):
+            parse_optim_args(f"preset={name}")
 
 
 def test_defaults_are_the_papers():

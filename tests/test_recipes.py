@@ -39,6 +39,8 @@ def test_flags_replace_what_the_file_says(tmp_path):
     assert (recipe.model.tokenizer_name, recipe.model.tokenizer_vocab_size) == ("somewhere", None)
     assert load_recipe(path, grass=False).grass is None
     assert load_recipe(path, ["--target_modules", ".*mlp.*"]).grass.target_modules == ".*mlp.*"
+    preset = load_recipe(path, ["--preset", "max_memory", "--side", "input"]).grass
+    assert not preset.resident and preset.side == "input"
     assert load_recipe(path, ["--prompts", "null"]).evaluation.prompts in (None, [])
 
 
@@ -238,6 +240,7 @@ def test_a_file_that_is_no_recipe(text, mentions, tmp_path, monkeypatch, capsys)
         (["--learning_rat", "1"], "did you mean --learning_rate?"),
         (["--grass.rnk", "1"], "did you mean rank?"),
         (["--gras.rank", "1"], "did you mean grass?"),
+        (["--preset", "papre"], "did you mean paper?"),
         (["--max_steps", "x"], "training.max_steps: invalid int value: 'x'"),
         (["three"], "'three' is no flag"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grass_hf.config import SELECTIONS
-from grass_hf.selection import generator, needs_scores, probabilities, select, strided, with_replacement
+from grass_hf.selection import draws_of, generator, needs_scores, probabilities, select, strided, with_replacement
 
 SIZE, RANK = 12, 4
 SCORES = torch.rand(SIZE, generator=torch.Generator().manual_seed(5), dtype=torch.float64) ** 2 + 0.01
@@ -160,3 +160,21 @@ def test_first_rows_are_evenly_strided(size, rank):
     if size % rank == 0:  # aligned with every even sharding: each shard holds its share
         shards = [((rows >= s * size // rank) & (rows < (s + 1) * size // rank)).sum() for s in range(rank)]
         assert shards == [1] * rank
+
+
+@pytest.mark.parametrize("size, rank, blocks", [(12, 3, 1), (10, 4, 1), (7, 7, 1), (12, 4, 2)])
+def test_a_cycle_gives_every_row_its_turn(size, rank, blocks):
+    def turn(number, seed=0, layer="a"):
+        draws = draws_of("cycle", seed, number, layer)  # the step of a turn does not matter
+        return select("cycle", None, size, rank, draws, blocks, turn=number).index.tolist()
+
+    trained = torch.zeros(size, dtype=torch.int64)
+    for number in range(20):
+        rows = turn(number)
+        assert len(set(rows)) == rank and rows == sorted(rows)
+        trained[rows] += 1
+        assert trained.max() - trained.min() <= 1  # nobody is more than one turn ahead
+    assert turn(3) == turn(3)
+    if rank < size:
+        runs = {tuple(tuple(turn(number, *key)) for number in range(3)) for key in [(0, "a"), (1, "a"), (0, "b")]}
+        assert len(runs) == 3

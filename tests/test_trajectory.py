@@ -54,6 +54,11 @@ def choose_as(config):
 
     def choose(step, name, scores):
         rank = config.rank_for(len(scores))
+        if config.selection == "cycle":
+            # by hand: the turns of one permutation, over its end to its beginning
+            rows = torch.randperm(len(scores), generator=generator(config.seed, -1, name.removesuffix(".weight")))
+            turn = [rows[place % len(rows)] for place in range(step // INTERVAL * rank, (step // INTERVAL + 1) * rank)]
+            return Rows(torch.stack(turn).sort().values, torch.ones(rank))
         draws = generator(config.seed, step, name.removesuffix(".weight"))
         chosen = select(config.selection, scores, len(scores), rank, draws)
         rows = chosen.index[: chosen.count]
@@ -147,6 +152,8 @@ def test_same_trajectory_as_naive_algorithm_1(rule, side, kind, weight_decay, ac
     [
         {"state_policy": "reset"},
         {"state_policy": "reset_warmup"},
+        {"state_policy": "carry_seeded"},
+        {"state_policy": "carry_seeded", "side": "input", "selection": "cycle"},
         {"stagger": True},
         {"stagger": True, "state_policy": "reset_warmup"},
         {"scale": 0.5},
@@ -154,6 +161,7 @@ def test_same_trajectory_as_naive_algorithm_1(rule, side, kind, weight_decay, ac
         {"decay": "active"},
         {"state_policy": "reset", "selection": "multinomial_norm2", "side": "input"},
         {"seed": 3, "selection": "uniform_nr", "side": "input", "stagger": True},
+        {"seed": 2, "selection": "cycle", "side": "input", "stagger": True},
     ],
     ids=str,
 )

@@ -155,9 +155,10 @@ class ZeroController(GrassController):
         return list(tensors)
 
     def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any]) -> None:
+        seeded = self.config.state_policy == "carry_seeded"
         for key in self._state_keys(part):
             values = masters.safe_get_full_optimizer_state(part.active, key)
-            carry_rows({key: values}, values.shape, part.dim, source, group, part.state.name)
+            carry_rows({key: values}, values.shape, part.dim, source, group, part.state.name, seeded)
             set_master(part.active, values, key)
 
     def _drop_state(self, part: Slice, group: dict[str, Any]) -> None:

@@ -48,10 +48,14 @@ def load_recipe(path: str | Path, flags: Iterable[str] = (), *, grass: bool = Tr
     Raises:
         ValueError: the file cannot be read, or a section, field or value is not a valid one.
     """
-    path = Path(path)
-    document = _read(path)
+    return build_recipe(read_document(path), Path(path), flags, grass=grass)
+
+
+def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] = (), *, grass: bool = True) -> Recipe:
+    """`load_recipe` for what a file holds."""
     kinds = {**_KINDS, "training": training_class(_task(document, flags))}
     fields = {section: {f.name for f in dataclasses.fields(kind) if f.init} for section, kind in kinds.items()}
+    fields["grass"].add("preset")
     _check_names(document, fields, path)
     given: dict[str, Any] = {section: dict(document.get(section) or {}) for section in SECTIONS if section != "grass"}
     if "grass" in document:
@@ -90,7 +94,13 @@ def training_class(task: str) -> type[TrainingArguments]:
     return trl.SFTConfig if task == "sft" else trl.DPOConfig
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_document(path: str | Path) -> dict[str, Any]:
+    """What a YAML file with sections holds.
+
+    Raises:
+        ValueError: it cannot be read, is not valid YAML, or says something twice.
+    """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -229,7 +239,8 @@ def _grass(values: Mapping[str, Any]) -> GrassConfig:
         if isinstance(value, tuple):  # the words of a flag
             value = value[0] if len(value) == 1 else list(value)
         # YAML reads 1e-3 as a string
-        said[name] = parse_field(name, value, "grass") if isinstance(value, str) else value
+        text = isinstance(value, str) and name != "preset"
+        said[name] = parse_field(name, value, "grass") if text else value
     try:
         return GrassConfig.from_dict(said)
     except ValueError as error:

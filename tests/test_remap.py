@@ -1,0 +1,57 @@
+"""Second moments of fresh rows, seeded: the mean of the slice's rows, and rows that stay untouched to the bit."""
+
+import pytest
+import torch
+
+from grass_hf.remap import carry_rows
+
+SOURCE = torch.tensor([2, -1, 0, -1])
+
+
+def carried(state, shape, dim, source=SOURCE):
+    carry_rows(state, torch.Size(shape), dim, source, {"lr": 0.1}, "layer", seeded=True)
+    return state
+
+
+@pytest.mark.parametrize("dim", [-2, -1])
+def test_state_per_element(dim):
+    shape = (4, 3) if dim == -2 else (3, 4)
+    m, v = torch.randn(shape), torch.rand(shape)
+    state = carried({"exp_avg": m.clone(), "exp_avg_sq": v.clone(), "step": torch.tensor(3.0)}, shape, dim)
+    rows = [t if dim == -2 else t.t() for t in (state["exp_avg"], state["exp_avg_sq"], m, v)]
+    for new, old in enumerate(SOURCE.tolist()):
+        if old < 0:
+            assert (rows[0][new] == 0).all()
+            torch.testing.assert_close(rows[1][new], rows[3].mean(0))
+        else:
+            assert torch.equal(rows[0][new], rows[2][old]) and torch.equal(rows[1][new], rows[3][old])
+    assert state["step"] == 3
+
+
+def test_every_expert_has_a_mean_of_its_own():
+    v, source = torch.rand(2, 4, 3), torch.stack([SOURCE, torch.tensor([-1, 1, 2, 3])])
+    new = carried({"exp_avg_sq": v.clone()}, v.shape, -2, source)["exp_avg_sq"]
+    torch.testing.assert_close(new[0, 1], v[0].mean(0))
+    torch.testing.assert_close(new[1, 0], v[1].mean(0))
+    assert torch.equal(new[1, 1:], v[1, 1:]) and torch.equal(new[0, 0], v[0, 2])
+
+
+def test_factored_second_moments():
+    rows, columns = torch.rand(4), torch.rand(3)
+    state = carried({"exp_avg_sq_row": rows.clone(), "exp_avg_sq_col": columns.clone()}, (4, 3), -2)
+    mean = rows.mean()
+    torch.testing.assert_close(state["exp_avg_sq_row"], torch.stack([rows[2], mean, rows[0], mean]))
+    assert torch.equal(state["exp_avg_sq_col"], columns)
+
+
+def test_quantised_second_moments():
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    code = bnb.create_dynamic_map(signed=False)
+    v = torch.rand(4, 2048) + 0.5
+    codes, made = bnb.quantize_blockwise(v, code=code, blocksize=256)
+    state = carried(
+        {"state1": torch.zeros(4, 2048), "state2": codes, "absmax2": made.absmax, "qmap2": code}, v.shape, -2
+    )
+    new = bnb.dequantize_blockwise(state["state2"], absmax=state["absmax2"], code=code, blocksize=256)
+    torch.testing.assert_close(new[1], v.mean(0), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(new[0], v[2], rtol=0.05, atol=0.02)
