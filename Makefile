@@ -10,8 +10,8 @@ OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_prec
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-dist stress test-oldest support-table quality bench-speed bench-net \
-	bench-memory proof-13b proof-7b docs clean
+.PHONY: help venv demo test test-slow test-dist stress test-oldest support-table quality bench bench-smoke bench-speed \
+	bench-net bench-memory proof-13b proof-7b docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,14 @@ quality: $(VENV)/.stamp-dev ## Check style, formatting and that the docs cover t
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/check_docs.py
+
+bench: $(VENV)/.stamp-dev ## Compare Grass with its peers, each at its own best rates (hours; goes on where it was)
+	$(BIN)/grass-hf bench quality studies/peers.yaml --out runs/quality_peers.jsonl
+	$(BIN)/grass-hf bench report runs/quality_peers.jsonl --out docs/results
+
+bench-smoke: $(VENV)/.stamp-dev ## The same with every method in seconds: does the instrument work?
+	$(BIN)/grass-hf bench quality studies/smoke.yaml --out runs/quality_smoke.jsonl
+	$(BIN)/grass-hf bench report runs/quality_smoke.jsonl --out runs
 
 bench-speed: $(VENV)/.stamp-dev ## Time Grass against AdamW and the frozen limit (runs/bench_speed.json)
 	$(BIN)/grass-hf bench speed --json runs/bench_speed.json

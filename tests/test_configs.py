@@ -12,6 +12,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
 # GaLore papers: "1b" is their LLaMA-1B of 1.34e9, every other name is within 5.5 % of the count.
 PARAMETERS = {
     "llama_9m": 8_995_968,
+    "llama_15m": 14_944_704,
     "llama_20m": 19_548_416,
     "llama_60m": 58_073_600,
     "llama_130m": 134_105_856,

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,28 @@ import torch
 _PACKAGES = ("grass-hf", "torch", "transformers", "accelerate")
 
 
-def machine() -> dict[str, Any]:
-    """The device and the versions that a figure depends on."""
+def machine(*packages: str) -> dict[str, Any]:
+    """The device and the versions that a figure depends on; of more packages too."""
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in (*_PACKAGES, *packages)},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, with "+" behind it if files differ from it; None outside a checkout."""
+    root = Path(__file__).parents[2]
+    words = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said if (root / ".git").exists() else None
 
 
 def append(path: str | os.PathLike, row: dict[str, Any]) -> None:

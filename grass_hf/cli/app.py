@@ -10,6 +10,7 @@ import typer
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
 from .network_commands import JSON, TARGETS, comm, names, net
+from .quality import quality, report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,8 +29,8 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure Grass against its limits and its peers on this machine.")
 app.add_typer(bench, name="bench")
 app.add_typer(adapter_commands)
-bench.command("comm")(comm)
-bench.command("net")(net)
+for command in (comm, net, quality, report):
+    bench.command(command.__name__)(command)
 
 
 @app.command(
@@ -59,9 +60,7 @@ def run(
 
 
 _RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
-_RECIPE_ARGUMENT = typer.Argument(
-    ..., help="The YAML file; flags for its fields come behind it.", metavar="RECIPE.yaml"
-)
+_RECIPE_ARGUMENT = typer.Argument(..., help="The YAML file; flags for its fields follow it.", metavar="RECIPE.yaml")
 
 
 @app.command(context_settings=_RECIPE)

@@ -1,0 +1,370 @@
+"""The study: equal terms for all methods, rows that survive interruptions, and tables that say what the rows say."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import recipe_files
+import torch
+import yaml
+from helpers import Sequences, arguments, tiny_llama
+
+from grass_hf.bench.quality import load_study
+from grass_hf.bench.quality_methods import KINDS, TwoRateTrainer, make_ready, target_names, two_rates
+from grass_hf.bench.quality_report import entries, write_report
+from grass_hf.bench.quality_rows import read_rows
+from grass_hf.bench.quality_run import held_out_loss, run_row
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ROOT / "studies/smoke.yaml"
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    """A study of a few seconds over a tiny model and text of our own."""
+    folder = tmp_path_factory.mktemp("study")
+    words = [f"word{n % 7} and word{n % 5} of line {n}. " * 12 for n in range(24)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    tiny_llama(vocab_size=300, max_position_embeddings=64).config.save_pretrained(folder)
+    return {
+        "model": {"config_name": str(folder / "config.json"), "tokenizer_vocab_size": 300},
+        "data": {"dataset": str(folder / "text.jsonl"), "sequence_length": 16, "holdout": 4},
+        "training": {"max_steps": 6, "per_device_train_batch_size": 2, "use_cpu": True},
+        "study": {
+            "rank": 4,
+            "seeds": [0],
+            "evaluations": 3,
+            "eval_blocks": 8,
+            "grid": {"learning_rates": [0.01], "multipliers": [0.5]},
+            "methods": {kind: None for kind in KINDS},
+        },
+    }
+
+
+def study_of(document, folder, **changes):
+    document = copy.deepcopy(document)
+    document["study"].update(changes)
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return load_study(path)
+
+
+@pytest.fixture(scope="module")
+def rows(document, tmp_path_factory):
+    """One run of every method."""
+    study = study_of(document, tmp_path_factory.mktemp("rows"))
+    return {run.method.kind: run_row(run) for run in study.next_runs([])}
+
+
+def test_every_method_starts_alike_trains_and_says_what_it_took(rows):
+    assert set(rows) == set(KINDS)
+    starts = {kind: row["loss_before"] for kind, row in rows.items()}
+    for kind, start in starts.items():  # DoRA divides by norms and multiplies by them again
+        assert start == pytest.approx(starts["adamw"], abs=1e-5 if kind == "dora" else 0.0), kind
+    for kind, row in rows.items():
+        assert row["status"] == "finished" and row["steps"] == 6 and row["tokens"] == 6 * 2 * 16
+        assert [step for step, _, _ in row["validation"]] == [2, 4, 6]
+        assert row["loss"] == row["validation"][-1][1] < row["loss_before"], kind
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+        assert row["seconds"] > 0 and row["peak_bytes"] > 0
+        assert row["versions"]["galore-torch"] and row["text"] == rows["adamw"]["text"]
+    assert len({row["loss"] for row in rows.values()}) == len(rows)  # no two methods are the same one
+    peaks = {kind: row["peak_bytes"] for kind, row in rows.items()}
+    assert peaks["frozen"] < peaks["grass"] < peaks["adamw"]
+    trained = {kind: row["trainable"] for kind, row in rows.items()}
+    assert trained["frozen"] < trained["grass"] < trained["adamw"] == trained["galore"] == trained["apollo"]
+
+
+def test_a_run_repeats_to_the_bit(rows, document, tmp_path):
+    run = next(r for r in study_of(document, tmp_path).next_runs([]) if r.method.kind == "grass")
+    again = run_row(run, workers=2)
+    assert again["key"] == rows["grass"]["key"] and again["workers"] == 2
+    assert again["loss"] == rows["grass"]["loss"] and again["train"] == rows["grass"]["train"]
+
+
+def test_a_run_that_diverges_is_a_row_and_no_error(document, tmp_path):
+    grid = {"learning_rates": [1e18], "multipliers": [1e18]}
+    study = study_of(document, tmp_path, grid=grid, methods={"adamw": None, "grass": None})
+    for run in study.next_runs([]):
+        row = run_row(run)
+        assert row["status"] == "diverged" and row["loss"] is None and row["perplexity"] is None
+        json.loads(json.dumps(row, allow_nan=False))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "galore", "apollo", "lora", "frozen"])
+def test_targets_alone_have_the_second_rate(kind, tmp_path):
+    """Trained with a multiplier, and by the same optimizer with groups made by hand: the same weights."""
+    ends = []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        model, settings = tiny_llama(), {"rank": 4, "lora_alpha": 4} if kind == "lora" else {}
+        names = target_names(model, "all-linear")
+        assert "lm_head" not in names and len(names) == 7 * model.config.num_hidden_layers
+        model, targets = make_ready(kind, model, settings, names)
+        options = {"optim": KINDS[kind].optim, "max_steps": 3, "weight_decay": 0.0, "learning_rate": 0.01}
+        if kind in ("galore", "apollo"):
+            options |= {"optim_target_modules": r".*(self_attn|mlp)\..*", "optim_args": "rank=4"}
+        multiplier = 1.0 if kind == "frozen" else 0.25
+        job = TwoRateTrainer(
+            model=model,
+            args=arguments(tmp_path, **options),
+            train_dataset=Sequences(),
+            targets=targets,
+            multiplier=1.0 if by_hand else multiplier,
+        )
+        if by_hand:
+            own = [p for p in model.parameters() if id(p) in targets and p.requires_grad]
+            others = [p for p in model.parameters() if id(p) not in targets and p.requires_grad]
+            optimizer = job.create_optimizer()
+            low_rank = next((g for g in optimizer.param_groups if "rank" in g), None)
+            settings = {k: v for k, v in (low_rank or {}).items() if k not in ("params", "lr")}
+            groups = [{"params": others, "lr": 0.01}]
+            if own:
+                groups.append({"params": own, "lr": 0.01 * multiplier, **settings})
+            # the same class, so that what is compared is which parameter has which rate
+            extra = {"fused": True} if type(optimizer) is torch.optim.AdamW else {}
+            job.optimizer = type(optimizer)(groups, lr=0.01, weight_decay=0.0, **extra)
+        before = [p.detach().clone() for p in model.parameters()]
+        job.train()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    changed = [not torch.equal(a, b) for a, b in zip(before, ends[0], strict=True)]
+    assert any(changed) and (all(changed) or kind in ("lora", "frozen"))
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+def test_decay_does_not_depend_on_the_multiplier():
+    own, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([own, other], lr=0.1, weight_decay=0.5)
+    two_rates(optimizer, {id(own)}, 0.2)
+    rates = {id(p): (g["lr"], g["lr"] * g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert rates[id(other)] == (0.1, 0.05)
+    assert rates[id(own)] == (pytest.approx(0.02), pytest.approx(0.05))
+    with pytest.raises(ValueError, match="trains no target matrix"):
+        two_rates(torch.optim.AdamW([other]), {id(own)}, 0.2)
+
+
+def test_held_out_loss_is_the_mean_over_tokens():
+    model = tiny_llama()
+    blocks = torch.randint(model.config.vocab_size, (5, 9))
+    logits = model(input_ids=blocks).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, blocks[:, 1:].flatten())
+    assert held_out_loss(model, blocks, 2) == pytest.approx(float(expected), rel=1e-5)
+    assert model.training  # as it was
+
+
+# -- which runs come next ------------------------------------------------------------------------------------------
+
+
+def row_of(run, loss, **more):
+    document = run.study.document
+    return {
+        "bench": "quality",
+        "key": run.key,
+        "study": "s",
+        "method": run.method.name,
+        "kind": run.method.kind,
+        "settings": run.method.settings,
+        "learning_rate": run.learning_rate,
+        "multiplier": run.multiplier,
+        "seed": run.seed,
+        "document": document,
+        "text": "t",
+        "evaluated_tokens": 10,
+        "status": "finished" if loss is not None else "diverged",
+        "loss": loss,
+        "loss_before": 6.0,
+        "tokens": 320,
+        "tokens_per_step": 32,
+        "trainable": 1000,
+        "peak_bytes": 2**20,
+        "workers": 1,
+        "tokens_per_second": 64.0,
+        "seconds": 5.0,
+        "validation": [[5, 3.0, 1.0], [10, loss, 2.0]] if loss is not None else [],
+        "commit": "abc",
+        "device": "a machine",
+        "versions": {"torch": "2"},
+        "date": "2026-01-01",
+        **more,
+    }
+
+
+def test_finalists_follow_the_grid_and_methods_take_turns(document, tmp_path):
+    grid = {"learning_rates": [0.001, 0.01, 0.1], "multipliers": [0.3, 1.0, 3.0]}
+    methods = {"adamw": None, "galore": None, "frozen": None}
+    study = study_of(document, tmp_path, grid=grid, methods=methods, seeds=[5, 6, 7], finalists=2)
+    assert study.size() == 9 + 9 + 3 + 2 * (2 + 2 + 2)
+    first = study.next_runs([])
+    assert len(first) == 21 and {run.seed for run in first} == {5}
+    assert [run.method.name for run in first[:3]] == ["adamw", "galore", "frozen"]
+    assert (first[0].learning_rate, first[0].multiplier) == (0.01, 1.0)  # the middle
+    done = [row_of(run, 4 + run.learning_rate + run.multiplier) for run in first if run.method.name == "adamw"]
+    done[3]["loss"] = None
+    rest = study.next_runs(done)
+    finals = [run for run in rest if run.seed != 5]
+    best = sorted((r for r in done if r["loss"]), key=lambda r: r["loss"])[:2]
+    assert {(run.learning_rate, run.multiplier) for run in finals} == {
+        (r["learning_rate"], r["multiplier"]) for r in best
+    }
+    assert {run.seed for run in finals} == {6, 7} and {run.method.name for run in finals} == {"adamw"}
+    while runs := study.next_runs(done):
+        done += [row_of(run, 4.0) for run in runs]
+    assert len(done) == study.size()
+
+
+def test_a_key_is_what_decides_about_a_run(document, tmp_path):
+    def keys(**changes):
+        return [run.key for run in study_of(document, tmp_path, **changes).next_runs([])]
+
+    base = keys(methods={"grass": None})
+    assert keys(methods={"other name": {"method": "grass"}}) == base
+    assert keys(methods={"grass": {"settings": {"density": 0.25}}}) == base  # the default, written out
+    for changes in (
+        {"methods": {"grass": {"settings": {"update_interval": 7}}}},
+        {"methods": {"grass": None}, "seeds": [3]},
+        {"methods": {"grass": None}, "grid": {"learning_rates": [0.02], "multipliers": [0.5]}},
+        {"methods": {"adamw": None}},
+        {"methods": {"grass": None}, "eval_blocks": 4},
+    ):
+        assert not set(keys(**changes)) & set(base), changes
+
+
+REFUSED = [
+    ({"rank": 0}, "study.rank is missing"),
+    ({"rank": 2.5}, "study.rank=2.5 is not a positive whole number"),
+    ({"seeds": [0, 0]}, "no list of different whole numbers"),
+    ({"finalists": 0}, "study.finalists=0"),
+    ({"sedes": [1]}, "did you mean seeds"),
+    ({"methods": {"adam": None}}, "did you mean adamw"),
+    ({"methods": {"a": {"method": "galroe"}}}, "did you mean galore"),
+    ({"methods": {"galore": {"settings": {"gap": 3}}}}, "'gap' is not a setting of galore"),
+    ({"methods": {"adamw": {"settings": {"rank": 3}}}}, "'rank' is not a setting of adamw"),
+    ({"methods": {"grass": {"settings": {"side": "top"}}}}, "side='top' is not known"),
+    ({"methods": {"grass": {"settings": {"scale": 0.5}}}}, "scale is what the study's multipliers set"),
+    ({"methods": {"adamw": {"learning_rates": [0.1, 0.01]}}}, "no rising list of positive numbers"),
+    ({"methods": {"adamw": {"multipliers": ["x"]}}}, "no rising list of positive numbers"),
+    (
+        {"methods": {"adamw": None, "galore": {"learning_rates": [0.1, 0.2]}}},
+        "grids are of equal size for every method",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, words", REFUSED, ids=lambda value: str(value)[:40])
+def test_a_study_that_cannot_be_run_says_why(document, tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        study_of(document, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_studies_are_valid(path):
+    study = load_study(path)
+    assert study.size() >= len(study.methods) and len(study.seeds) >= 2
+    keys = [run.key for run in study.next_runs([])]
+    assert len(set(keys)) == len(keys)  # no method stands there twice
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_says_what_the_rows_say(document, tmp_path):
+    grid = {"learning_rates": [0.001, 0.01, 0.1], "multipliers": [0.3, 1.0, 3.0]}
+    study = study_of(document, tmp_path, grid=grid, methods={"adamw": None, "grass": None}, seeds=[0, 1])
+    losses = {("adamw", 0.01, 1.0): (2.0, 2.2), ("adamw", 0.1, 1.0): (1.5, None), ("grass", 0.1, 3.0): (1.9, 1.7)}
+    made = [
+        row_of(run, losses.get((run.method.name, run.learning_rate, run.multiplier), (3.0, 3.0))[run.seed])
+        for run in study.next_runs([])
+    ]
+    grass, adamw = entries(made)
+    assert (grass.name, adamw.name) == ("grass", "adamw")
+    assert grass.best == (0.1, 3.0) and grass.edges() == "rate highest, multiplier highest"
+    assert adamw.best == (0.01, 1.0) and adamw.edges() == "no"  # and not the point that diverged once
+    assert adamw.loss(adamw.best) == pytest.approx(2.1) and adamw.loss((0.1, 1.0)) == math.inf
+    files = write_report(made, tmp_path / "out", "table", "the command", "A title")
+    assert [path.name for path in files] == ["table.md", "table.png"] and files[1].stat().st_size > 10_000
+    text = files[0].read_text()
+    assert text.startswith("# A title") and "`the command`" in text and "commit abc; a machine" in text
+    cells = [f"{math.exp(2.1):.1f}", f"{math.exp(2.0):.1f} to {math.exp(2.2):.1f}", "2", "0.01", "1", "no", "9"]
+    assert "| adamw | " + " | ".join([*cells, "0.00 M", "1.0", "0.500", "64"]) + " |" in text
+    assert "| 0.1 | 20.1 | diverged | 20.1 |" in text
+    shared = [row | {"workers": 2} for row in made]
+    assert "| 1.0 | - | - |" in write_report(shared, tmp_path, "two", "c")[0].read_text()
+    with pytest.raises(ValueError, match="differ in text"):
+        entries([*made, made[0] | {"text": "another"}])
+    with pytest.raises(ValueError, match="no rows"):
+        entries([])
+
+
+def test_points_of_finalists_go_before_those_of_one_seed(document, tmp_path):
+    study = study_of(document, tmp_path, grid={"learning_rates": [0.1], "multipliers": [1.0, 2.0]}, seeds=[0, 1])
+    runs = [run for run in study.next_runs([]) if run.method.name == "adamw"]
+    made = [
+        row_of(run, 1.0 if run.multiplier == 1.0 else 2.0) for run in runs if run.multiplier == 2.0 or run.seed == 0
+    ]
+    assert entries(made)[0].best == (0.1, 2.0)
+
+
+def test_half_a_row_never_counts(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    whole = json.dumps({"bench": "quality", "key": "a"}) + "\n"
+    path.write_text(whole + whole[:9])
+    assert [row["key"] for row in read_rows(path)] == ["a"] and path.read_text() != whole
+    assert len(read_rows(path, mend=True)) == 1 and path.read_text() == whole
+    path.write_text("{}\n" + whole)
+    with pytest.raises(ValueError, match="line 1 is no row"):
+        read_rows(path)
+    assert read_rows(tmp_path / "none") == []
+
+
+# -- as it is typed ------------------------------------------------------------------------------------------------
+
+
+def grass(*words):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "grass_hf", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_smoke_study_stops_goes_on_and_is_reported(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "smoke.jsonl"
+    command = ["bench", "quality", SMOKE, "--out", out, "--threads", 1]
+    first = grass(*command, "--limit", 2)
+    assert first.returncode == 0, first.stderr
+    study, begun = load_study(SMOKE), read_rows(out)
+    assert len(begun) == 2
+    with out.open("a") as file:
+        file.write('{"bench": "quality", "key"')  # as if the machine had stopped
+    rest = grass(*command)
+    assert rest.returncode == 0, rest.stderr
+    made = read_rows(out)
+    assert made[:2] == begun and len(made) == study.size() == len({row["key"] for row in made})
+    assert study.next_runs(made) == [] and all(row["status"] == "finished" for row in made)
+    assert {row["method"] for row in made} == {method.name for method in study.methods}
+    monkeypatch.chdir(ROOT)
+    assert recipe_files.grass(monkeypatch, *command, "--dry-run") == 0
+    assert "0 runs to go" in capsys.readouterr().out
+    assert recipe_files.grass(monkeypatch, "bench", "report", out, "--out", tmp_path, "--name", "table") == 0
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {method.name} |" in table for method in study.methods) and (tmp_path / "table.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["quality", "nothing.yaml"], "nothing.yaml cannot be read"),
+        (["quality", "recipes/pretrain/llama_demo_sotu.yaml"], "has no section `study`"),
+        (["quality", SMOKE, "--only", "galroe"], "did you mean galore"),
+        (["report", "nothing.jsonl"], "nothing.jsonl is not a file"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_sentence(words, sentence, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert recipe_files.grass(monkeypatch, "bench", *words) == 2
+    assert sentence in capsys.readouterr().err
