@@ -52,6 +52,7 @@ class GrassConfig:
         density: the same as a share of the selected side, in (0, 1]; give `rank` or `density`, not both.
             With neither, 0.25 (the paper's r = d/4).
         update_interval: optimizer steps K between two selections of rows; the paper uses 200.
+        select_until: optimizer steps after which no layer selects any more; None selects until the end.
         selection: how rows are chosen from the row norms of the gradient, see `grass_hf.selection`.
         score_by: what the norms are of. "batch": the gradient of what one backward pass sees, as in the paper.
             "sequence": every sequence's own gradient, and their squares are added up, so that the rows do not depend
@@ -91,6 +92,7 @@ class GrassConfig:
     rank: int | None = None
     density: float | None = None
     update_interval: int = 200
+    select_until: int | None = None
     selection: str = "top_r"
     score_by: str = "batch"
     side: str = "output"
@@ -135,6 +137,8 @@ class GrassConfig:
             raise ValueError(
                 f"update_interval={self.update_interval} is not a positive number of steps: the paper uses 200."
             )
+        if self.select_until is not None and self.select_until < 1:
+            raise ValueError(f"select_until={self.select_until} is not a positive number of steps: leave it out.")
         if not 0.0 < self.scale < float("inf"):
             raise ValueError(f"scale={self.scale} is not a positive number: 1.0 gives the slices the learning rate.")
         if self.row_blocks < 1:

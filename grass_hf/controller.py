@@ -18,6 +18,7 @@ zero gradients), changes nothing here.
 from __future__ import annotations
 
 import functools
+import math
 import types
 from typing import Any
 
@@ -235,9 +236,10 @@ class GrassController:
 
     def look_ahead(self) -> None:
         """Let the layers that are due after the coming step observe its backward passes."""
+        until = math.inf if self.config.select_until is None else self.config.select_until
         for layer in self.slices:
             state = layer.state
-            if self.step % self.config.update_interval == state.phase:
+            if self.step % self.config.update_interval == state.phase and self.step < until:
                 self.due.add(state.name)
             if state.name in self.due and selection.needs_scores(self.config.selection):
                 layer.observe()

@@ -66,10 +66,11 @@ class NaiveGrass:
         decay_all: bool = True,
         phases: dict[str, int] | None = None,
         warmup: int = 1,
+        until: int | None = None,
     ):
         self.model, self.choose, self.interval, self.kind, self.lr = model, choose, interval, kind, lr
         self.weight_decay, self.scale, self.policy, self.decay_all = weight_decay, scale, policy, decay_all
-        self.warmup, self.t = warmup, 0
+        self.warmup, self.until, self.t = warmup, until, 0
         self.matrices = {}
         self.visited: dict[str, set[tuple[int, ...]]] = {name: set() for name in targets}
         for name, param in model.named_parameters():
@@ -139,7 +140,7 @@ class NaiveGrass:
         w += eta * (p @ self._optimizer(matrix.state, rows, compressed))  # W += eta alpha P D
         if self.decay_all:
             matrix.owed *= 1 - lr * self.weight_decay
-        if self.t % self.interval == matrix.phase:
+        if self.t % self.interval == matrix.phase and (self.until is None or self.t < self.until):
             self._settle(matrix)
             matrix.draw = self.choose(self.t, name, matrix.scores.clone())
             if self.policy.startswith("carry"):

@@ -18,6 +18,7 @@ REFUSED = [
     ({"density": float("nan")}, ["density=nan"]),
     ({"rank": 8, "density": 0.5}, ["rank=8", "density=0.5", "keep one"]),
     ({"update_interval": 0}, ["update_interval=0", "paper uses 200"]),
+    ({"select_until": 0}, ["select_until=0", "leave it out"]),
     ({"update_interval": "200"}, ["update_interval='200'", "whole number"]),
     ({"selection": "topr"}, ["selection='topr'", "top_r"]),
     ({"side": "outputs"}, ["side='outputs'", "'output'"]),

@@ -99,6 +99,7 @@ def walk_both(config, kind, weight_decay, accumulation, warmup=1):
         decay_all=config.decay == "all",
         phases=phases,
         warmup=warmup,
+        until=config.select_until,
     )
     convert_to_grass(model, config)
     classes = {"adamw": (torch.optim.AdamW, {}), "sgd": (torch.optim.SGD, {"momentum": 0.9})}
@@ -153,6 +154,7 @@ def test_same_trajectory_as_naive_algorithm_1(rule, side, kind, weight_decay, ac
         {"state_policy": "reset"},
         {"state_policy": "reset_warmup"},
         {"state_policy": "carry_seeded"},
+        {"select_until": 16, "stagger": True},
         {"state_policy": "carry_seeded", "side": "input", "selection": "cycle"},
         {"stagger": True},
         {"stagger": True, "state_policy": "reset_warmup"},

@@ -22,7 +22,8 @@ from typing import Any
 
 from ..config import unknown_key
 from ..recipes.parse import build_recipe, read_document
-from .quality_methods import deciding, resolve
+from .quality_methods import resolve
+from .quality_rows import deciding
 
 # Fields of the section ``study``: those of the constructor of `Study`, and the default grid.
 _FIELDS = ("rank", "target_modules", "seeds", "finalists", "evaluations", "eval_blocks", "grid", "methods")

@@ -98,19 +98,6 @@ def resolve(kind: str, settings: Mapping[str, Any], rank: int, targets: Any) -> 
     return made
 
 
-# Fields of Grass whose value decides about a run even where it is the default, which may change one day.
-_NAMED = ("density", "rank", "update_interval", "selection", "side", "state_policy")
-
-
-def deciding(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that tell a run from others. Of Grass not those that have a default: a field that is new, and off,
-    does not make another run of it."""
-    if kind != "grass":
-        return dict(settings)
-    defaults = GrassConfig().to_dict()
-    return {name: value for name, value in settings.items() if name in _NAMED or value != defaults[name]}
-
-
 def check_installed(kind: str) -> None:
     """Refuse a method whose package is missing, with a sentence."""
     import importlib.util

@@ -14,9 +14,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from .quality_rows import Row, deciding
+
 Point = tuple[float, float]
 
 
@@ -70,7 +70,7 @@ def entries(rows: Iterable[Row]) -> list[Entry]:
     found: dict[str, dict[Point, dict[int, Row]]] = {}
     names: dict[str, str] = {}
     for row in rows:
-        what = json.dumps([row["kind"], row["settings"]], sort_keys=True)
+        what = json.dumps([row["kind"], deciding(row["kind"], row["settings"])], sort_keys=True)
         names.setdefault(what, row["method"])
         points = found.setdefault(what, defaultdict(dict))
         points[row["learning_rate"], row["multiplier"]][row["seed"]] = row

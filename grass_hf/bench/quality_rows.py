@@ -10,18 +10,31 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import GrassConfig
 from . import record
 
 if TYPE_CHECKING:  # a worker's words go to the log from before it imports more
     from .quality import Run, Study
 
 Row = dict[str, Any]
+
+# Fields of Grass whose value decides about a run even where it is the default, which may change one day.
+_NAMED = ("density", "rank", "update_interval", "selection", "side", "state_policy")
+
+
+def deciding(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that tell a method from others. Of Grass not those that have a default: a field that is new, and
+    off, does not make another method of it."""
+    if kind != "grass":
+        return dict(settings)
+    defaults = GrassConfig().to_dict()
+    return {name: value for name, value in settings.items() if name in _NAMED or value != defaults.get(name, value)}
 
 
 def read_rows(path: str | os.PathLike, mend: bool = False) -> list[Row]:
