@@ -60,8 +60,9 @@ quality: $(VENV)/.stamp-dev ## Check style, formatting and that the docs cover t
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/check_docs.py
 
+BENCH_WORKERS ?= 2
 bench: $(VENV)/.stamp-dev ## Compare Grass with its peers, each at its own best rates (hours; goes on where it was)
-	$(BIN)/grass-hf bench quality studies/peers.yaml --out runs/quality_peers.jsonl
+	$(BIN)/grass-hf bench quality studies/peers.yaml --out runs/quality_peers.jsonl --workers $(BENCH_WORKERS)
 	$(BIN)/grass-hf bench report runs/quality_peers.jsonl --out docs/results
 
 bench-smoke: $(VENV)/.stamp-dev ## The same with every method in seconds: does the instrument work?

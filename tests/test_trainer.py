@@ -22,6 +22,7 @@ from grass_hf import (
     restore_model,
 )
 from grass_hf.convert import grass_slices, is_converted
+from grass_hf.presets import PRESETS
 
 CONFIG = GrassConfig(density=0.25, update_interval=3)
 SETTINGS = {"weight_decay": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -411,3 +412,13 @@ def test_two_processes_under_ddp(tmp_path, rule):
         for name, value in plain_state(single.model).items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=2e-4)
         assert all(torch.equal(i, layer.index) for i, layer in zip(index, grass_slices(single.model), strict=True))
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_trains(tmp_path, preset):
+    job = trainer(tmp_path, optim_args=f"preset={preset},update_interval=2,base=adamw_torch", max_steps=5)
+    job.train()
+    config = job.model.grass.config
+    assert config == GrassConfig.preset(preset, update_interval=2)
+    assert job.optimizer.optimizer.grass.step == 5 and job.optimizer.optimizer.grass.metrics()["grass/coverage"] > 0.25
+    assert all(part.is_released for part in grass_slices(job.model)) is (preset == "max_memory")
