@@ -18,6 +18,7 @@ SETTINGS = {
     "columns": {"side": "input"},
     "all_matrices": {"target_modules": "all-matrices"},
     "drawn": {"selection": "multinomial_norm"},
+    "in_turn": {"selection": "cycle", "state_policy": "carry_seeded"},
     "clipped": {"clip": 0.5},
     "bfloat16": {"bfloat16": True},
     "checkpointing": {"checkpointing": True},

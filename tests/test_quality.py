@@ -349,10 +349,11 @@ def test_smoke_study_stops_goes_on_and_is_reported(tmp_path, monkeypatch, capsys
     assert len(begun) == 2
     with out.open("a") as file:
         file.write('{"bench": "quality", "key"')  # as if the machine had stopped
-    rest = grass(*command)
+    rest = grass(*command, "--workers", 2)
     assert rest.returncode == 0, rest.stderr
     made = read_rows(out)
-    assert made[:2] == begun and len(made) == study.size() == len({row["key"] for row in made})
+    assert made[:2] == begun and [row["workers"] for row in made] == [1, 1] + [2] * (len(made) - 2)
+    assert len(made) == study.size() == len({row["key"] for row in made})
     assert study.next_runs(made) == [] and all(row["status"] == "finished" for row in made)
     assert {row["method"] for row in made} == {method.name for method in study.methods}
     monkeypatch.chdir(ROOT)
