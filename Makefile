@@ -11,7 +11,7 @@ RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-dist stress test-oldest support-table quality bench bench-smoke bench-speed \
-	bench-net bench-memory proof-13b proof-7b docs clean
+	bench-net bench-memory proof-13b proof-7b proof-13b-int8 docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,11 @@ proof-13b: $(VENV)/.stamp-dev ## Simulate LLaMA-13B in bfloat16 within 38 GiB, b
 
 proof-7b: $(VENV)/.stamp-proof ## Train LLaMA-7B in full on this machine, within 18.5 GiB (20 GB of memory, 14 of disk)
 	$(BIN)/python scripts/proof_7b.py --json runs/proof_7b.json
+
+proof-13b-int8: $(VENV)/.stamp-proof ## Simulate LLaMA-13B with int8 weights on a 24 GB card, then train it here within 20 GiB (27 GB of disk)
+	$(BIN)/grass-hf estimate llama_13b --rank 128 --weight-dtype int8 --targets all-matrices --gradient-checkpointing \
+		--within 22.5GiB --json runs/proof_13b_int8_simulated.json
+	$(BIN)/python scripts/proof_13b_int8.py --json runs/proof_13b_int8.json
 
 # mistral-common wants an older numpy than everybody else, and only the tokenizer's file in it is read.
 $(VENV)/.stamp-proof: $(METADATA) | $(VENV)/.stamp-dev

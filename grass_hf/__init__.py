@@ -18,6 +18,7 @@ _HOMES = {
     "restore_model": "convert",
     "grass_optimizer": "optim",
     "estimate_memory": "memory",
+    "save_plain": "integrations.saving",
     "register": "_import_hook",
     "last_complete_checkpoint": "integrations.checkpoints",
     "GrassCallback": "integrations.trainer",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, guards, reselect, selection
 from .convert import describe, grass_slices
-from .distributed import check_agreement, local
+from .distributed import check_agreement, local, world_size
 from .remap import carry_rows
 from .slices import Slice
 from .stepping import step_in_chunks
@@ -158,7 +158,8 @@ class GrassController:
             return
         guards.check_any_reached(layers, self.parameters(), self.step, self._reached)
         if not self._has_stepped:
-            check_agreement("the first step", f"step={self.step}; {describe(self.model)}")
+            weights = guards.int8_weights(layers) if world_size() > 1 else ""
+            check_agreement("the first step", f"step={self.step}; {describe(self.model)}; {weights}")
             guards.check_each_reached(layers, self.step, self._reached)
             for part in layers:
                 part.check_alignment()

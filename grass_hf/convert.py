@@ -11,6 +11,7 @@ from torch import nn
 
 from .config import GrassConfig
 from .distributed import gathered, is_partitioned, is_sharded, shape_of
+from .int8 import is_int8
 from .modules import GrassModule, attach_slice, detach_slices
 from .rounding import loses_digits
 from .selection import with_replacement
@@ -27,11 +28,13 @@ class Conversion:
         config: the settings.
         left_out: reason by name, for each module the patterns matched that was not compressed.
         saved_keys_ignored: what the model's own ``_keys_to_ignore_on_save`` was.
+        ddp_ignored: what its ``_ddp_params_and_buffers_to_ignore`` was.
     """
 
     config: GrassConfig
     left_out: dict[str, str]
     saved_keys_ignored: object
+    ddp_ignored: object
 
 
 def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.Module:
@@ -87,7 +90,11 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
     # transformers drops these keys in save_pretrained, which keeps its checkpoints plain
     model._keys_to_ignore_on_save = {*(ignored or ()), *_slice_keys(model)}
-    model.grass = Conversion(config, todo.left_out, ignored)
+    left_alone = getattr(model, "_ddp_params_and_buffers_to_ignore", None)
+    if names := [name for name, param in model.named_parameters() if is_int8(param)]:
+        # DDP broadcasts what it finds as one flat tensor, which an int8 weight is no part of; guards compare them
+        model._ddp_params_and_buffers_to_ignore = [*(left_alone or ()), *names]
+    model.grass = Conversion(config, todo.left_out, ignored, left_alone)
     return model
 
 
@@ -113,6 +120,8 @@ def restore_model(model: nn.Module) -> nn.Module:
         if isinstance(module, GrassModule):
             detach_slices(module)
     model._keys_to_ignore_on_save = model.grass.saved_keys_ignored
+    if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
+        model._ddp_params_and_buffers_to_ignore = model.grass.ddp_ignored or []
     del model.grass
     return model
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from . import distributed
+from . import distributed, int8
 from .functional import along_slice, take_rows
 from .parts import Part, SliceState
 from .rounding import loses_digits, round_stochastically
@@ -176,11 +176,15 @@ class Exchange:
             )
 
     def check_residence(self) -> None:
-        """Check that a slice which is to be released is one that can be.
+        """Check that a slice which is to be released is one that can be, and that no int8 weight is sharded.
 
         Raises:
             ValueError: it is sharded.
         """
+        if distributed.is_sharded(self.active) and int8.is_int8(distributed.local(self.weight)):
+            raise ValueError(
+                f"{self.state.name}: weight_dtype='int8' does not go with sharded parameters: leave it out, or use DDP."
+            )
         if not self.resident and distributed.is_sharded(self.active):
             raise ValueError(
                 f"{self.state.name}: resident=False does not go with sharded parameters, of which every rank holds its "

@@ -21,6 +21,7 @@ one call per step, otherwise the second moment of the micro-batch gradients (doc
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -188,10 +189,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
         # A backward called inside an autocast region would autocast these products too; ordinary layers' does not.
-        if torch.is_autocast_enabled(dy.device.type):
-            with torch.autocast(dy.device.type, enabled=False):
-                grad, norms2 = _slice_gradient(ctx, dy)
-        else:
+        on = torch.is_autocast_enabled(dy.device.type)
+        with torch.autocast(dy.device.type, enabled=False) if on else nullcontext():
             grad, norms2 = _slice_gradient(ctx, dy)
         return dy, None, grad, None, None, norms2, None, None, None, None
 
@@ -263,8 +262,7 @@ def take_columns(values: Tensor, index: Tensor) -> Tensor:
     """``values[..., index]`` of (..., d): a gather, which reads any strides without a copy of them all and is several
     times faster than `index_select` along a last dimension of half precision on a CPU."""
     index = index.expand(*values.shape[:-1], index.shape[0])
-    if values.element_size() == 2:
-        # as the bits that they are: of floating-point halves a CPU makes a float32 copy on the way
+    if values.element_size() == 2:  # as bits, because of floating-point halves a CPU makes a float32 copy on the way
         return values.view(torch.int16).gather(-1, index).view(values.dtype)
     return values.gather(-1, index)
 

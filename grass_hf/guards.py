@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .distributed import whole
+from .int8 import is_int8
 from .slices import Slice
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,12 @@ def not_finite(name: str, step: int) -> FloatingPointError:
         "changed: lower the learning rate, clip gradients, or look at this batch for bad data (float16 needs a "
         "GradScaler, fp16=True in TrainingArguments)."
     )
+
+
+def int8_weights(slices: Iterable[Slice]) -> str:
+    """Sums over the int8 weights, equal on ranks that have the same: DDP does not broadcast these."""
+    weights = [(part.state.name, part.weight) for part in slices if is_int8(part.weight)]
+    return "; ".join(f"int8 {name} {int(w.int_data.sum())} {float(w.scale.double().sum())}" for name, w in weights)
 
 
 def has_gradient(param: nn.Parameter) -> bool:

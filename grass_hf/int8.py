@@ -26,6 +26,8 @@ _TYPE = "Int8QuantizedTrainingLinearWeight"
 _LARGEST = 127
 # Rows that are converted to float32 at a time.
 _BLOCK = 256
+# Columns by which most candidates for the scales of rows are ruled out.
+_FIRST = 64
 
 
 def is_int8(weight: Tensor) -> bool:
@@ -145,8 +147,14 @@ def _found_scale(rows: Tensor) -> Tensor:
     for top in (127, 126, 125):
         near = (largest / top).to(rows.dtype)
         for candidate in (near, _next(near, 1), _next(near, -1)):
-            codes, _ = _encoded(rows, candidate)
-            again = (codes * candidate.float()[:, None]).to(rows.dtype)
-            found = (again == rows).all(dim=1) & ~exact
-            scale, exact = torch.where(found, candidate, scale), exact | found
+            found = ~exact & _reproduced(rows[:, :_FIRST], candidate)
+            if bool(found.any()):
+                found &= _reproduced(rows, candidate)
+                scale, exact = torch.where(found, candidate, scale), exact | found
     return scale
+
+
+def _reproduced(rows: Tensor, scale: Tensor) -> Tensor:
+    """bool (r,): which rows come back exactly from their codes under given scales."""
+    codes, _ = _encoded(rows, scale)
+    return ((codes * scale.float()[:, None]).to(rows.dtype) == rows).all(dim=1)

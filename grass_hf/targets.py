@@ -11,6 +11,7 @@ from torch import nn
 
 from .config import GrassConfig
 from .distributed import shape_of
+from .int8 import is_int8
 from .modules import converted_class, kind_of
 from .patterns import Use, matched_uses, output_heads, shown, uses
 from .selection import fits
@@ -150,7 +151,7 @@ def _cannot(use: Use) -> str | None:
         return f"{type(module).__name__} is no linear layer, Conv1D, embedding or experts: trained in full"
     if not weight.is_floating_point():
         return f"its weight is stored as {weight.dtype}: left as it is"
-    if not weight.requires_grad:
+    if not weight.requires_grad and not is_int8(weight):
         return "frozen by you: left frozen"
     if "forward" in vars(module):
         return "its forward was replaced (device_map offloading hooks, say): trained in full"

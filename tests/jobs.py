@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
-from grass_hf import GrassConfig, convert_to_grass, last_complete_checkpoint
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, last_complete_checkpoint
 from grass_hf.convert import grass_slices
 from grass_hf.distributed import shards, whole
 
@@ -182,3 +182,53 @@ def _print_refusal(name: str, call) -> None:
         call()
     except ValueError as error:
         print(f"refused {name}: {error}", flush=True)
+
+
+def int8_under_ddp(settings: dict) -> None:
+    """Five steps of `test_int8.train`, half of the batch on each rank."""
+    from test_int8 import TOKENS
+
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2
+    model = convert_to_grass(tiny_llama(), GrassConfig(**settings, score_by="sequence"))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    own, losses = TOKENS.chunk(2)[dist.get_rank()], []
+    for _ in range(5):
+        loss = wrapped(input_ids=own, labels=own).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(total.item() / 2)
+    print(json.dumps({"losses": losses, "rows": [part.index.tolist() for part in grass_slices(model)]}))
+
+
+def int8_that_stops(settings: dict) -> None:
+    """What is said of weights that differ from rank to rank, and of weights that are sharded."""
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2
+    said = []
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.0 + dist.get_rank())
+    convert_to_grass(model, GrassConfig(**settings))
+    optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    try:
+        tokens = torch.arange(8)[None]
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    except RuntimeError as error:
+        said.append(str(error).replace("\n", " "))
+    model = convert_to_grass(tiny_llama(), GrassConfig(**settings))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    try:
+        grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    except ValueError as error:
+        said.append(str(error))
+    print("\n".join(said))

@@ -1,11 +1,17 @@
 """Frozen weights in int8: stored and found again exactly, trained in float32, saved plain."""
 
+import json
+
 import pytest
 import torch
+from forks import ranks
 from helpers import assert_same_weights, plain_state, tiny_llama, trainer
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, int8, restore_model
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, int8, restore_model, save_plain
 from grass_hf.convert import grass_slices
+from grass_hf.integrations import saving
 
 TOKENS = torch.arange(48).view(4, 12)
 SETTINGS = {"density": 0.25, "update_interval": 3, "weight_dtype": "int8"}
@@ -188,3 +194,74 @@ def test_fsdp2_is_refused_with_a_sentence(monkeypatch):
 def test_state_dicts_are_plain():
     model, _ = converted(torch.bfloat16)
     assert all(type(value) is torch.Tensor for value in plain_state(model).values())
+
+
+def test_weights_that_are_int8_already_train_the_same():
+    """A large model is never there in its own dtype: each weight is quantised as soon as it is made."""
+
+    def losses(beforehand):
+        model = tiny_llama().bfloat16()
+        if beforehand:
+            for name, module in model.named_modules():
+                if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                    module.weight = int8.quantize(module.weight)
+        # rows of a slice start from the plain weights, or else from the codes
+        return train(*converted(torch.bfloat16, model, selection="uniform_nr"), 4)
+
+    assert losses(True)[0] == losses(False)[0]
+    assert losses(True) == pytest.approx(losses(False), abs=0.02)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("largest", [2_000, 10**9])
+def test_a_plain_checkpoint_is_written_shard_by_shard(tmp_path, tied, largest, monkeypatch):
+    model, optimizer = converted(torch.bfloat16, tiny_llama(tie_word_embeddings=tied))
+    train(model, optimizer, 2)
+    held = []
+
+    def save(shard, path, metadata):
+        held.append(sum(tensor.nbytes for tensor in shard.values()))
+        save_file(shard, path, metadata=metadata)
+
+    save_file = saving.save_file
+    monkeypatch.setattr(saving, "save_file", save)
+    old = tmp_path / "ours" / "model-00001-of-00003.safetensors"
+    old.parent.mkdir()
+    old.write_text("of an earlier checkpoint")
+    save_plain(model, tmp_path / "ours", max_shard_size=largest)
+    model.save_pretrained(tmp_path / "theirs")
+    largest_tensor = max(p.nbytes for p in tiny_llama().bfloat16().parameters())
+    assert max(held) <= max(largest, largest_tensor) and (len(held) > 1) == (largest < 10**9)
+    ours = {k: v for file in (tmp_path / "ours").glob("*.safetensors") for k, v in load_file(file).items()}
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("ours", "theirs")]
+    assert configs[0] == configs[1]
+    loaded = [LlamaForCausalLM.from_pretrained(tmp_path / folder) for folder in ("ours", "theirs")]
+    assert_same_weights(*loaded)
+    assert not old.exists() or len(held) == 3
+
+
+def test_what_cannot_be_written_shard_by_shard_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Linear is no model of transformers"):
+        save_plain(torch.nn.Linear(2, 2), tmp_path / "a")
+    with pytest.raises(ValueError, match="max_shard_size=0 is not a positive number"):
+        save_plain(tiny_llama(), tmp_path / "a", max_shard_size=0)
+    assert not (tmp_path / "a").exists()
+
+
+def test_two_ranks_under_ddp_are_one():
+    model, optimizer = converted(torch.float32, score_by="sequence")
+    alone = train(model, optimizer, 5)
+    for said in ranks(2, "int8_under_ddp", SETTINGS):
+        found = json.loads(said.splitlines()[-1])
+        assert found["losses"] == pytest.approx(alone, abs=1e-5)
+        assert found["rows"] == [part.index.tolist() for part in grass_slices(model)]
+
+
+def test_ranks_with_other_int8_weights_and_shards_stop():
+    for said in ranks(2, "int8_that_stops", SETTINGS):
+        other, sharded = said.splitlines()[-2:]
+        assert "disagree on the first step" in other and "int8 model.layers.0" in other
+        assert "weight_dtype='int8' does not go with sharded parameters" in sharded

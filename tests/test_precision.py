@@ -15,11 +15,13 @@ from grass_hf.selection import seeded
 HALVES = [torch.bfloat16, torch.float16]
 
 
+@pytest.mark.parametrize("given", [torch.float64, torch.float32])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("value", [1.0 + 1e-3, -1.0 - 1e-3, 1.9999, 3e-8, -3e-8, 2.0 - 2**-12, 0.3, -7e-6])
-def test_stochastic_rounding_goes_to_a_neighbour_and_is_exact_in_the_mean(dtype, value):
+def test_stochastic_rounding_goes_to_a_neighbour_and_is_exact_in_the_mean(dtype, value, given):
     draws = seeded("a")
-    values = torch.full((200_000,), value, dtype=torch.float64)
+    values = torch.full((200_000,), value, dtype=given)
+    value = float(values[0])
     rounded = round_stochastically(values, dtype, draws).double()
     nearest = values[:1].to(dtype)
     found = rounded.unique()
@@ -35,14 +37,17 @@ def test_stochastic_rounding_goes_to_a_neighbour_and_is_exact_in_the_mean(dtype,
         assert abs(value - float(nearest)) < 1e-4 * abs(value) or value == float(nearest)
 
 
+@pytest.mark.parametrize("given", [torch.float64, torch.float32])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_stochastic_rounding_leaves_exact_and_special_values_alone(dtype):
+def test_stochastic_rounding_leaves_exact_and_special_values_alone(dtype, given):
     exact = torch.tensor([0.0, -0.0, 1.0, -2.5, 65504.0 if dtype == torch.float16 else 1e38, float("inf")])
-    exact = exact.to(dtype).float()
-    assert torch.equal(round_stochastically(exact, dtype, seeded("b")).float(), exact)
-    assert round_stochastically(torch.tensor([float("nan")]), dtype, seeded("b")).isnan().all()
-    largest = torch.tensor([torch.finfo(dtype).max], dtype=torch.float64) * (1 + 1e-5)
-    assert round_stochastically(largest.expand(1000), dtype, seeded("c")).isfinite().all()
+    exact = torch.cat([exact, -exact]).to(dtype).to(given).expand(50, -1)
+    assert torch.equal(round_stochastically(exact, dtype, seeded("b")).to(given), exact)
+    odd = torch.tensor([float("nan"), -float("nan")], dtype=given).expand(50, -1)
+    assert round_stochastically(odd, dtype, seeded("b")).isnan().all()
+    largest = torch.tensor([torch.finfo(dtype).max], dtype=given) * (1 + 1e-5)
+    for sign in (1, -1):
+        assert round_stochastically(sign * largest.expand(1000), dtype, seeded("c")).isfinite().all()
 
 
 def ones_that_shrink(steps=400, size=64, **settings):

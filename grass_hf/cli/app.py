@@ -9,7 +9,8 @@ import typer
 
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
-from .network_commands import JSON, TARGETS, comm, names, net
+from .bench_commands import memory, speed
+from .network_commands import TARGETS, comm, names, net
 from .quality import quality, report
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure Grass against its limits and its peers on this machine.")
 app.add_typer(bench, name="bench")
 app.add_typer(adapter_commands)
-for command in (comm, net, quality, report):
+for command in (speed, memory, comm, net, quality, report):
     bench.command(command.__name__)(command)
 
 
@@ -151,6 +152,10 @@ def estimate(
     rank: int | None = typer.Option(None, help="Rows r of every target matrix that are trained at a time."),
     density: float | None = typer.Option(None, help="The same as a share of the rows; 0.25 if neither is given."),
     side: str = typer.Option("output", help="Side that is selected: output, input or auto."),
+    selection: str = typer.Option("top_r", help="Rule by which rows are chosen; uniform_nr never observes."),
+    stagger: bool = typer.Option(
+        False, "--stagger", help="Let layers select on different steps, so that few of them observe at a time."
+    ),
     targets: str = typer.Option("all-linear", help=TARGETS),
     dtype: str = typer.Option("bfloat16", help="Dtype of the weights."),
     slice_dtype: str | None = typer.Option(
@@ -199,6 +204,8 @@ def estimate(
         "rank": rank,
         "density": density,
         "side": side,
+        "selection": selection,
+        "stagger": stagger,
         "target_modules": names(targets),
         "slice_dtype": slice_dtype,
         "weight_dtype": weight_dtype,
@@ -232,61 +239,6 @@ def estimate(
         engine=engine,
         **setting,
     )
-
-
-@bench.command("speed")
-def bench_speed(
-    rank: int = typer.Option(128, help="Rows r of every target matrix that Grass trains at a time.", min=1),
-    side: str = typer.Option("auto", help="Selected side: output, input, or auto, which makes the smallest slices."),
-    dtype: list[str] = typer.Option(["float32", "bfloat16"], help="Weights' dtype; give it twice for two."),
-    layers: int = typer.Option(12, help="Layers of the LLaMA.", min=1),
-    hidden: int = typer.Option(768, help="Its width; the feed-forward layer is 8/3 as wide.", min=64),
-    batch: int = typer.Option(4, help="Sequences per step.", min=1),
-    sequence: int = typer.Option(256, help="Tokens per sequence.", min=1),
-    rounds: int = typer.Option(18, help="Counted steps of every method, after two that are not.", min=1),
-    device: str = typer.Option("", help="cpu or cuda; empty takes cuda where there is one."),
-    slow_dtypes: bool = typer.Option(False, help="Time a dtype even where this CPU has no fast matmul for it."),
-    keep_memory: bool = typer.Option(True, help="On a CPU, keep freed memory in the process, as GPU allocators do."),
-    json: Path | None = JSON,
-) -> None:
-    """Seconds per training step: fused AdamW, Grass, and the frozen limit.
-
-    The frozen limit trains everything but the target matrices, so nothing that trains them can be faster. The
-    three are stepped in turn within one run, and ratios of medians are printed.
-    """
-    from .bench import run_speed
-
-    run_speed(
-        dtypes=dtype,
-        device=device,
-        slow_dtypes=slow_dtypes,
-        keep_memory=keep_memory,
-        json=json,
-        rank=rank,
-        side=side,
-        layers=layers,
-        hidden=hidden,
-        batch=batch,
-        sequence=sequence,
-        rounds=rounds,
-    )
-
-
-@bench.command("memory")
-def bench_memory(
-    cases: str = typer.Option("", help="Numbers of the cases to run, with commas; all if not given."),
-    device: str = typer.Option("", help="cpu or cuda; empty takes cuda where there is one."),
-    json: Path | None = JSON,
-) -> None:
-    """Check `grass-hf estimate` against real training runs on this machine.
-
-    Six LLaMAs (sizes, sides, targets, precisions, gradient checkpointing, FSDP2 on two ranks) are estimated, then
-    trained: under a counter of live tensor bytes, and by themselves for the growth of resident memory (on a GPU, the
-    bytes its allocator handed out). Fails where an estimate is off by more than 1 % or 5 % of these.
-    """
-    from .bench import run_memory
-
-    run_memory(cases=cases, device=device, json=json)
 
 
 def main() -> None:

@@ -1,0 +1,62 @@
+"""The commands ``grass-hf bench speed`` and ``memory`` and their help; the work is in `grass_hf.cli.bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from .network_commands import JSON
+
+
+def speed(
+    rank: int = typer.Option(128, help="Rows r of every target matrix that Grass trains at a time.", min=1),
+    side: str = typer.Option("auto", help="Selected side: output, input, or auto, which makes the smallest slices."),
+    dtype: list[str] = typer.Option(["float32", "bfloat16"], help="Weights' dtype; give it twice for two."),
+    layers: int = typer.Option(12, help="Layers of the LLaMA.", min=1),
+    hidden: int = typer.Option(768, help="Its width; the feed-forward layer is 8/3 as wide.", min=64),
+    batch: int = typer.Option(4, help="Sequences per step.", min=1),
+    sequence: int = typer.Option(256, help="Tokens per sequence.", min=1),
+    rounds: int = typer.Option(18, help="Counted steps of every method, after two that are not.", min=1),
+    device: str = typer.Option("", help="cpu or cuda; empty takes cuda where there is one."),
+    slow_dtypes: bool = typer.Option(False, help="Time a dtype even where this CPU has no fast matmul for it."),
+    keep_memory: bool = typer.Option(True, help="On a CPU, keep freed memory in the process, as GPU allocators do."),
+    json: Path | None = JSON,
+) -> None:
+    """Seconds per training step: fused AdamW, Grass, and the frozen limit.
+
+    The frozen limit trains everything but the target matrices, so nothing that trains them can be faster. The
+    three are stepped in turn within one run, and ratios of medians are printed.
+    """
+    from .bench import run_speed
+
+    run_speed(
+        dtypes=dtype,
+        device=device,
+        slow_dtypes=slow_dtypes,
+        keep_memory=keep_memory,
+        json=json,
+        rank=rank,
+        side=side,
+        layers=layers,
+        hidden=hidden,
+        batch=batch,
+        sequence=sequence,
+        rounds=rounds,
+    )
+
+
+def memory(
+    cases: str = typer.Option("", help="Numbers of the cases to run, with commas; all if not given."),
+    device: str = typer.Option("", help="cpu or cuda; empty takes cuda where there is one."),
+    json: Path | None = JSON,
+) -> None:
+    """Check `grass-hf estimate` against real training runs on this machine.
+
+    Six LLaMAs (sizes, sides, targets, precisions, gradient checkpointing, FSDP2 on two ranks) are estimated, then
+    trained: under a counter of live tensor bytes, and by themselves for the growth of resident memory (on a GPU, the
+    bytes its allocator handed out). Fails where an estimate is off by more than 1 % or 5 % of these.
+    """
+    from .bench import run_memory
+
+    run_memory(cases=cases, device=device, json=json)
