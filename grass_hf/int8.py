@@ -54,11 +54,16 @@ def quantize(weight: Tensor) -> nn.Parameter:
     weight = weight.detach()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    fill(codes, scale, weight)
+    return nn.Parameter(Int8QuantizedTrainingLinearWeight(codes, scale), requires_grad=False)
+
+
+def fill(codes: Tensor, scale: Tensor, weight: Tensor) -> None:
+    """Put the codes (m, n) and scales (m,) of a plain weight into empty tensors, some rows at a time."""
     for own_codes, own_scale, rows in zip(codes.split(_BLOCK), scale.split(_BLOCK), weight.split(_BLOCK), strict=True):
         found_codes, found_scale = _encoded(rows, _found_scale(rows))
         own_codes.copy_(found_codes)
         own_scale.copy_(found_scale)
-    return nn.Parameter(Int8QuantizedTrainingLinearWeight(codes, scale), requires_grad=False)
 
 
 def dequantize(weight: Tensor) -> Tensor:
