@@ -181,6 +181,18 @@ def test_two_workers_train_over_links_and_leave_nothing(command, tmp_path):
 
 @needs_networks
 @pytest.mark.dist
+def test_compute_of_fsdp2_is_measured_with_its_copies_and_without_a_network(command, tmp_path):
+    words = ["--engine", "fsdp2", "--workers", "2", "--speeds", "20Mbit/s", "--rounds", "1", "--layers", "2"]
+    words += ["--hidden", "64", "--vocabulary", "64", "--sequence", "8", "--json", tmp_path / "row.json"]
+    code, _, err = command(*words)
+    assert code == 0, err
+    row = json.loads((tmp_path / "row.json").read_text())
+    for entry in row["rows"]:
+        assert 0 < sum(row["compute"][entry["method"]].values()) < entry["step"], row["compute"]
+
+
+@needs_networks
+@pytest.mark.dist
 @pytest.mark.parametrize("after", [1, 25], ids=["starting", "training"])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_in_the_middle_it_leaves_nothing(how, after, tmp_path):

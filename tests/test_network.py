@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grass_hf import GrassConfig
 from grass_hf.bench.net import ADAMW, Measured, Setting, rows
-from grass_hf.network import Compute, Link, buckets, ddp_step, fsdp2_step
+from grass_hf.network import MEASURED_ERROR, Compute, Link, buckets, ddp_step, fsdp2_step
 from grass_hf.traffic import Sent, Traffic, traffic
 
 FREE = Link(math.inf, 0.0, 8)
@@ -100,7 +100,7 @@ DATA = Path(__file__).parent / "data"
 ERRORS = {
     "bench_net_ddp.json": (0.15, 0.05),
     "bench_net_ddp_long.json": (0.07, 0.05),
-    "bench_net_fsdp2.json": (0.15, 0.12),
+    "bench_net_fsdp2.json": (0.16, 0.13),
 }
 
 
@@ -124,10 +124,17 @@ def test_measured_steps_are_predicted(file):
     for row in measured_rows(file):
         # the links' counters, headers included, against the bytes around the ring
         assert 1.0 < row["bytes"] / row["ring_bytes"] < 1.01, row
-        if "fsdp2" in file and row["bits"] > 200e6:
-            continue  # FSDP2 on a CPU copies and waits, which the model does not know of
+        if "fsdp2" in file and row["bits"] > 800e6:
+            continue  # many small messages among 8 processes on 2 cores take longer than their bytes
         assert row["model"] == pytest.approx(row["step"], rel=steps), row
         assert row["model_speed_up"] == pytest.approx(row["speed_up"], rel=speed_ups), row
+
+
+@pytest.mark.parametrize("engine", MEASURED_ERROR)
+def test_the_error_that_is_stated_is_the_error(engine):
+    files = [file for file in ERRORS if engine in file]
+    errors = [row["model"] / row["step"] - 1 for file in files for row in measured_rows(file)]
+    assert (min(errors), max(errors)) == pytest.approx(MEASURED_ERROR[engine], abs=0.005)
 
 
 def test_measured_speed_ups():

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 from grass_hf import GrassConfig, convert_to_grass
 from grass_hf.cli import main
 from grass_hf.convert import grass_slices
+from grass_hf.network import MEASURED_ERROR
 from grass_hf.traffic import KINDS, layers, ring_bytes, traffic
 
 
@@ -146,6 +147,8 @@ def test_estimate_prints_steps_on_a_network(folder, command, tmp_path):
     code, out, err = command("estimate", folder, *words, "--latency", "10us", "--json", tmp_path / "row.json")
     assert code == 0, err
     assert "speed-up" in out and "64 ranks, 8Mbit/s" in out and "compute takes no time" in out
+    low, high = MEASURED_ERROR["fsdp2"]
+    assert f"fsdp2 {low:+.0%} to {high:+.0%}" in " ".join(out.split())
     steps = json.loads((tmp_path / "row.json").read_text())["network"]["steps"]
     assert [(s["engine"], s["method"]) for s in steps] == [(e, m) for e in ("ddp", "fsdp2") for m in ("adamw", "grass")]
     adamw = steps[0]["sent"]["all_reduce"]

@@ -5,9 +5,10 @@ batches, once with AdamW and once for every setting of Grass. In every round of 
 each speed of the links, in changing order; medians are compared. The workers share this machine's cores, so compute
 is slow, and equally so for all; what counts is the ratio of link time to compute.
 
-What the model of `grass_hf.network` needs is measured in the same run: steps of the bare model, on all workers at once
-(compute); an all-reduce of one number (latency), and one of 16 MB over links without limits, for what this machine can
-carry at all. Nothing is fitted to the steps that it predicts.
+What the model of `grass_hf.network` needs is measured in the same run: steps without a network, on all workers at once
+(compute: of the bare model, or of FSDP2 over a process group that sends nothing, so that its copies and hooks count);
+an all-reduce of one number (latency), and one of 16 MB over links without limits, for what this machine can carry at
+all. Nothing is fitted to the steps that it predicts.
 """
 
 from __future__ import annotations
@@ -109,7 +110,6 @@ class _Run:
         self.setting, self.ranks, self.switch = setting, ranks, switch
         self.names = list(setting.methods)
         self.numbers = dict.fromkeys(self.names, 0)
-        self.optimizer: dict[str, list[float]] = {name: [] for name in self.names}
         self.measured = Measured(losses={name: [] for name in self.names})
 
     def steps(self) -> Iterator[str | Measured]:
@@ -150,26 +150,23 @@ class _Run:
         answers = self.ranks.ask("step", name=name, number=self.numbers[name])
         self.numbers[name] += 1
         self.measured.losses[name].append(statistics.fmean(answer["loss"] for answer in answers))
-        self.optimizer[name].append(statistics.fmean(answer["optimizer"] for answer in answers))
         return max(answer["step"] for answer in answers)
 
     def _compute(self) -> None:
-        """Parts of a step of the bare models, which every worker takes for itself at the same time: the slowest's."""
+        """Parts of a step that every worker takes for itself at the same time: the slowest's."""
         setting, found = self.setting, {name: [] for name in self.names}
         for name in self.names:
             self.ranks.ask("drop", name=name)
         for name, grass in setting.methods.items():
-            self.ranks.ask("make", name=name, engine="alone", grass=grass, **setting.shape)
+            engine = "quiet" if setting.engine == "fsdp2" else "alone"
+            self.ranks.ask("make", name=name, engine=engine, grass=grass, **setting.shape)
         for number in range(setting.rounds + 1):
             for name in self._turn(number):
                 answers = self.ranks.ask("step", name=name, number=number)
                 if number:  # the first step makes the optimizer's state, and selects
                     found[name].append(max(answers, key=lambda answer: answer["step"]))
         for name, steps in found.items():
-            compute = {part: statistics.median(step[part] for step in steps) for part in _PARTS}
-            if setting.engine == "fsdp2":  # a rank's optimizer steps its own shard, and sends nothing
-                compute["optimizer"] = statistics.median(self.optimizer[name])
-            self.measured.compute[name] = compute
+            self.measured.compute[name] = {part: statistics.median(step[part] for step in steps) for part in _PARTS}
 
 
 _PARTS = ("forward", "backward", "optimizer")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -65,7 +66,7 @@ class Rank:
 
         Args:
             name: by which the other calls know it.
-            engine: "ddp", "fsdp2", or "alone" for the bare model.
+            engine: "ddp", "fsdp2", "alone" for the bare model, or "quiet" for FSDP2 over a group that sends nothing.
             model: config of a causal language model, as a dict.
             grass: settings of Grass, as a dict; None for AdamW.
             dtype: of the weights.
@@ -77,10 +78,11 @@ class Rank:
         wrapped = layers(plain).values()
         if grass is not None:
             convert_to_grass(plain, GrassConfig.from_dict(grass))
-        if engine == "fsdp2":
+        if engine in ("fsdp2", "quiet"):
+            options = {"mesh": _quiet_mesh()} if engine == "quiet" else {}
             for layer in wrapped:
-                fully_shard(layer)
-            fully_shard(plain)
+                fully_shard(layer, **options)
+            fully_shard(plain, **options)
         run = DistributedDataParallel(plain) if engine == "ddp" else plain
         settings = {"lr": 1e-4, "weight_decay": 0.1, "fused": True}
         if grass is None:
@@ -126,6 +128,13 @@ class Rank:
             dist.all_reduce(message)
             seconds.append(time.perf_counter() - began)
         return statistics.median(seconds)
+
+
+def _quiet_mesh() -> DeviceMesh:
+    """All ranks, with torch's fake process group between them: what is gathered is this rank's shard, repeated."""
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  (makes the backend known)
+
+    return DeviceMesh.from_group(dist.new_group(backend="fake"), "cpu")
 
 
 def main() -> None:
