@@ -15,7 +15,7 @@ import typer
 
 import grass_hf
 from grass_hf.cli.app import app
-from grass_hf.recipes.schema import DataSection, EvaluationSection, ModelSection
+from grass_hf.recipes.schema import DataSection, EvaluationSection, LoraSection, ModelSection
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -54,7 +54,7 @@ def problems(code: str) -> Iterator[str]:
     for field in dataclasses.fields(grass_hf.GrassConfig):
         if not documented(field.name):
             yield f"GrassConfig.{field.name} is not mentioned in docs/*.md: describe the setting"
-    for section in (ModelSection, DataSection, EvaluationSection):
+    for section in (ModelSection, DataSection, LoraSection, EvaluationSection):
         for field in dataclasses.fields(section):
             if not documented(field.name):
                 yield f"{section.__name__}.{field.name} is not mentioned in docs/*.md: describe the field of a recipe"

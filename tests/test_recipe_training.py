@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import recipe_files as files
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -62,6 +63,28 @@ def test_pretraining_leaves_a_plain_model_a_log_and_a_report(tmp_path, monkeypat
     assert "--overwrite" in capsys.readouterr().err
     assert files.grass(monkeypatch, "train", path, "--overwrite", "--max_steps", "1", "--no-grass") == 0
     assert "grass/coverage" not in (tmp_path / "out" / "training.jsonl").read_text()
+
+
+@pytest.mark.parametrize("task", ["pretraining", "finetuning", "classification", "preferences"])
+def test_adapters_in_place_of_grass_leave_the_weights_alone(tmp_path, task):
+    recipe = getattr(files, task)(tmp_path)
+    if task == "pretraining":
+        recipe["model"] = {"model_name_or_path": str(files.causal_folder(tmp_path / "model"))}
+    folder = Path(recipe["model"]["model_name_or_path"])
+    del recipe["grass"]
+    recipe["lora"] = {"lora_r": 4, "lora_dropout": 0.0}
+    recipe["training"]["max_steps"] = 2
+    before = load_file(folder / "model.safetensors")
+    run(tmp_path, recipe, "--lora_alpha", "16")
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["lora_dropout"]) == (4, 16, 0.0)
+    kinds = {"classification": AutoModelForSequenceClassification}
+    base = kinds.get(task, AutoModelForCausalLM).from_pretrained(folder)
+    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    changed = [name for name, p in model.named_parameters() if "lora_B" in name and p.abs().sum() > 0]
+    assert changed and not (tmp_path / "out" / "model.safetensors").exists()
+    kept = load_file(folder / "model.safetensors")
+    assert all(torch.equal(before[name], kept[name]) for name in before)
 
 
 def test_a_stream_trains_like_the_rows(tmp_path):

@@ -161,6 +161,13 @@ WRONG = {
     ),
     "no tokenizer": (_set("model", tokenizer_vocab_size=None), ["tokenizer", "tokenizer_vocab_size"]),
     "a tiny tokenizer": (_set("model", tokenizer_vocab_size=99), ["tokenizer_vocab_size=99", "512"]),
+    "two ways to train": (_set("lora", lora_r=4), ["grass and lora", "--no-grass"]),
+    "adapters of rank 0": (_and(lambda s, f: s.pop("grass"), _set("lora", lora_r=0)), ["lora.lora_r=0", "1 or more"]),
+    "a misspelt field of lora": (_set("lora", lora_rank=4), ["'lora_rank'", "did you mean lora_"]),
+    "adapters nowhere": (
+        _and(lambda s, f: s.pop("grass"), _set("lora", lora_target_modules=["wq"])),
+        ["lora: ", "wq"],
+    ),
     "no place to write": (_set("training", output_dir=_file), ["file", "another folder"]),
     "no output folder": (_set("training", output_dir=None), ["output_dir is missing"]),
     "another run's folder": (_set("training", output_dir=lambda f: str(f)), ["is not empty", "--overwrite"]),

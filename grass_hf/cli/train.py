@@ -74,7 +74,7 @@ def _check_memory(recipe, prepared, model, limit: int, where: str) -> dict | Non
         _console.print(f"memory: not estimated ({(str(error).splitlines() or [type(error).__name__])[0]})")
         return None
     reference = 0
-    if recipe.task == "dpo":
+    if recipe.task == "dpo" and recipe.lora is None:
         reference = sum(parameter.nbytes for parameter in model.parameters())
     peak = estimated.peak + reference
     _console.print(

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..config import GrassConfig
 from ..integrations.base import base_class_and_kwargs
 from ..memory import MemoryEstimate, estimate_memory
 from ..simulate import causal_loss
@@ -127,6 +129,11 @@ def check_model(recipe: Recipe, prepared: Prepared) -> tuple[nn.Module, Plan | N
     checkpoint = find_checkpoint(recipe)
     if checkpoint is not None:
         check_checkpoint(checkpoint, model)
+    if recipe.lora is not None:
+        try:
+            get_peft_model(empty_model(recipe, prepared.config), recipe.lora.config(recipe.task))
+        except ValueError as error:
+            raise ValueError(f"lora: {error}") from error
     return model, None if recipe.grass is None else plan(model, recipe.grass)
 
 
@@ -140,7 +147,10 @@ def estimate(recipe: Recipe, prepared: Prepared) -> MemoryEstimate:
     cls, options = base_class_and_kwargs(training, training.optim.value, {}, Trainer.get_optimizer_cls_and_kwargs)
     dtype = dtype_of(recipe.model, prepared.config)
     batch = training.per_device_train_batch_size * (2 if recipe.task == "dpo" else 1)
-    kind = type(prepared.config)
+    kind, adapters = type(prepared.config), None
+    if recipe.lora is not None:
+        targets = recipe.lora.lora_target_modules or "all-linear"
+        adapters = GrassConfig(rank=recipe.lora.lora_r, target_modules=targets, slice_dtype="float32")
     _ = auto_class(recipe.task)._model_mapping[kind]  # imported here, not under fake tensors
 
     def make() -> nn.Module:
@@ -148,8 +158,8 @@ def estimate(recipe: Recipe, prepared: Prepared) -> MemoryEstimate:
 
     return estimate_memory(
         make,
-        recipe.grass,
-        method="adamw" if recipe.grass is None else "grass",
+        adapters or recipe.grass,
+        method="lora" if adapters else "adamw" if recipe.grass is None else "grass",
         optimizer=cls,
         optimizer_args={key: value for key, value in options.items() if key != "params"},
         batch=batch,

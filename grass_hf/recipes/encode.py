@@ -72,9 +72,11 @@ def encode_rows(
 
 
 def chat_encoder(
-    tokenizer: Any, loss_on: str, system_prompt: str | None
+    tokenizer: Any, loss_on: str, system_prompt: str | None, length: int | None = None
 ) -> Callable[[dict[str, Any]], tuple[list[int], list[int]]]:
     """A function of a row of `layouts`' columns for finetuning: token ids, and 1 for those to learn.
+
+    A chat longer than `length` tokens is rendered only as far as that: every turn costs a rendering of all before it.
 
     Raises:
         ValueError: see [Note: what is trained in a chat].
@@ -95,6 +97,8 @@ def chat_encoder(
         mask: list[int] = []
         done = ""
         for number in learnt:
+            if length is not None and len(ids) >= length:
+                break
             before, after = render(messages[:number], True), render(messages[: number + 1], False)
             if not before.startswith(done) or not after.startswith(before):
                 raise ValueError(

@@ -22,9 +22,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..config import GrassConfig, parse_field, unknown_key
 from ..integrations.base import check_base
 from ..integrations.registration import NAME
-from .schema import TASKS, DataSection, EvaluationSection, ModelSection, Recipe, choose
+from .schema import TASKS, DataSection, EvaluationSection, LoraSection, ModelSection, Recipe, choose
 
-SECTIONS = ("model", "data", "grass", "training", "evaluation")
+SECTIONS = ("model", "data", "grass", "lora", "training", "evaluation")
+_OPTIONAL = ("grass", "lora")  # absent is not the same as empty
 # A flag of one replaces what the file says of the other.
 _ALTERNATIVES = {
     "rank": ("density",),
@@ -34,7 +35,13 @@ _ALTERNATIVES = {
     "tokenizer_name": ("tokenizer_vocab_size",),
     "tokenizer_vocab_size": ("tokenizer_name",),
 }
-_KINDS = {"model": ModelSection, "data": DataSection, "grass": GrassConfig, "evaluation": EvaluationSection}
+_KINDS = {
+    "model": ModelSection,
+    "data": DataSection,
+    "grass": GrassConfig,
+    "lora": LoraSection,
+    "evaluation": EvaluationSection,
+}
 
 
 def load_recipe(path: str | Path, flags: Iterable[str] = (), *, grass: bool = True) -> Recipe:
@@ -57,9 +64,7 @@ def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] =
     fields = {section: {f.name for f in dataclasses.fields(kind) if f.init} for section, kind in kinds.items()}
     fields["grass"].add("preset")
     _check_names(document, fields, path)
-    given: dict[str, Any] = {section: dict(document.get(section) or {}) for section in SECTIONS if section != "grass"}
-    if "grass" in document:
-        given["grass"] = dict(document["grass"] or {})
+    given: dict[str, Any] = {s: dict(document.get(s) or {}) for s in SECTIONS if s in document or s not in _OPTIONAL}
     for section, field, words in _flags(flags, fields):
         if section:
             for other in _ALTERNATIVES.get(field, ()):
@@ -69,11 +74,14 @@ def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] =
         given.pop("grass", None)
     sections = {s: _parse(kinds[s], given[s], s) for s in ("model", "data", "training", "evaluation")}
     config = _grass(given["grass"]) if "grass" in given else None
+    lora = _parse(LoraSection, given["lora"], "lora") if "lora" in given else None
+    if config is not None and lora is not None:
+        raise ValueError("grass and lora are two ways to train: leave one section out (--no-grass drops `grass`).")
     task = _task(document, flags)
     _check_base(sections["training"], config)
     _connect(task, sections["data"], sections["training"], given["training"])
     shown = {"task": task, **{s: given[s] for s in SECTIONS if s in given}}
-    return Recipe(path, task, grass=config, given=shown, **sections)
+    return Recipe(path, task, grass=config, lora=lora, given=shown, **sections)
 
 
 def training_class(task: str) -> type[TrainingArguments]:

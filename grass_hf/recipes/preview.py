@@ -33,7 +33,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         "task": recipe.task,
         "model": dataclasses.asdict(recipe.model),
         "data": {f.name: getattr(recipe.data, f.name) for f in dataclasses.fields(recipe.data)},
-        "grass": None if recipe.grass is None else recipe.grass.to_dict(),
+        **({} if recipe.grass is None else {"grass": recipe.grass.to_dict()}),
+        **({} if recipe.lora is None else {"lora": dataclasses.asdict(recipe.lora)}),
         "training": shown,
         "evaluation": dataclasses.asdict(recipe.evaluation),
     }

@@ -108,11 +108,11 @@ def render(run: Run, start: StartReport | None) -> str:
     recipe, text = run.recipe, html.escape
     settings = recipe.training
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-    how = "everything trained in full" if recipe.grass is None else "Grass"
     body = [
         f"<h1>{text(recipe.title)}</h1>",
-        f'<p class="sub">{text(recipe.task)} of {text(recipe.model.name)} on {text(str(recipe.data.dataset))}: {how}, '
-        f"{text(str(settings.optim.value))}, {run.results['steps']:,} steps of {batch} examples</p>",
+        f'<p class="sub">{text(recipe.task)} of {text(recipe.model.name)} on {text(str(recipe.data.dataset))}: '
+        f"{text(recipe.method)}, {text(str(settings.optim.value))}, {run.results['steps']:,} steps of {batch} "
+        "examples</p>",
         _cards(run.results),
     ]
     curves = draw(run.history)

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
 
-from ..config import GrassConfig
 from . import preview
 from .checks import check_model, check_places, find_checkpoint
 from .metrics import perplexity
@@ -50,7 +49,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, json_file: Path | None = N
         say(escape(line))
     set_seed(training.seed)
     model = load_model(recipe, prepared.config)
-    say(f"model: {recipe.model.name}, {model.num_parameters():,} parameters, {_method(recipe.grass)}")
+    say(f"model: {recipe.model.name}, {model.num_parameters():,} parameters, {recipe.method}")
     # Within train(), where the model is wrapped: evaluate() before it leaves a model without DDP (accelerate 1.15).
     training.eval_on_start = (
         prepared.evaluation is not None and recipe.evaluation.before_training and checkpoint is None
@@ -94,14 +93,6 @@ def _nothing_left_behind(output: Path) -> Iterator[None]:
 
 def _nothing(*_: Any) -> None:
     """Other processes say nothing."""
-
-
-def _method(config: GrassConfig | None) -> str:
-    if config is None:
-        return "trained in full"
-    share = f"rank {config.rank}" if config.rank is not None else f"a share of {config.density}"
-    chosen = f"rows chosen by {config.selection} every {config.update_interval} steps"
-    return f"Grass with {share}, side {config.side}, {chosen}"
 
 
 def shown(metrics: dict[str, Any]) -> str:

@@ -173,6 +173,34 @@ class EvaluationSection:
             )
 
 
+@dataclass
+class LoraSection:
+    """Adapters in place of the section `grass`, to compare with; names and defaults are those of TRL's ModelConfig."""
+
+    lora_r: int = _help("Rank of the adapters.", 16)
+    lora_alpha: int = _help("What an adapter adds is multiplied by lora_alpha / lora_r.", 32)
+    lora_dropout: float = _help("Dropout on the adapters' inputs.", 0.05)
+    lora_target_modules: list[str] = _help_list("Names of the layers that get one; every linear layer if not given.")
+    use_rslora: bool = _help("Multiply by lora_alpha / sqrt(lora_r) instead.", False)
+
+    def __post_init__(self):
+        if self.lora_r < 1:
+            raise ValueError(f"lora.lora_r={self.lora_r} is not a positive rank: give 1 or more.")
+
+    def config(self, task: str) -> Any:
+        """The same as PEFT's `LoraConfig`."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules or "all-linear",
+            use_rslora=self.use_rslora,
+            task_type="SEQ_CLS" if task == "classification" else "CAUSAL_LM",
+        )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A recipe as it will be run: file and flags together.
@@ -182,6 +210,7 @@ class Recipe:
         task: one of `TASKS`.
         model, data, evaluation: the sections.
         grass: settings of Grass, or None: everything is trained in full by ``training.optim``.
+        lora: adapters that are trained instead, or None.
         training: arguments of the task's trainer; their ``optim`` is the base optimizer.
         given: per section, what file and flags set, for printing.
     """
@@ -191,6 +220,7 @@ class Recipe:
     model: ModelSection
     data: DataSection
     grass: GrassConfig | None
+    lora: LoraSection | None
     training: TrainingArguments
     evaluation: EvaluationSection
     given: dict[str, Any]
@@ -198,3 +228,15 @@ class Recipe:
     @property
     def title(self) -> str:
         return self.evaluation.title or self.path.stem.replace("_", " ")
+
+    @property
+    def method(self) -> str:
+        """How the weights are trained, in words."""
+        if self.lora is not None:
+            return f"LoRA adapters of rank {self.lora.lora_r}"
+        if self.grass is None:
+            return "trained in full"
+        config = self.grass
+        share = f"rank {config.rank}" if config.rank is not None else f"a share of {config.density}"
+        chosen = f"rows chosen by {config.selection} every {config.update_interval} steps"
+        return f"Grass with {share}, side {config.side}, {chosen}"

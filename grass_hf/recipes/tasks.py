@@ -8,6 +8,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from peft import get_peft_model
 from transformers import (
     DataCollatorWithPadding,
     EarlyStoppingCallback,
@@ -103,7 +104,7 @@ def _encoded(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, lab
             f"the tokenizer of {recipe.model.name} has no chat template: give model.chat_template, a Jinja file or "
             "`plain`."
         )
-    encode = chat_encoder(tokenizer, data.loss_on, data.system_prompt)
+    encode = chat_encoder(tokenizer, data.loss_on, data.system_prompt, length)
     return encode_rows(rows, encode, length, f"{data.loss_on} {data.system_prompt} {key}", **options)
 
 
@@ -148,6 +149,9 @@ def build_trainer(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) ->
         "processing_class": prepared.tokenizer,
         "callbacks": callbacks,
     }
+    lora = None if recipe.lora is None else recipe.lora.config(recipe.task)
+    if lora is not None and recipe.task in ("pretraining", "classification"):
+        options["model"] = get_peft_model(model, lora)
     if recipe.task == "pretraining":
         options |= {"data_collator": default_data_collator}
         options |= {"compute_metrics": metrics.token_accuracy, "preprocess_logits_for_metrics": metrics.count_tokens}
@@ -158,14 +162,17 @@ def build_trainer(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) ->
         return Trainer(preprocess_logits_for_metrics=metrics.likeliest_class, **options)
     import trl
 
+    if lora is not None:
+        options |= {"peft_config": lora}
     if recipe.task == "sft":
         if recipe.grass is None or not head_is_target(model, recipe.grass):
             return trl.SFTTrainer(**options)
         # TRL counts right tokens in its fused head only
         options |= {"compute_metrics": metrics.token_accuracy, "preprocess_logits_for_metrics": metrics.count_tokens}
         return plain_head_trainer()(**options)
-    # Whole, and from before the policy is converted. Log-probabilities that are computed in advance need none.
+    # Whole, and from before the policy is converted. Log-probabilities that are computed in advance need none, and with
+    # adapters it is the model without them.
     reference = None
-    if not training.precompute_ref_log_probs or training.fsdp:
+    if lora is None and (not training.precompute_ref_log_probs or training.fsdp):
         reference = copy.deepcopy(model).requires_grad_(False).eval()
     return trl.DPOTrainer(ref_model=reference, **options)
