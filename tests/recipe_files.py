@@ -122,10 +122,13 @@ def finetuning(folder: Path, rows: list[dict] | None = None) -> dict:
     }
 
 
+def pairs(count: int = 40) -> list[dict]:
+    return [{"prompt": f"The {THINGS[n % 6]} is", "chosen": " red.", "rejected": " white."} for n in range(count)]
+
+
 def preferences(folder: Path) -> dict:
     """A recipe that tunes a tiny LLaMA to preferences."""
-    rows = [{"prompt": f"The {THINGS[n % 6]} is", "chosen": " red.", "rejected": " white."} for n in range(40)]
-    write_lines(folder / "pairs.jsonl", rows)
+    write_lines(folder / "pairs.jsonl", pairs())
     return {
         **finetuning(folder),
         "task": "dpo",

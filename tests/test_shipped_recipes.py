@@ -36,6 +36,7 @@ TYPES = {
     "mistralai/Mistral-7B-v0.1": "mistral",
     "mistralai/Mixtral-8x7B-v0.1": "mixtral",
     "openai-community/gpt2": "gpt2",
+    "Qwen/Qwen3-0.6B": "qwen3",
     "Qwen/Qwen3-8B": "qwen3",
     "smollm2-135m-instruct": "llama",
 }
@@ -174,6 +175,9 @@ def data(said: dict, folder: Path) -> dict:
         rows = [{"text": " ".join(files.sentences()[n : n + 9])} for n in range(30)]
     elif said["task"] == "classification":
         rows = [{"sentence": text, "label": "warm" if "red" in text else "cold"} for text in files.sentences(60)]
+    elif said["task"] == "dpo":
+        rows = files.pairs(30)
+        replaced["sequence_length"] = 96
     elif given.get("layout") == "alpaca":
         rows = [{"instruction": f"Colour of {n}?", "output": text} for n, text in enumerate(files.sentences(30))]
         replaced["sequence_length"] = 96
