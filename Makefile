@@ -10,7 +10,7 @@ OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_prec
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-dist stress test-oldest support-table quality bench bench-smoke bench-speed \
+.PHONY: help venv demo finetune test test-slow test-dist stress test-oldest support-table quality bench bench-smoke bench-speed \
 	bench-net bench-memory proof-13b proof-7b proof-13b-int8 docs clean
 
 help: ## List the commands
@@ -28,6 +28,9 @@ venv: $(VENV)/.stamp-dev ## Make the development environment in .venv
 
 demo: $(VENV)/.stamp-demo ## Train a small LLaMA with Grass on the SOTU speeches, evaluate it and report (runs/demo)
 	$(BIN)/grass-hf train $(RECIPE) --overwrite
+
+finetune: $(VENV)/.stamp-packaged ## Finetune SmolLM2-135M-Instruct on everyday dialogues (runs/smollm2_chitchat)
+	$(BIN)/grass-hf train recipes/finetune/smollm2_135m_chitchat.yaml
 
 test: $(VENV)/.stamp-dev ## Run the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow and not dist"

