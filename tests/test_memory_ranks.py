@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers import tiny_llama
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grass_hf import GrassConfig, estimate_memory
 from grass_hf.bench import memory as bench
@@ -43,6 +44,16 @@ def test_two_real_ranks_hold_what_is_estimated(case):
     held = {"ddp": whole.weights, "fsdp2": whole.weights / 2}[case.engine]
     assert estimate.step.weights == pytest.approx(held, rel=0.01)
     assert estimate.step.communication > 0 == whole.communication
+
+
+def test_the_counter_sees_memory_and_nothing_else():
+    counter = bench.PlainCounter()
+    with counter:
+        held = torch.zeros(100)
+        with FakeTensorMode():
+            torch.zeros(1000)
+        torch.zeros(1000, device="meta")
+    assert counter.peak == held.nbytes
 
 
 def test_many_ranks_are_simulated_as_two_are():

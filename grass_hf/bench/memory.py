@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,7 +111,8 @@ class PlainCounter(TorchDispatchMode):
 
     def _see(self, tensor: torch.Tensor) -> None:
         for inner in plain_tensors(tensor):
-            self.storages.add(inner.untyped_storage())
+            if not inner.is_meta and not isinstance(inner, FakeTensor):  # DTensor keeps such, to know shapes by
+                self.storages.add(inner.untyped_storage())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
