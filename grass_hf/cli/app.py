@@ -83,15 +83,21 @@ def train(
 
       accelerate launch --config_file configs/accelerate/ddp_8gpu.yaml -m grass_hf train RECIPE.yaml
 
-    Every field is a flag behind the recipe, and replaces what the file says: `--rank 64`, `--output_dir runs/try`.
-    Where two sections have a field of one name, give the section too: `--grass.seed 1`. `null` takes a value away.
+    Every field is a flag behind the recipe and replaces what the file says: `--rank 64`, `--output_dir runs/try`.
 
-    Tasks are pretraining (packed text, from scratch or continued), sft (chats and prompts, the loss on the replies),
-    dpo (preferences) and classification. `training` has the names of TrainingArguments, unchanged (for sft and dpo
-    those of TRL's SFTConfig and DPOConfig), and its `optim` is the base optimizer of Grass.
+    A field that two sections have wants its section: `--grass.seed 1`. `null` takes a value away.
 
-    A run leaves a plain checkpoint, training.jsonl and report.html in its output_dir. `grass-hf validate` finds
-    mistakes without training; docs/recipes.md lists every field.
+    To compare: `--no-grass` trains everything in full, `--no-grass --lora_r 64` LoRA adapters.
+
+    Tasks: pretraining (packed text), sft (chats; the loss is of the replies), dpo (preferences), classification.
+
+    `training` has the names of TrainingArguments, unchanged; for sft and dpo those of TRL's SFTConfig and DPOConfig.
+
+    Its `optim` is the base optimizer of Grass.
+
+    A run leaves a plain checkpoint, training.jsonl and report.html in its output_dir.
+
+    `grass-hf validate` finds mistakes without training; docs/recipes.md lists every field.
     """
     from .train import run_train
 

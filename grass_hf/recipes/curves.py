@@ -54,7 +54,7 @@ def draw(history: list[dict[str, Any]]) -> list[tuple[str, str]]:
     for caption, lines in wanted:
         lines = [line for line in lines if line[0][0]]
         if lines:
-            drawn.append((caption, _figure(lines, bounded=caption.startswith(("Grass", "share", "accuracy", "F1")))))
+            drawn.append((caption, _figure(lines, bounded=caption.startswith("Grass"))))
     return drawn
 
 
@@ -95,6 +95,7 @@ def _plotted(lines: list[Line], bounded: bool = False) -> Iterator[Any]:
             axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, markersize=3, label=label or None)
         if bounded:
             axes.set_ylim(-0.02, 1.02)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))  # learning rates: 2 x 1e-4 and not 0.00020
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -148,7 +148,7 @@ def _cards(results: dict[str, Any]) -> str:
             quantity = name.removesuffix(" after")
             earlier = results.get(f"{quantity} before")
             said = (f"{cell(earlier)} → " if earlier is not None else "") + cell(value)
-            cards.append((quantity, said))
+            cards.append((quantity.replace("_", " "), said))
         else:
             cards.append((name, cell(Path(value).name if name == "best checkpoint" else value)))
     return (
