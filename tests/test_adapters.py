@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Sequences, tiny_llama
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -250,6 +250,17 @@ def test_merging_gives_the_tuned_weights(tmp_path):
     assert merged.state_dict().keys() == expected.keys()
     for key, value in merged.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_head_merges_once_if_it_is_left_out_of_the_config(tmp_path):
+    base, tuned = save(model("llama_tied"), tmp_path / "base"), save(changed(model("llama_tied")), tmp_path / "tuned")
+    export_adapter(base, tuned, tmp_path / "adapter", rank=64)
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert "lm_head" in config.target_modules
+    config.target_modules = [name for name in config.target_modules if name != "lm_head"]
+    merged = PeftModel.from_pretrained(model_from(base), tmp_path / "adapter", config=config).merge_and_unload()
+    for key, value in model_from(tuned).state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_the_reported_error_is_the_distance_of_the_merged_weights(tmp_path):
