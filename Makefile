@@ -14,7 +14,7 @@ RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 	bench-net bench-memory proof-13b proof-7b proof-13b-int8 docs clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The stamps are the installed extras: an environment is made once, and made again when the metadata changes.
 $(BIN)/python:
