@@ -163,7 +163,7 @@ class GrassController:
             guards.check_each_reached(layers, self.step, self._reached)
             for part in layers:
                 part.check_alignment()
-                part.check_residence()
+                part.check_sharding()
         self._check_finite(layers)
         self._ramp_learning_rate(layers)
 

@@ -175,11 +175,11 @@ class Exchange:
                 f"that hold them: convert with row_blocks={count} and a rank that {count} divides, or side='input'."
             )
 
-    def check_residence(self) -> None:
-        """Check that a slice which is to be released is one that can be, and that no int8 weight is sharded.
+    def check_sharding(self) -> None:
+        """Check that what cannot be sharded is not: int8 weights, and slices that are to be released.
 
         Raises:
-            ValueError: it is sharded.
+            ValueError: it is.
         """
         if distributed.is_sharded(self.active) and int8.is_int8(distributed.local(self.weight)):
             raise ValueError(

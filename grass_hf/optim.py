@@ -67,7 +67,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> GrassControlle
                 f"the optimizer does not hold the slice of {layer.state.name}: make it after convert_to_grass, "
                 "over the model's trainable parameters."
             )
-        layer.check_residence()
+        layer.check_sharding()
     _split_groups(optimizer, model)
     optimizer.grass = GrassController(model, optimizer)
     return optimizer.grass

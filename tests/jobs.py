@@ -227,6 +227,7 @@ def int8_that_stops(settings: dict) -> None:
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
+    assert all(isinstance(part.active, DTensor) for part in grass_slices(model))
     try:
         grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
     except ValueError as error:

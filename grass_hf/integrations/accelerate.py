@@ -66,7 +66,7 @@ def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:
     if config.weight_dtype is not None:
         raise ValueError(
             f"weight_dtype={config.weight_dtype!r} does not go with FSDP2, which shards plain weights: leave it out, "
-            "or train on one process."
+            "or use DDP."
         )
     one_dtype = AcceleratorState().mixed_precision == "no"
     adapted = for_shards(config, model, _shards(), one_dtype=one_dtype)
