@@ -217,8 +217,10 @@ def test_finalists_follow_the_grid_and_methods_take_turns(document, tmp_path):
         (r["learning_rate"], r["multiplier"]) for r in best
     }
     assert {run.seed for run in finals} == {6, 7} and {run.method.name for run in finals} == {"adamw"}
+    assert study.missing([]) == study.size() and study.missing(done) == study.size() - len(done)
     while runs := study.next_runs(done):
         done += [row_of(run, 4.0) for run in runs]
+        assert study.missing(done) == study.size() - len(done)
     assert len(done) == study.size()
 
 

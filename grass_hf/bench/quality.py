@@ -25,8 +25,9 @@ from ..recipes.parse import build_recipe, read_document
 from .quality_methods import resolve
 from .quality_rows import deciding
 
-# Fields of the section ``study``: those of the constructor of `Study`, and the default grid.
-_FIELDS = ("rank", "target_modules", "seeds", "finalists", "evaluations", "eval_blocks", "grid", "methods")
+# Fields of the section ``study``: those of `Study` that have a default, and what every method is made of.
+_OPTIONS = ("target_modules", "seeds", "finalists", "evaluations", "eval_blocks")
+_FIELDS = ("rank", *_OPTIONS, "grid", "methods")
 _GRID = ("learning_rates", "multipliers")
 _METHOD = ("method", "settings", *_GRID)
 
@@ -124,9 +125,20 @@ class Study:
 
     def size(self) -> int:
         """Number of runs of the whole study."""
-        each = [len(m.points()) for m in self.methods]
-        finalists = [n if self.finalists is None else min(n, self.finalists) for n in each]
-        return sum(each) + (len(self.seeds) - 1) * sum(finalists)
+        return sum(len(m.points()) + self._later(m) for m in self.methods)
+
+    def missing(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Number of runs that have no row yet, those of finalists that are not known yet included."""
+        runs = self.next_runs(rows)
+        if self.finalists is None:
+            return len(runs)
+        unfinished = {run.method.name for run in runs if run.seed == self.seeds[0]}
+        return len(runs) + sum(self._later(m) for m in self.methods if m.name in unfinished)
+
+    def _later(self, method: Method) -> int:
+        """Number of runs with other seeds than the first."""
+        points = len(method.points())
+        return (len(self.seeds) - 1) * (points if self.finalists is None else min(points, self.finalists))
 
     def _grid(self, seeds: tuple[int, ...]) -> Iterator[Run]:
         # methods alternate, so that an unfinished study compares like with like
@@ -167,7 +179,7 @@ def load_study(path: str | Path, only: Iterable[str] = ()) -> Study:
     for name in ("rank", "methods"):
         if not section.get(name):
             raise ValueError(f"{path}: study.{name} is missing.")
-    options = {name: section[name] for name in _FIELDS[1:6] if name in section}
+    options = {name: section[name] for name in _OPTIONS if name in section}
     if "seeds" in options:
         options["seeds"] = tuple(options["seeds"])
     _check_numbers(path, section["rank"], options)

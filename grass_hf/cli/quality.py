@@ -60,32 +60,19 @@ def quality(
             console.print(f"{run.method.name}: rate {run.learning_rate:g} x {run.multiplier:g}, seed {run.seed}")
         timed = [row["seconds"] for row in rows if row["status"] == "finished"]
         if timed:
-            missing, each = _missing(chosen, rows), sum(timed) / len(timed)
+            missing, each = chosen.missing(rows), sum(timed) / len(timed)
             console.print(f"{missing} runs to go: {missing * each / workers / 3600:.1f} hours at {each:.0f} s a run")
         return
     bars = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*bars, console=console, transient=True) as progress:
         size = chosen.size()
-        task = progress.add_task("runs", total=size, completed=size - _missing(chosen, rows))
+        task = progress.add_task("runs", total=size, completed=size - chosen.missing(rows))
         for row in run_study(chosen, out, workers, threads, limit):
             found = row["status"] if row["loss"] is None else f"perplexity {row['perplexity']:.1f}"
             rate = f"rate {row['learning_rate']:g} x {row['multiplier']:g}, seed {row['seed']}"
             console.print(f"{row['method']}: {rate}: {found}, {row['seconds']:.0f} s")
             progress.advance(task)
     console.print(f"rows: {out}; tables: grass-hf bench report {out}")
-
-
-def _missing(chosen, rows) -> int:
-    """Runs of a study without a row, those of finalists that are not known yet included."""
-    waiting = len(chosen.next_runs(rows))
-    if chosen.finalists is None:
-        return waiting
-    unknown = sum(
-        (len(chosen.seeds) - 1) * min(chosen.finalists, len(method.points()))
-        for method in chosen.methods
-        if any(run.method is method and run.seed == chosen.seeds[0] for run in chosen.next_runs(rows))
-    )
-    return waiting + unknown
 
 
 def report(
