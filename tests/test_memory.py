@@ -351,6 +351,18 @@ def test_command_prints_a_table_and_writes_files(folder, estimate_command):
     assert not drawn or (folder / "out" / "bars.png").stat().st_size > 1000
 
 
+def test_command_shows_that_columns_want_staggered_layers(folder, estimate_command):
+    def peak(*words):
+        file = folder / ("".join(words) + ".json")
+        code, _, err = estimate_command("llama_9m", "--rank", "64", "--sequence", "1024", "--json", file, *words)
+        assert code == 0, err
+        return json.loads(file.read_text())["bytes"][0]["peak"]
+
+    at_once, in_turn = peak("--side", "input"), peak("--side", "input", "--stagger")
+    never = peak("--side", "input", "--selection", "uniform_nr")
+    assert never < in_turn < at_once and in_turn < peak("--side", "output", "--stagger")
+
+
 def test_a_missing_matplotlib_gets_a_sentence(folder, estimate_command, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = estimate_command(folder, "--png", folder / "bars.png")

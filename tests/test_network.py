@@ -125,7 +125,7 @@ def test_measured_steps_are_predicted(file):
         # the links' counters, headers included, against the bytes around the ring
         assert 1.0 < row["bytes"] / row["ring_bytes"] < 1.01, row
         if "fsdp2" in file and row["bits"] > 800e6:
-            continue  # many small messages among 8 processes on 2 cores take longer than their bytes
+            continue  # a third of the step is missing there: docs/communication.md
         assert row["model"] == pytest.approx(row["step"], rel=steps), row
         assert row["model_speed_up"] == pytest.approx(row["speed_up"], rel=speed_ups), row
 

