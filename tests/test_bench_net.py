@@ -200,7 +200,9 @@ def test_killed_in_the_middle_it_leaves_nothing(how, after, tmp_path):
     before = links()
     words = ["bench", "net", "--workers", "2", "--model", tmp_path, "--speeds", "1Mbit/s", "--rounds", "50"]
     command = [sys.executable, "-m", "grass_hf", *map(str, words)]
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # as from a terminal: a shell's background jobs, of which the tests may be one, ignore SIGINT
+    started = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **quiet)
     deadline = time.monotonic() + 120
     while len(_children(started.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
