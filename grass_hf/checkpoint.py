@@ -107,7 +107,7 @@ def read(state_dict: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, d
 
 def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], controller: GrassController) -> list[str]:
     """Names of the slices whose rows could not be taken up."""
-    ranks = world_size()
+    ranks = world_size(controller.replicas)
     if (saved := meta.get("ranks", ranks)) != ranks:
         logger.warning(
             "this state was saved by %d rank(s) and goes on on %d: rows and optimizer state go on, the ranks' random "
@@ -124,7 +124,9 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
 
 def _meta(controller: GrassController, names: list[str]) -> str:
     meta = {"version": VERSION, "config": controller.config.to_dict(), "step": controller.step}
-    return json.dumps({**meta, "due": sorted(controller.due), "layers": names, "ranks": world_size()})
+    return json.dumps(
+        {**meta, "due": sorted(controller.due), "layers": names, "ranks": world_size(controller.replicas)}
+    )
 
 
 def _stripped(state_dict: dict[str, Any], without_state: set[str]) -> dict[str, Any]:

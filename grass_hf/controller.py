@@ -23,6 +23,7 @@ import types
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checkpoint, guards, reselect, selection
@@ -45,14 +46,15 @@ class GrassController:
         model: the converted model.
         optimizer: any `torch.optim.Optimizer` over its trainable parameters, or an engine's that has one inside.
         base: the `torch.optim.Optimizer` itself.
+        replicas: process group of the ranks that hold this model, None for all.
         config: the model's `GrassConfig`.
         step: optimizer steps done.
         due: names of the layers that select after the current step.
         following: whether the optimizer's steps count; an engine that takes the optimizer over ends it.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.model = model
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, replicas: dist.ProcessGroup | None = None):
+        self.model, self.replicas = model, replicas
         self.optimizer = self.base = optimizer
         self.config = model.grass.config
         self.step = 0
@@ -158,8 +160,10 @@ class GrassController:
             return
         guards.check_any_reached(layers, self.parameters(), self.step, self._reached)
         if not self._has_stepped:
-            weights = guards.int8_weights(layers) if world_size() > 1 else ""
-            check_agreement("the first step", f"step={self.step}; {describe(self.model)}; {weights}")
+            guards.check_replicas(self.model, self.replicas)
+            weights = guards.int8_weights(layers) if world_size(self.replicas) > 1 else ""
+            said = f"step={self.step}; {describe(self.model)}; {weights}"
+            check_agreement("the first step", said, group=self.replicas)
             guards.check_each_reached(layers, self.step, self._reached)
             for part in layers:
                 part.check_alignment()
@@ -220,7 +224,7 @@ class GrassController:
 
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
-        for part, chosen in reselect.choose(due, self.config, self.step):
+        for part, chosen in reselect.choose(due, self.config, self.step, self.replicas):
             part.mark_trained()
             source = part.load_selection(chosen, self._rounding_seed(part))
             if self.config.state_policy.startswith("carry"):

@@ -33,29 +33,31 @@ else:  # a torch that was built without: nothing is ever sharded
 
 # How long a rank waits for the others before it says that they are missing.
 AGREEMENT_SECONDS = 45.0
-_checks: Counter[str] = Counter()
+_checks: Counter[tuple[str, str]] = Counter()
 
 
-def world_size() -> int:
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of processes that train together: all, or those of a group."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def sum_over_ranks(vectors: list[Tensor]) -> list[Tensor]:
-    """Add up each tensor over all ranks, in one all-reduce.
+def sum_over_ranks(vectors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Add up each tensor over all ranks, or those of a group, in one all-reduce.
 
     Every rank must pass tensors of the same shapes in the same order. The sum is bit-identical on every rank,
     which is what lets ranks select the same rows without exchanging them.
     """
-    if world_size() == 1 or not vectors:
+    if world_size(group) == 1 or not vectors:
         return vectors
     flat = torch.cat([v.flatten() for v in vectors])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=group)
     parts = flat.split([v.numel() for v in vectors])
     return [part.view_as(v) for part, v in zip(parts, vectors, strict=True)]
 
 
-def check_agreement(what: str, digest: str, timeout: float = AGREEMENT_SECONDS) -> None:
+def check_agreement(
+    what: str, digest: str, timeout: float = AGREEMENT_SECONDS, *, group: dist.ProcessGroup | None = None
+) -> None:
     """Check that every rank says the same, through the process group's store and not by a collective, which would hang
     where a rank does not join.
 
@@ -63,37 +65,43 @@ def check_agreement(what: str, digest: str, timeout: float = AGREEMENT_SECONDS) 
         what: names the check; every rank makes it equally often.
         digest: what this rank says.
         timeout: seconds to wait for the others.
+        group: of the ranks that must agree, None for all.
 
     Raises:
         RuntimeError: a rank says something else, or nothing; on every rank that takes part.
     """
-    ranks = world_size()
-    if ranks == 1:
+    if world_size(group) == 1:
         return
     store, own = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    _checks[what] += 1
+    ranks = dist.get_process_group_ranks(group)
+    check = (what, _brief(str(ranks)))
+    _checks[check] += 1
     # torchrun may keep the store when it restarts its workers, with what those before them said
-    key = f"grass/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{what}/{_checks[what]}"
+    key = "/".join(["grass", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), *check, str(_checks[check])])
     # Every rank reads a few bytes of every other, and the whole of one only to say where it differs.
-    brief = hashlib.blake2b(digest.encode(), digest_size=16).hexdigest()
+    brief = _brief(digest)
     store.set(f"{key}/whole/{own}", digest)
     store.set(f"{key}/{own}", brief)
-    keys = [f"{key}/{rank}" for rank in range(ranks)]
+    keys = [f"{key}/{rank}" for rank in ranks]
     try:
         store.wait(keys, timedelta(seconds=timeout))
     except (RuntimeError, dist.DistStoreError) as error:
-        missing = next((rank for rank in range(ranks) if not store.check([keys[rank]])), own)
+        missing = next((rank for rank, its in zip(ranks, keys, strict=True) if not store.check([its])), own)
         raise RuntimeError(
-            f"rank {missing} of {ranks} has not begun {what} with Grass within {timeout:.0f} s: start every rank with "
-            "the same command, optimizer and model."
+            f"rank {missing} of {len(ranks)} has not begun {what} with Grass within {timeout:.0f} s: start every rank "
+            "with the same command, optimizer and model."
         ) from error
-    for rank, said in enumerate(store.multi_get(keys)):
+    for rank, said in zip(ranks, store.multi_get(keys), strict=True):
         if said.decode() != brief:
             other = store.get(f"{key}/whole/{rank}").decode()
             raise RuntimeError(
                 f"rank {own} and rank {rank} disagree on {what} with Grass: {_difference(digest, other)}. "
                 "Start every rank with the same settings and model."
             )
+
+
+def _brief(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _difference(ours: str, theirs: str) -> str:

@@ -75,7 +75,7 @@ class Engine:
             if self.name == "fsdp2":
                 self.mesh = dist.device_mesh.init_device_mesh("cpu", (self.world_size,))
             # the other ranks, which are not there, have nothing to say
-            with mock.patch.object(controller, "check_agreement", lambda *_: None):
+            with mock.patch.object(controller, "check_agreement", lambda *_, **__: None):
                 yield self
         finally:
             dist.destroy_process_group()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from .distributed import whole
+from .distributed import local, whole, world_size
 from .int8 import is_int8
 from .slices import Slice
 
@@ -38,6 +41,47 @@ def not_finite(name: str, step: int) -> FloatingPointError:
         "changed: lower the learning rate, clip gradients, or look at this batch for bad data (float16 needs a "
         "GradScaler, fp16=True in TrainingArguments)."
     )
+
+
+def check_replicas(model: nn.Module, replicas: dist.ProcessGroup | None) -> None:
+    """Stop where ranks hold the stages of a pipeline and the optimizer does not know which of them hold the same model.
+
+    Norms would be summed over stages, whose layers may have the same names and shapes.
+
+    Raises:
+        ValueError: the model takes part in a stage of `torch.distributed.pipelining`.
+    """
+    stages = sys.modules.get("torch.distributed.pipelining.stage")
+    if stages is None or replicas is not None or world_size() == 1:
+        return
+    own = {id(module) for module in model.modules()}
+    for thing in gc.get_objects():  # once in a run; neither the model nor torch knows of its stage
+        if stages._PipelineStageBase in type(thing).__mro__ and own & {id(m) for m in thing.submod.modules()}:
+            raise ValueError(
+                f"{type(model).__name__} is stage {thing.stage_index} of a pipeline, and ranks with other stages would "
+                "choose rows together with it: pass the group of the ranks that hold this same stage, "
+                "grass_optimizer(stage, ..., replicas=mesh['dp'].get_group()), or use FSDP2 instead of a pipeline."
+            )
+
+
+def check_observed(observed: dict[Slice, Tensor | None], step: int) -> None:
+    """Stop if slices have gradients and none has norms, by which rows are chosen.
+
+    Args:
+        observed: squared norms by slice, summed over ranks; None where they overflowed.
+        step: number of the optimizer step, for errors.
+
+    Raises:
+        RuntimeError: the gradients were taken in a way that passes the norms by.
+    """
+    if not observed or any(vector is None or bool(vector.any()) for vector in observed.values()):
+        return
+    if any(part.active.grad is not None and bool(local(part.active.grad).any()) for part in observed):
+        raise RuntimeError(
+            f"no norms of gradients were observed at optimizer step {step}, though there are gradients: "
+            "torch.autograd.grad, backward(inputs=...) and pipeline schedules that split backward (zero bubble) pass "
+            "them by. Use loss.backward(), ScheduleGPipe or Schedule1F1B."
+        )
 
 
 def int8_weights(slices: Iterable[Slice]) -> str:
@@ -74,7 +118,9 @@ def check_any_reached(
         raise RuntimeError(
             f"no Grass layer received a gradient at optimizer step {step}, but other parameters did. "
             "With gradient checkpointing, either pass gradient_checkpointing_kwargs={'use_reentrant': False} "
-            "or call model.enable_input_require_grads() when the embeddings are frozen."
+            "or call model.enable_input_require_grads() when the embeddings are frozen. A model that torch.export has "
+            "traced (pipeline() of torch.distributed.pipelining) has lost its slices: give PipelineStage converted "
+            "stages."
         )
 
 

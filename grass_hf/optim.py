@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .controller import GROUP_KEY, GrassController
@@ -18,6 +19,7 @@ def grass_optimizer(
     optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
     *,
     params: Iterable[Any] | None = None,
+    replicas: dist.ProcessGroup | None = None,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
     """Make an optimizer for a converted model; its `step` also writes the slices back and selects rows.
@@ -26,6 +28,8 @@ def grass_optimizer(
         model: converted by `convert_to_grass`, not yet wrapped.
         optimizer_class: any `torch.optim.Optimizer` class whose state is per parameter.
         params: parameter groups, to give some parameters other settings; None means all trainable parameters.
+        replicas: process group of the ranks that hold this same model, where not all do: for the stages of a pipeline
+            ``mesh["dp"].get_group()``. They choose rows together. None means all ranks.
         kwargs: of the class: ``lr``, ``weight_decay`` and so on.
 
     Returns:
@@ -39,11 +43,13 @@ def grass_optimizer(
     if params is None:
         params = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_class(params, **kwargs)
-    attach(optimizer, model)
+    attach(optimizer, model, replicas)
     return optimizer
 
 
-def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> GrassController:
+def attach(
+    optimizer: torch.optim.Optimizer, model: nn.Module, replicas: dist.ProcessGroup | None = None
+) -> GrassController:
     """Let an optimizer made over a converted model's parameters drive its slices; once is enough.
 
     The slices move to parameter groups of their own, after the ordinary ones, with ``lr * scale`` and
@@ -69,7 +75,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> GrassControlle
             )
         layer.check_sharding()
     _split_groups(optimizer, model)
-    optimizer.grass = GrassController(model, optimizer)
+    optimizer.grass = GrassController(model, optimizer, replicas)
     return optimizer.grass
 
 

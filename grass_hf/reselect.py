@@ -9,21 +9,29 @@ from __future__ import annotations
 
 import logging
 
+import torch.distributed as dist
 from torch import Tensor
 
-from . import distributed, selection
+from . import distributed, guards, selection
 from .config import GrassConfig
 from .slices import Slice
 
 logger = logging.getLogger(__name__)
 
 
-def choose(due: list[Slice], config: GrassConfig, step: int) -> list[tuple[Slice, selection.Selection]]:
+def choose(
+    due: list[Slice], config: GrassConfig, step: int, replicas: dist.ProcessGroup | None = None
+) -> list[tuple[Slice, selection.Selection]]:
     """What each slice that is due trains next; a slice without usable norms is left out, and stays due.
 
-    Ends the observations and notes the energy that the chosen rows held.
+    Ends the observations and notes the energy that the chosen rows held; `replicas` are the ranks with the same slices,
+    None for all.
     """
-    observed = _observed(due) if selection.needs_scores(config.selection) else dict.fromkeys(due)
+    if selection.needs_scores(config.selection):
+        observed = _observed(due, replicas)
+        guards.check_observed(observed, step)
+    else:
+        observed = dict.fromkeys(due)
     groups: dict[str, list[Slice]] = {}
     for part in due:
         groups.setdefault(part.state.leader, []).append(part)
@@ -64,8 +72,8 @@ def _rows(part: Slice, name: str, scores: Tensor | None, config: GrassConfig, st
     return selection.Selection.stack(each)
 
 
-def _observed(due: list[Slice]) -> dict[Slice, Tensor | None]:
+def _observed(due: list[Slice], replicas: dist.ProcessGroup | None) -> dict[Slice, Tensor | None]:
     """Squared norms summed over all ranks, in float64 on the CPU; None where they overflowed."""
-    norms = distributed.sum_over_ranks([part.end_observation() for part in due])
+    norms = distributed.sum_over_ranks([part.end_observation() for part in due], replicas)
     vectors = [vector.double().cpu() for vector in norms]
     return {part: v if bool(v.isfinite().all()) else None for part, v in zip(due, vectors, strict=True)}

@@ -77,7 +77,7 @@ class ZeroController(GrassController):
             if part.rho is not None:  # DeepSpeed casts all buffers to the weights' dtype
                 dtype = accumulation_dtype(part.active.dtype)
                 part.rho, part.write = part.rho.to(dtype), part.write.to(dtype)
-        super().__init__(previous.model, engine.optimizer)
+        super().__init__(previous.model, engine.optimizer, previous.replicas)
         self.base = base
         self.optimizer.grass = base.grass = self
 
