@@ -138,11 +138,15 @@ def grass_slices(model: nn.Module) -> Iterator[Slice]:
 
 def describe(model: nn.Module) -> str:
     """Settings and slices of a converted model in one line, equal on ranks that can train together."""
-    settings = [f"{key}={value}" for key, value in model.grass.config.to_dict().items()]
     shapes = [(tuple(shape_of(part.active)), tuple(shape_of(part.weight))) for part in grass_slices(model)]
     names = [part.state.name for part in grass_slices(model)]
     slices = [f"{name} {active} of {weight}" for name, (active, weight) in zip(names, shapes, strict=True)]
-    return "; ".join([*settings, *slices])
+    return "; ".join([describe_settings(model.grass.config), *slices])
+
+
+def describe_settings(config: GrassConfig) -> str:
+    """All settings in one line."""
+    return "; ".join(f"{key}={value}" for key, value in config.to_dict().items())
 
 
 def _slice_keys(model: nn.Module) -> list[str]:

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from ..config import GrassConfig
-from ..convert import is_converted
+from ..convert import describe, is_converted
+from ..distributed import check_agreement
 
 _INSTEAD = "use ZeRO-1, 2 or 3 without it, FSDP2 or DDP"
 
@@ -53,6 +54,8 @@ def take_over(arguments: dict[str, Any], initialize: Callable) -> tuple:
             )
         return initialize(**arguments)
     check_config(_read(arguments), controller.config)
+    # before DeepSpeed broadcasts parameters, which would wait for a rank that has others
+    check_agreement("deepspeed.initialize", describe(controller.model), group=controller.replicas)
     from .zero import ZeroController
 
     for part in controller.slices:

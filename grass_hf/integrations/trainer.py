@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..config import GrassConfig
 from ..controller import GROUP_KEY
-from ..convert import convert_to_grass, describe, is_converted
+from ..convert import convert_to_grass, describe, describe_settings, is_converted
 from ..distributed import check_agreement
 from ..optim import attach, grass_optimizer
 from ..optim_args import parse_optim_args
@@ -212,6 +212,8 @@ def _convert(model: nn.Module, config: GrassConfig, args) -> None:
                 f"the model is converted with {model.grass.config}, and now {config} is asked for: keep one."
             )
         return
+    # before a model that ZeRO-3 has split up is gathered, module by module
+    check_agreement("conversion", describe_settings(config))
     convert_to_grass(model, config)
     # before DDP or FSDP compare parameters in their own words, or wait for each other
     check_agreement("conversion", describe(model))
