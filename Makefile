@@ -10,7 +10,7 @@ OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_prec
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo finetune test test-slow test-dist stress test-oldest support-table quality bench bench-smoke bench-speed \
+.PHONY: help venv demo finetune test test-slow test-dist stress mutate test-oldest support-table quality bench bench-smoke bench-speed \
 	bench-net bench-memory proof-13b proof-7b proof-13b-int8 docs clean
 
 help: ## List the commands
@@ -49,6 +49,9 @@ test-dist: $(VENV)/.stamp-dev ## Run the distributed tests with up to eight proc
 
 stress: $(VENV)/.stamp-dev ## Kill two-rank runs 30 times at random and compare their ends with undisturbed runs' (runs/stress.json)
 	$(BIN)/python tests/stress.py --kills 30 --json runs/stress.json
+
+mutate: $(VENV)/.stamp-dev ## Make the mistakes of scripts/mutate.yaml in a copy; a test must find each (runs/mutate.json)
+	$(BIN)/python scripts/mutate.py --json runs/mutate.json
 
 test-oldest: ## Run the tests of the method on the oldest supported versions (.venv-oldest; large downloads)
 	$(PYTHON) -m venv .venv-oldest

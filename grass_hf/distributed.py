@@ -73,7 +73,7 @@ def check_agreement(
     if world_size(group) == 1:
         return
     store, own = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    ranks = dist.get_process_group_ranks(group)
+    ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)  # None is not for torch 2.6
     check = (what, _brief(str(ranks)))
     _checks[check] += 1
     # torchrun may keep the store when it restarts its workers, with what those before them said

@@ -197,6 +197,19 @@ def test_a_step_that_was_skipped_leaves_no_trace(fused, set_to_none, compiled):
 
     Without fused the scaler does not call the optimizer at all; with it, it calls with `found_inf` set.
     """
+    assert_no_trace(fused, compiled, lambda model, optimizer: optimizer.zero_grad(set_to_none=set_to_none))
+
+
+@pytest.mark.parametrize(
+    "fused, set_to_none, compiled",
+    [(False, True, False), (True, True, False), (True, False, False), (True, True, True)],
+)
+def test_nor_does_it_where_the_model_clears_the_gradients(fused, set_to_none, compiled):
+    """`model.zero_grad`, of which the optimizer does not know, as the Trainer calls it."""
+    assert_no_trace(fused, compiled, lambda model, optimizer: model.zero_grad(set_to_none=set_to_none))
+
+
+def assert_no_trace(fused, compiled, clear):
     config = GrassConfig(density=DENSITY, update_interval=INTERVAL, selection="top_r")
     runs = []
     torch._dynamo.reset()
@@ -211,11 +224,11 @@ def test_a_step_that_was_skipped_leaves_no_trace(fused, set_to_none, compiled):
                 optimizer.grad_scale, optimizer.found_inf = None, torch.ones((), dtype=torch.float32)
                 optimizer.step()
                 del optimizer.grad_scale, optimizer.found_inf
-            optimizer.zero_grad(set_to_none=set_to_none)
+            clear(model, optimizer)
         for step in range(3):
             micro_losses(step, 1)[0](forward).backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=set_to_none)
+            clear(model, optimizer)
         runs.append((model, optimizer))
     (plain, first), (skipped, second) = runs
     assert first.grass.step == second.grass.step == 3

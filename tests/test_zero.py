@@ -53,7 +53,11 @@ def test_two_ranks(two_ranks, case):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks, cases", [(2, MORE_CASES), (3, CASES), (4, [*CASES, *MORE_CASES])])
+@pytest.mark.parametrize(
+    "ranks, cases",
+    [(2, MORE_CASES[:7]), (2, MORE_CASES[7:]), (3, CASES), (4, [*CASES, *MORE_CASES])],
+    ids=["2", "2 in half precision and others", "3", "4"],
+)
 def test_more_cases_and_ranks(ranks, cases):
     said = forks.ranks(ranks, "scripts.zero_cases.main", ranks, cases, timeout=900)[0]
     assert [line for line in said.splitlines() if line.startswith("ok ")] == [f"ok {case}" for case in cases]

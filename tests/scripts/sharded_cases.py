@@ -118,7 +118,7 @@ def assert_equals_ddp(accumulate=1, tied=False, atol=1e-6, options=None, **setti
         losses = train(model, optimizer, range(8), accumulate, wrapped)
         results.append((losses, [part.index.clone() for part in grass_slices(model)], full_state(model)))
     for ours, theirs in zip(results[0][0], results[1][0], strict=True):
-        assert abs(ours - theirs) <= atol, results
+        assert abs(ours - theirs) <= atol, f"losses {results[0][0]} sharded, {results[1][0]} under DDP"
     for ours, theirs in zip(results[0][1], results[1][1], strict=True):
         assert torch.equal(ours, theirs)
     for name, value in results[1][2].items():

@@ -275,11 +275,14 @@ def overflow_changes_nothing():
     def build():
         return tiny_llama().bfloat16()
 
-    for stage in (1, 2):
+    def begin(stage):
         model, optimizer = converted(build=build)
         config = ds_config(stage)
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        return model, deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    for stage in (1, 2):
+        model, engine = begin(stage)
         train(engine, range(3))
         controller, before, rows = engine.optimizer.grass, weights(model), indices(model)
         tokens = batch(3)
@@ -290,6 +293,11 @@ def overflow_changes_nothing():
         assert all(torch.equal(a, b) for a, b in zip(indices(model), rows, strict=True))
         train(engine, range(3, 5))
         assert controller.step == 5 and not all(torch.equal(a, b) for a, b in zip(indices(model), rows, strict=True))
+        smooth, its_engine = begin(stage)
+        train(its_engine, range(5))
+        assert all(torch.equal(value, weights(smooth)[name]) for name, value in weights(model).items())
+        for ours, theirs in zip(grass_slices(model), grass_slices(smooth), strict=True):
+            assert torch.equal(ours.index, theirs.index) and ours.state.energy == theirs.state.energy
 
 
 def float16_with_dynamic_loss_scaling():
