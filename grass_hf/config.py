@@ -153,11 +153,6 @@ class GrassConfig:
                 f"resident=False reloads slices from the weights, and selection={self.selection!r} trains multiples of "
                 f"them: use resident=True, or {self.selection}_nr."
             )
-        if self.state_policy == "carry_seeded" and self.selection in WITH_REPLACEMENT:
-            raise ValueError(
-                f"state_policy='carry_seeded' takes means over rows, and selection={self.selection!r} leaves some of a "
-                f"slice empty: use {self.selection}_nr, or state_policy='carry'."
-            )
         if self.weight_dtype == "int8":
             for name, value, needed in _INT8_NEEDS:
                 if getattr(self, name) in value:

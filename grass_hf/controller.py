@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from . import checkpoint, guards, reselect, selection
 from .convert import describe, grass_slices
 from .distributed import check_agreement, local, world_size
+from .parts import real_rows
 from .remap import carry_rows
 from .slices import Slice
 from .stepping import step_in_chunks
@@ -226,9 +227,10 @@ class GrassController:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
         for part, chosen in reselect.choose(due, self.config, self.step, self.replicas):
             part.mark_trained()
+            real = real_rows(part)
             source = part.load_selection(chosen, self._rounding_seed(part))
             if self.config.state_policy.startswith("carry"):
-                self._carry_state(part, source, groups[id(part.active)])
+                self._carry_state(part, source, groups[id(part.active)], real)
             else:
                 self._drop_state(part, groups[id(part.active)])
                 part.state.reset_step = self.step
@@ -276,10 +278,10 @@ class GrassController:
         for layer in layers:
             layer.write_back()
 
-    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any]) -> None:
+    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any], real: Tensor | None) -> None:
         state = self.optimizer.state.get(part.active, {})
         seeded = self.config.state_policy == "carry_seeded"
-        carry_rows(state, local(part.active).shape, part.dim, source, group, part.state.name, seeded)
+        carry_rows(state, local(part.active).shape, part.dim, source, group, part.state.name, seeded, real)
 
     def _drop_state(self, part: Slice, group: dict[str, Any]) -> None:
         self.optimizer.state.pop(part.active, None)

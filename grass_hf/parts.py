@@ -145,11 +145,25 @@ def local_part(part: Slice, exact: bool = False) -> Part:
     if not distributed.is_sharded(part.active):
         kind = Int8Part if int8.is_int8(weight) else Part
         return kind(weight, active, part.index, part.rho, part.write, part.dim, "")
-    rows = slice(*distributed.shard_range(part.active))
-    place = f".{rows.start}"
-    if part.index.dim() == 1 and part.dim == -1:
+    place, rows = f".{distributed.shard_range(part.active)[0]}", shard_rows(part)
+    if rows is None:
         return Part(weight, active, part.index, part.rho, part.write, part.dim, place)
     index, rho, write = (v if v is None else v[rows] for v in (part.index, part.rho, part.write))
     if part.index.dim() == 1:
         index = index - distributed.shard_range(part.weight)[0]
     return Part(weight, active, index, rho, write, part.dim, place, rows)
+
+
+def shard_rows(part: Slice) -> slice | None:
+    """The range of the slice's rows (or of the experts) that this rank's shard of it has; None for all."""
+    if not distributed.is_sharded(part.active) or (part.index.dim() == 1 and part.dim == -1):
+        return None
+    return slice(*distributed.shard_range(part.active))
+
+
+def real_rows(part: Slice) -> Tensor | None:
+    """bool (..., r): which rows of this rank's shard of the slice are no padding; None if all are."""
+    if part.rho is None:
+        return None
+    rows = shard_rows(part)
+    return (part.rho if rows is None else part.rho[rows]) != 0

@@ -11,6 +11,8 @@ fresh row's second moment starts as the mean of those that the slice's rows had,
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ def carry_rows(
     group: dict[str, Any],
     name: str,
     seeded: bool = False,
+    real: Tensor | None = None,
 ) -> None:
     """Move the per-row state of one slice, in place.
 
@@ -46,6 +49,7 @@ def carry_rows(
         group: the slice's parameter group.
         name: of the layer, for errors.
         seeded: give fresh rows the mean second moment of the rows that this rank's part of the slice had.
+        real: bool (..., r), the old rows that are no padding; None if all are.
 
     Raises:
         ValueError: some state belongs to rows in a way that is not understood.
@@ -58,17 +62,18 @@ def carry_rows(
         if axis is None:
             continue
         fresh = None if seeded and key in _SECOND_MOMENTS else _fresh_value(key, group)
+        move = functools.partial(_moved, source=source, fresh=fresh, real=real)
         if key in ("state1", "state2") and value.dtype == torch.uint8:
-            _carry_bitsandbytes(state, key, shape, axis, source, fresh)
+            _carry_bitsandbytes(state, key, shape, axis, move)
         elif callable(dequantize := getattr(value, "dequantize", None)) and type(value) is not Tensor:
-            value.copy_(_moved(dequantize(), axis, source, fresh))  # torchao: copy_ quantises
+            value.copy_(move(dequantize(), axis))  # torchao: copy_ quantises
         elif axis == "unknown":
             raise ValueError(
                 f"{name}: the optimizer keeps {key!r} of shape {tuple(value.shape)} for a slice of shape "
                 f"{tuple(shape)}, which cannot be carried from row to row: use state_policy='reset'."
             )
         else:
-            value.copy_(_moved(value, axis, source, fresh))
+            value.copy_(move(value, axis))
 
 
 def _row_axis(key: str, value: Tensor, shape: torch.Size, dim: int, state: dict[str, Any]) -> int | str | None:
@@ -106,25 +111,36 @@ def _fresh_value(key: str, group: dict[str, Any]) -> float:
     return 0.0
 
 
-def _moved(value: Tensor, axis: int, source: Tensor, fresh: float | None) -> Tensor:
-    """A state's rows by their old positions; fresh rows hold a number, or the mean of all rows for None."""
+def _moved(value: Tensor, axis: int, source: Tensor, fresh: float | None, real: Tensor | None) -> Tensor:
+    """A state's rows by their old positions; fresh rows hold a number, or for None the mean of all rows but padding."""
     source = source.to(value.device)
     chosen, is_fresh = source.clamp(min=0), source < 0
     if source.dim() == 1:
-        # a mask and not the numbers of fresh rows, whose count the estimator's fake tensors do not know
-        mask = is_fresh.view([-1 if d == axis % value.dim() else 1 for d in range(value.dim())])
         moved = value.index_select(axis, chosen)
     elif value.dim() == source.dim():  # factored: one number per row
-        axis, mask, moved = -1, is_fresh, value.gather(-1, chosen)
+        axis, moved = -1, value.gather(-1, chosen)
     else:
-        mask, moved = along_slice(is_fresh, axis), take_rows(value, chosen, axis)
-    if fresh is None:
+        moved = take_rows(value, chosen, axis)
+    # a mask and not the numbers of fresh rows, whose count the estimator's fake tensors do not know
+    mask = _along(is_fresh, value, axis)
+    if fresh is not None:
+        return moved.masked_fill_(mask, fresh)
+    if real is None:
         return torch.where(mask, value.mean(axis, keepdim=True), moved)
-    return moved.masked_fill_(mask, fresh)
+    counted = _along(real.to(value.device), value, axis)
+    mean = value.masked_fill(~counted, 0).sum(axis, keepdim=True) / counted.sum(axis, keepdim=True)
+    return torch.where(mask, mean, moved)
+
+
+def _along(flags: Tensor, value: Tensor, axis: int) -> Tensor:
+    """One flag per row, bool (..., r), in the shape that broadcasts over a state whose rows lie along `axis`."""
+    if flags.dim() == 1:
+        return flags.view([-1 if d == axis % value.dim() else 1 for d in range(value.dim())])
+    return flags if value.dim() == flags.dim() else along_slice(flags, axis)
 
 
 def _carry_bitsandbytes(
-    state: dict[str, Any], key: str, shape: torch.Size, axis: int, source: Tensor, fresh: float | None
+    state: dict[str, Any], key: str, shape: torch.Size, axis: int, move: Callable[[Tensor, int], Tensor]
 ) -> None:
     import bitsandbytes.functional as bnb
 
@@ -134,7 +150,7 @@ def _carry_bitsandbytes(
     stacked = codes.view(-1, *shape).unbind(0)
     for part, part_absmax in zip(stacked, absmax.view(len(stacked), -1).unbind(0), strict=True):
         values = bnb.dequantize_blockwise(part, absmax=part_absmax, code=code, blocksize=_BNB_BLOCK)
-        moved = _moved(values, axis, source, fresh).contiguous()
+        moved = move(values, axis).contiguous()
         quantised, new = bnb.quantize_blockwise(moved, code=code, blocksize=_BNB_BLOCK)
         part.copy_(quantised)
         part_absmax.copy_(new.absmax)

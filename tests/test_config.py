@@ -23,7 +23,6 @@ REFUSED = [
     ({"selection": "topr"}, ["selection='topr'", "top_r"]),
     ({"side": "outputs"}, ["side='outputs'", "'output'"]),
     ({"state_policy": "keep"}, ["state_policy='keep'", "carry, carry_seeded, reset, reset_warmup"]),
-    ({"state_policy": "carry_seeded", "selection": "uniform"}, ["carry_seeded", "uniform_nr"]),
     ({"decay": "none"}, ["decay='none'", "all, active"]),
     ({"slice_dtype": "fp32"}, ["slice_dtype='fp32'", "float32"]),
     ({"scale": 0.0}, ["scale=0.0", "1.0"]),

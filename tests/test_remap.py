@@ -36,6 +36,17 @@ def test_every_expert_has_a_mean_of_its_own():
     assert torch.equal(new[1, 1:], v[1, 1:]) and torch.equal(new[0, 0], v[0, 2])
 
 
+def test_padding_has_no_part_in_the_mean():
+    v, real = torch.rand(2, 4, 3), torch.tensor([[True, True, True, False], [True, False, True, True]])
+    for at, shape in ((0, (4, 3)), (slice(None), (2, 4, 3))):
+        state = {"exp_avg_sq": v[at].clone()}
+        source = SOURCE if at == 0 else SOURCE.expand(2, 4)
+        carry_rows(state, torch.Size(shape), -2, source, {"lr": 0.1}, "layer", seeded=True, real=real[at])
+        torch.testing.assert_close(state["exp_avg_sq"].view(-1, 4, 3)[0, 1], v[0, :3].mean(0))
+        if at != 0:
+            torch.testing.assert_close(state["exp_avg_sq"][1, 3], v[1, [0, 2, 3]].mean(0))
+
+
 def test_factored_second_moments():
     rows, columns = torch.rand(4), torch.rand(3)
     state = carried({"exp_avg_sq_row": rows.clone(), "exp_avg_sq_col": columns.clone()}, (4, 3), -2)

@@ -154,6 +154,7 @@ def test_same_trajectory_as_naive_algorithm_1(rule, side, kind, weight_decay, ac
         {"state_policy": "reset"},
         {"state_policy": "reset_warmup"},
         {"state_policy": "carry_seeded"},
+        {"state_policy": "carry_seeded", "selection": "multinomial_norm"},
         {"select_until": 16, "stagger": True},
         {"state_policy": "carry_seeded", "side": "input", "selection": "cycle"},
         {"stagger": True},

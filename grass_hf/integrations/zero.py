@@ -154,15 +154,15 @@ class ZeroController(GrassController):
                 )
         return list(tensors)
 
-    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any]) -> None:
+    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any], real: Tensor | None) -> None:
         seeded = self.config.state_policy == "carry_seeded"
         for key in self._state_keys(part):
             values = masters.safe_get_full_optimizer_state(part.active, key)
-            carry_rows({key: values}, values.shape, part.dim, source, group, part.state.name, seeded)
+            carry_rows({key: values}, values.shape, part.dim, source, group, part.state.name, seeded, real)
             set_master(part.active, values, key)
 
     def _drop_state(self, part: Slice, group: dict[str, Any]) -> None:
-        self._carry_state(part, torch.full(part.index.shape, -1), group)
+        self._carry_state(part, torch.full(part.index.shape, -1), group, None)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
