@@ -17,7 +17,7 @@ from torch import Tensor
 from . import distributed, int8
 from .functional import along_slice, put_rows, take_rows
 from .rounding import loses_digits, round_stochastically
-from .selection import seeded
+from .selection import bounds, seeded
 
 if TYPE_CHECKING:
     from .slices import Slice
@@ -162,8 +162,17 @@ def shard_rows(part: Slice) -> slice | None:
 
 
 def real_rows(part: Slice) -> Tensor | None:
-    """bool (..., r): which rows of this rank's shard of the slice are no padding; None if all are."""
+    """bool (..., r): which rows of this rank's part of the slice are no padding; None if all are."""
     if part.rho is None:
         return None
     rows = shard_rows(part)
     return (part.rho if rows is None else part.rho[rows]) != 0
+
+
+def block_bounds(part: Slice) -> list[tuple[int, int]]:
+    """First and last (exclusive) row, in this rank's part of the slice, of the blocks that choose for themselves."""
+    pairs = bounds(part.state.rank, part.blocks())
+    rows = shard_rows(part) if part.index.dim() == 1 else None
+    if rows is not None:
+        pairs = [(max(p, rows.start) - rows.start, min(q, rows.stop) - rows.start) for p, q in pairs]
+    return [(first, last) for first, last in pairs if last > first]

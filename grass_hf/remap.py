@@ -6,13 +6,15 @@ row and column (Adafactor) or block-quantised (bitsandbytes, torchao) can carry;
 
 The step counter of an Adam-type optimizer is one for the whole slice and goes on counting, so the first updates of
 a fresh row lack the bias correction and are larger (1 - b1) / sqrt(1 - b2) at most, 3.2 with (0.9, 0.999). Seeded, a
-fresh row's second moment starts as the mean of those that the slice's rows had, which makes its first updates small.
+fresh row's second moment starts as the mean of those that the rows of its block of the slice had: its first updates
+are small, and grow with its first moment.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +31,37 @@ _SECOND_MOMENTS += ("square_avg", "state2")
 _BNB_BLOCK = 256
 
 
+@dataclass(frozen=True)
+class Mean:
+    """The mean of a state over the rows that a slice had, of every block that chooses for itself.
+
+    Attributes:
+        real: bool (..., r), the rows that are no padding; None if all are.
+        bounds: first and last (exclusive) row of every block; empty for one block.
+    """
+
+    real: Tensor | None = None
+    bounds: Sequence[tuple[int, int]] = ()
+
+    def of(self, value: Tensor, axis: int) -> Tensor:
+        """The means, of a shape that broadcasts over a state whose rows lie along `axis`."""
+        real = None if self.real is None else _along(self.real.to(value.device), value, axis)
+        if len(self.bounds) < 2:
+            return _mean(value, real, axis)
+        parts = []
+        for first, last in self.bounds:
+            own = None if real is None else real.narrow(axis, first, last - first)
+            rows = value.narrow(axis, first, last - first)
+            parts.append(_mean(rows, own, axis).expand_as(rows))
+        return torch.cat(parts, axis)
+
+
+def _mean(value: Tensor, real: Tensor | None, axis: int) -> Tensor:
+    if real is None:
+        return value.mean(axis, keepdim=True)
+    return value.masked_fill(~real, 0).sum(axis, keepdim=True) / real.sum(axis, keepdim=True)
+
+
 def carry_rows(
     state: dict[str, Any],
     shape: torch.Size,
@@ -36,8 +69,7 @@ def carry_rows(
     source: Tensor,
     group: dict[str, Any],
     name: str,
-    seeded: bool = False,
-    real: Tensor | None = None,
+    mean: Mean | None = None,
 ) -> None:
     """Move the per-row state of one slice, in place.
 
@@ -48,8 +80,7 @@ def carry_rows(
         source: int64 (..., r) on the CPU: the old position of each new row, -1 for a fresh row.
         group: the slice's parameter group.
         name: of the layer, for errors.
-        seeded: give fresh rows the mean second moment of the rows that this rank's part of the slice had.
-        real: bool (..., r), the old rows that are no padding; None if all are.
+        mean: what fresh rows start from as their second moment; None starts them as a new parameter's.
 
     Raises:
         ValueError: some state belongs to rows in a way that is not understood.
@@ -61,8 +92,8 @@ def carry_rows(
         axis = _row_axis(key, value, shape, dim, state)
         if axis is None:
             continue
-        fresh = None if seeded and key in _SECOND_MOMENTS else _fresh_value(key, group)
-        move = functools.partial(_moved, source=source, fresh=fresh, real=real)
+        fresh = mean if mean is not None and key in _SECOND_MOMENTS else _fresh_value(key, group)
+        move = functools.partial(_moved, source=source, fresh=fresh)
         if key in ("state1", "state2") and value.dtype == torch.uint8:
             _carry_bitsandbytes(state, key, shape, axis, move)
         elif callable(dequantize := getattr(value, "dequantize", None)) and type(value) is not Tensor:
@@ -111,8 +142,8 @@ def _fresh_value(key: str, group: dict[str, Any]) -> float:
     return 0.0
 
 
-def _moved(value: Tensor, axis: int, source: Tensor, fresh: float | None, real: Tensor | None) -> Tensor:
-    """A state's rows by their old positions; fresh rows hold a number, or for None the mean of all rows but padding."""
+def _moved(value: Tensor, axis: int, source: Tensor, fresh: float | Mean) -> Tensor:
+    """A state's rows by their old positions; fresh rows hold a number, or a mean of the old ones."""
     source = source.to(value.device)
     chosen, is_fresh = source.clamp(min=0), source < 0
     if source.dim() == 1:
@@ -123,13 +154,9 @@ def _moved(value: Tensor, axis: int, source: Tensor, fresh: float | None, real: 
         moved = take_rows(value, chosen, axis)
     # a mask and not the numbers of fresh rows, whose count the estimator's fake tensors do not know
     mask = _along(is_fresh, value, axis)
-    if fresh is not None:
-        return moved.masked_fill_(mask, fresh)
-    if real is None:
-        return torch.where(mask, value.mean(axis, keepdim=True), moved)
-    counted = _along(real.to(value.device), value, axis)
-    mean = value.masked_fill(~counted, 0).sum(axis, keepdim=True) / counted.sum(axis, keepdim=True)
-    return torch.where(mask, mean, moved)
+    return (
+        torch.where(mask, fresh.of(value, axis), moved) if isinstance(fresh, Mean) else moved.masked_fill_(mask, fresh)
+    )
 
 
 def _along(flags: Tensor, value: Tensor, axis: int) -> Tensor:

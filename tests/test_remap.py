@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from grass_hf.remap import carry_rows
+from grass_hf.remap import Mean, carry_rows
 
 SOURCE = torch.tensor([2, -1, 0, -1])
 
 
 def carried(state, shape, dim, source=SOURCE):
-    carry_rows(state, torch.Size(shape), dim, source, {"lr": 0.1}, "layer", seeded=True)
+    carry_rows(state, torch.Size(shape), dim, source, {"lr": 0.1}, "layer", Mean())
     return state
 
 
@@ -41,10 +41,17 @@ def test_padding_has_no_part_in_the_mean():
     for at, shape in ((0, (4, 3)), (slice(None), (2, 4, 3))):
         state = {"exp_avg_sq": v[at].clone()}
         source = SOURCE if at == 0 else SOURCE.expand(2, 4)
-        carry_rows(state, torch.Size(shape), -2, source, {"lr": 0.1}, "layer", seeded=True, real=real[at])
+        carry_rows(state, torch.Size(shape), -2, source, {"lr": 0.1}, "layer", Mean(real[at]))
         torch.testing.assert_close(state["exp_avg_sq"].view(-1, 4, 3)[0, 1], v[0, :3].mean(0))
         if at != 0:
             torch.testing.assert_close(state["exp_avg_sq"][1, 3], v[1, [0, 2, 3]].mean(0))
+
+
+def test_every_block_has_a_mean_of_its_own():
+    v = torch.rand(4, 3)
+    state, real = {"exp_avg_sq": v.clone()}, torch.tensor([True, False, True, True])
+    carry_rows(state, v.shape, -2, SOURCE, {"lr": 0.1}, "layer", Mean(real, [(0, 2), (2, 4)]))
+    torch.testing.assert_close(state["exp_avg_sq"], torch.stack([v[2], v[0], v[0], v[2:].mean(0)]))
 
 
 def test_factored_second_moments():

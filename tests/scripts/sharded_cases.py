@@ -136,7 +136,7 @@ def rows_equal_ddp():
 def columns_equal_ddp():
     assert_equals_ddp(side="input")
     assert_equals_ddp(side="input", selection="cycle", state_policy="carry_seeded")
-    assert_equals_ddp(row_blocks=dist.get_world_size(), selection="cycle")
+    assert_equals_ddp(row_blocks=dist.get_world_size(), selection="cycle", state_policy="carry_seeded")
 
 
 def all_matrices_equal_ddp():
