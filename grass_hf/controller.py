@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from . import checkpoint, guards, reselect, selection
 from .convert import describe, grass_slices
 from .distributed import check_agreement, local, world_size
-from .parts import block_bounds, real_rows
-from .remap import Mean, carry_rows
+from .remap import carry_rows
+from .seeding import Seed, seed_for
 from .slices import Slice
 from .stepping import step_in_chunks
 
@@ -225,13 +225,12 @@ class GrassController:
 
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
-        for part, chosen in reselect.choose(due, self.config, self.step, self.replicas):
+        for part, chosen, norms2 in reselect.choose(due, self.config, self.step, self.replicas):
             part.mark_trained()
-            # of the rows that are in it now, so before others are loaded
-            mean = Mean(real_rows(part), block_bounds(part)) if self.config.state_policy == "carry_seeded" else None
+            seed = seed_for(part, chosen, norms2) if self.config.state_policy == "carry_seeded" else None
             source = part.load_selection(chosen, self._rounding_seed(part))
             if self.config.state_policy.startswith("carry"):
-                self._carry_state(part, source, groups[id(part.active)], mean)
+                self._carry_state(part, source, groups[id(part.active)], seed)
             else:
                 self._drop_state(part, groups[id(part.active)])
                 part.state.reset_step = self.step
@@ -279,9 +278,9 @@ class GrassController:
         for layer in layers:
             layer.write_back()
 
-    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any], mean: Mean | None) -> None:
+    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any], seed: Seed | None) -> None:
         state = self.optimizer.state.get(part.active, {})
-        carry_rows(state, local(part.active).shape, part.dim, source, group, part.state.name, mean)
+        carry_rows(state, local(part.active).shape, part.dim, source, group, part.state.name, seed)
 
     def _drop_state(self, part: Slice, group: dict[str, Any]) -> None:
         self.optimizer.state.pop(part.active, None)

@@ -161,14 +161,6 @@ def shard_rows(part: Slice) -> slice | None:
     return slice(*distributed.shard_range(part.active))
 
 
-def real_rows(part: Slice) -> Tensor | None:
-    """bool (..., r): which rows of this rank's part of the slice are no padding; None if all are."""
-    if part.rho is None:
-        return None
-    rows = shard_rows(part)
-    return (part.rho if rows is None else part.rho[rows]) != 0
-
-
 def block_bounds(part: Slice) -> list[tuple[int, int]]:
     """First and last (exclusive) row, in this rank's part of the slice, of the blocks that choose for themselves."""
     pairs = bounds(part.state.rank, part.blocks())

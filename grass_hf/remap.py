@@ -5,23 +5,21 @@ always). State is recognised by its shape, so any optimizer whose state is per e
 row and column (Adafactor) or block-quantised (bitsandbytes, torchao) can carry; anything else says so.
 
 The step counter of an Adam-type optimizer is one for the whole slice and goes on counting, so the first updates of
-a fresh row lack the bias correction and are larger (1 - b1) / sqrt(1 - b2) at most, 3.2 with (0.9, 0.999). Seeded, a
-fresh row's second moment starts as the mean of those that the rows of its block of the slice had: its first updates
-are small, and grow with its first moment.
+a fresh row lack the bias correction; `grass_hf.seeding` gives its second moment a value to begin with.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .distributed import local
-from .functional import along_slice, take_rows
+from .functional import take_rows
+from .seeding import Seed, along
 
 # Where optimizers keep averages of squared gradients: torch's and torchao's Adams, Adafactor (torch's, transformers'),
 # RMSprop, bitsandbytes.
@@ -31,37 +29,6 @@ _SECOND_MOMENTS += ("square_avg", "state2")
 _BNB_BLOCK = 256
 
 
-@dataclass(frozen=True)
-class Mean:
-    """The mean of a state over the rows that a slice had, of every block that chooses for itself.
-
-    Attributes:
-        real: bool (..., r), the rows that are no padding; None if all are.
-        bounds: first and last (exclusive) row of every block; empty for one block.
-    """
-
-    real: Tensor | None = None
-    bounds: Sequence[tuple[int, int]] = ()
-
-    def of(self, value: Tensor, axis: int) -> Tensor:
-        """The means, of a shape that broadcasts over a state whose rows lie along `axis`."""
-        real = None if self.real is None else _along(self.real.to(value.device), value, axis)
-        if len(self.bounds) < 2:
-            return _mean(value, real, axis)
-        parts = []
-        for first, last in self.bounds:
-            own = None if real is None else real.narrow(axis, first, last - first)
-            rows = value.narrow(axis, first, last - first)
-            parts.append(_mean(rows, own, axis).expand_as(rows))
-        return torch.cat(parts, axis)
-
-
-def _mean(value: Tensor, real: Tensor | None, axis: int) -> Tensor:
-    if real is None:
-        return value.mean(axis, keepdim=True)
-    return value.masked_fill(~real, 0).sum(axis, keepdim=True) / real.sum(axis, keepdim=True)
-
-
 def carry_rows(
     state: dict[str, Any],
     shape: torch.Size,
@@ -69,7 +36,7 @@ def carry_rows(
     source: Tensor,
     group: dict[str, Any],
     name: str,
-    mean: Mean | None = None,
+    seed: Seed | None = None,
 ) -> None:
     """Move the per-row state of one slice, in place.
 
@@ -80,7 +47,7 @@ def carry_rows(
         source: int64 (..., r) on the CPU: the old position of each new row, -1 for a fresh row.
         group: the slice's parameter group.
         name: of the layer, for errors.
-        mean: what fresh rows start from as their second moment; None starts them as a new parameter's.
+        seed: what fresh rows have as their second moment; None gives them a new parameter's.
 
     Raises:
         ValueError: some state belongs to rows in a way that is not understood.
@@ -92,7 +59,7 @@ def carry_rows(
         axis = _row_axis(key, value, shape, dim, state)
         if axis is None:
             continue
-        fresh = mean if mean is not None and key in _SECOND_MOMENTS else _fresh_value(key, group)
+        fresh = seed if seed is not None and key in _SECOND_MOMENTS else _fresh_value(key, group)
         move = functools.partial(_moved, source=source, fresh=fresh)
         if key in ("state1", "state2") and value.dtype == torch.uint8:
             _carry_bitsandbytes(state, key, shape, axis, move)
@@ -142,8 +109,8 @@ def _fresh_value(key: str, group: dict[str, Any]) -> float:
     return 0.0
 
 
-def _moved(value: Tensor, axis: int, source: Tensor, fresh: float | Mean) -> Tensor:
-    """A state's rows by their old positions; fresh rows hold a number, or a mean of the old ones."""
+def _moved(value: Tensor, axis: int, source: Tensor, fresh: float | Seed) -> Tensor:
+    """A state's rows by their old positions; fresh rows hold a number, or their seeds."""
     source = source.to(value.device)
     chosen, is_fresh = source.clamp(min=0), source < 0
     if source.dim() == 1:
@@ -153,17 +120,10 @@ def _moved(value: Tensor, axis: int, source: Tensor, fresh: float | Mean) -> Ten
     else:
         moved = take_rows(value, chosen, axis)
     # a mask and not the numbers of fresh rows, whose count the estimator's fake tensors do not know
-    mask = _along(is_fresh, value, axis)
+    mask = along(is_fresh, value, axis)
     return (
-        torch.where(mask, fresh.of(value, axis), moved) if isinstance(fresh, Mean) else moved.masked_fill_(mask, fresh)
+        torch.where(mask, fresh.of(value, axis), moved) if isinstance(fresh, Seed) else moved.masked_fill_(mask, fresh)
     )
-
-
-def _along(flags: Tensor, value: Tensor, axis: int) -> Tensor:
-    """One flag per row, bool (..., r), in the shape that broadcasts over a state whose rows lie along `axis`."""
-    if flags.dim() == 1:
-        return flags.view([-1 if d == axis % value.dim() else 1 for d in range(value.dim())])
-    return flags if value.dim() == flags.dim() else along_slice(flags, axis)
 
 
 def _carry_bitsandbytes(

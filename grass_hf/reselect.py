@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 
 def choose(
     due: list[Slice], config: GrassConfig, step: int, replicas: dist.ProcessGroup | None = None
-) -> list[tuple[Slice, selection.Selection]]:
-    """What each slice that is due trains next; a slice without usable norms is left out, and stays due.
+) -> list[tuple[Slice, selection.Selection, Tensor | None]]:
+    """What each slice that is due trains next, and the squared norms that it observed, None if its rule needs none; a
+    slice without usable norms is left out, and stays due.
 
     Ends the observations and notes the energy that the chosen rows held; `replicas` are the ranks with the same slices,
     None for all.
@@ -50,7 +51,7 @@ def choose(
         for part, own in zip(parts, norms2, strict=True):
             if own is not None:
                 part.state.energy = (float(rows.energy(own)), float(own.sum()))
-            chosen.append((part, rows))
+            chosen.append((part, rows, own))
     return chosen
 
 

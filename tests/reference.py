@@ -46,6 +46,7 @@ class NaiveGrass:
         side: "output" (rows) or "input" (columns).
         first: rows every target starts with, by its size.
         choose: (step, target's name, scores (m,)) -> `Rows`: the selection rule with the run's draws.
+        observes: whether the rule reads scores, so that fresh rows are seeded by them too.
         kind: "adamw" or "sgd" (momentum, coupled weight decay).
     """
 
@@ -67,10 +68,11 @@ class NaiveGrass:
         phases: dict[str, int] | None = None,
         warmup: int = 1,
         until: int | None = None,
+        observes: bool = False,
     ):
         self.model, self.choose, self.interval, self.kind, self.lr = model, choose, interval, kind, lr
         self.weight_decay, self.scale, self.policy, self.decay_all = weight_decay, scale, policy, decay_all
-        self.warmup, self.until, self.t = warmup, until, 0
+        self.warmup, self.until, self.observes, self.t = warmup, until, observes, 0
         self.matrices = {}
         self.visited: dict[str, set[tuple[int, ...]]] = {name: set() for name in targets}
         for name, param in model.named_parameters():
@@ -147,11 +149,24 @@ class NaiveGrass:
                 gone = torch.ones(size, dtype=torch.bool)
                 gone[[row for row in matrix.draw.rows.tolist() if row in rows.tolist()]] = False
                 matrix.state["m"][gone] = 0
-                mean = matrix.state["v"][distinct].mean(dim=0)
-                matrix.state["v"][gone] = mean if self.policy == "carry_seeded" else 0
+                seeds = self._seeds(matrix, rows, rho)[gone] if self.policy == "carry_seeded" else 0
+                matrix.state["v"][gone] = seeds
             else:
                 matrix.state = {"m": torch.zeros_like(w), "v": torch.zeros_like(w), "steps": 0}
                 matrix.reset_at = self.t
+
+    def _seeds(self, matrix: Matrix, rows: Tensor, rho: Tensor) -> Tensor:
+        """Second moments of fresh rows, one for each row of the matrix: the mean of the old rows', times what the row's
+        share of the scores, as its gradient is multiplied, is to theirs."""
+        v = matrix.state["v"]
+        old, new = dict(zip(rows.tolist(), rho.tolist(), strict=True)), matrix.draw
+        mean = v[list(old)].mean(dim=0)
+        seeds = mean.repeat(v.shape[0], 1)
+        if self.observes:
+            level = sum(float(matrix.scores[row]) * factor**2 for row, factor in old.items()) / len(old)
+            for row, factor in zip(new.rows.tolist(), new.rho.tolist(), strict=True):
+                seeds[row] = mean * max(0.01, float(matrix.scores[row]) * factor**2 / level)
+        return seeds
 
     def _settle(self, matrix: Matrix) -> None:
         w = matrix.view(matrix.param.data)

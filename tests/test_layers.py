@@ -15,6 +15,7 @@ FLOORS = {
     3: [
         "guards",
         "reselect",
+        "seeding",
         "remap",
         "checkpoint",
         "stepping",

@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from grass_hf.remap import Mean, carry_rows
+from grass_hf.remap import carry_rows
+from grass_hf.seeding import Seed, seed_for
+from grass_hf.selection import Selection
+from grass_hf.slices import Slice
 
 SOURCE = torch.tensor([2, -1, 0, -1])
 
 
 def carried(state, shape, dim, source=SOURCE):
-    carry_rows(state, torch.Size(shape), dim, source, {"lr": 0.1}, "layer", Mean())
+    carry_rows(state, torch.Size(shape), dim, source, {"lr": 0.1}, "layer", Seed())
     return state
 
 
@@ -41,7 +44,7 @@ def test_padding_has_no_part_in_the_mean():
     for at, shape in ((0, (4, 3)), (slice(None), (2, 4, 3))):
         state = {"exp_avg_sq": v[at].clone()}
         source = SOURCE if at == 0 else SOURCE.expand(2, 4)
-        carry_rows(state, torch.Size(shape), -2, source, {"lr": 0.1}, "layer", Mean(real[at]))
+        carry_rows(state, torch.Size(shape), -2, source, {"lr": 0.1}, "layer", Seed(real[at]))
         torch.testing.assert_close(state["exp_avg_sq"].view(-1, 4, 3)[0, 1], v[0, :3].mean(0))
         if at != 0:
             torch.testing.assert_close(state["exp_avg_sq"][1, 3], v[1, [0, 2, 3]].mean(0))
@@ -50,7 +53,7 @@ def test_padding_has_no_part_in_the_mean():
 def test_every_block_has_a_mean_of_its_own():
     v = torch.rand(4, 3)
     state, real = {"exp_avg_sq": v.clone()}, torch.tensor([True, False, True, True])
-    carry_rows(state, v.shape, -2, SOURCE, {"lr": 0.1}, "layer", Mean(real, [(0, 2), (2, 4)]))
+    carry_rows(state, v.shape, -2, SOURCE, {"lr": 0.1}, "layer", Seed(real, None, [(0, 2), (2, 4)]))
     torch.testing.assert_close(state["exp_avg_sq"], torch.stack([v[2], v[0], v[0], v[2:].mean(0)]))
 
 
@@ -60,6 +63,20 @@ def test_factored_second_moments():
     mean = rows.mean()
     torch.testing.assert_close(state["exp_avg_sq_row"], torch.stack([rows[2], mean, rows[0], mean]))
     assert torch.equal(state["exp_avg_sq_col"], columns)
+
+
+def test_seeds_follow_the_norms_that_were_observed():
+    owner = torch.nn.Module()
+    owner.weight = torch.nn.Parameter(torch.rand(2, 6, 3))
+    part = Slice(owner, "weight", name="experts", rank=3, side="output")  # rows 0, 2 and 4 of both
+    norms2 = torch.tensor([[3.0, 5, 1, 7, 2, 0], [1, 2, 3, 4, 5, 6]], dtype=torch.float64)
+    chosen = Selection(torch.tensor([[1, 2, 5], [0, 3, 5]]))
+    ratio = torch.tensor([[5 / 2, 1 / 2, 0.01], [1 / 3, 4 / 3, 6 / 3]], dtype=torch.float64)
+    seed = seed_for(part, chosen, norms2)
+    torch.testing.assert_close(seed.ratio, ratio)
+    v = torch.rand(2, 3, 3)
+    torch.testing.assert_close(seed.of(v, -2), v.mean(-2, keepdim=True) * ratio.float()[..., None])
+    assert seed_for(part, chosen, None).ratio is None  # a rule that observes nothing
 
 
 def test_quantised_second_moments():

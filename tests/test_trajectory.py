@@ -15,7 +15,7 @@ from torch import nn
 from grass_hf import GrassConfig, controller, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.config import SELECTIONS
 from grass_hf.convert import grass_slices
-from grass_hf.selection import generator, select
+from grass_hf.selection import generator, needs_scores, select
 
 STEPS, INTERVAL, DENSITY = 30, 7, 0.25
 SHAPES = ((12, 20), (16, 12), (8, 16))
@@ -100,6 +100,7 @@ def walk_both(config, kind, weight_decay, accumulation, warmup=1):
         phases=phases,
         warmup=warmup,
         until=config.select_until,
+        observes=needs_scores(config.selection),
     )
     convert_to_grass(model, config)
     classes = {"adamw": (torch.optim.AdamW, {}), "sgd": (torch.optim.SGD, {"momentum": 0.9})}
@@ -155,6 +156,8 @@ def test_same_trajectory_as_naive_algorithm_1(rule, side, kind, weight_decay, ac
         {"state_policy": "reset_warmup"},
         {"state_policy": "carry_seeded"},
         {"state_policy": "carry_seeded", "selection": "multinomial_norm"},
+        {"state_policy": "carry_seeded", "selection": "uniform"},
+        {"state_policy": "carry_seeded", "selection": "uniform_nr", "stagger": True},
         {"select_until": 16, "stagger": True},
         {"state_policy": "carry_seeded", "side": "input", "selection": "cycle"},
         {"stagger": True},

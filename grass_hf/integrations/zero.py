@@ -35,7 +35,8 @@ from ..convert import grass_slices
 from ..distributed import is_partitioned, shape_of
 from ..functional import accumulation_dtype
 from ..modules import GrassModule
-from ..remap import Mean, carry_rows
+from ..remap import carry_rows
+from ..seeding import Seed
 from ..slices import Slice
 from .zero_checkpoint import check_files
 from .zero_parts import rank_part, set_master
@@ -154,10 +155,10 @@ class ZeroController(GrassController):
                 )
         return list(tensors)
 
-    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any], mean: Mean | None) -> None:
+    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any], seed: Seed | None) -> None:
         for key in self._state_keys(part):
             values = masters.safe_get_full_optimizer_state(part.active, key)
-            carry_rows({key: values}, values.shape, part.dim, source, group, part.state.name, mean)
+            carry_rows({key: values}, values.shape, part.dim, source, group, part.state.name, seed)
             set_master(part.active, values, key)
 
     def _drop_state(self, part: Slice, group: dict[str, Any]) -> None:
