@@ -131,10 +131,12 @@ def assert_equals_ddp(accumulate=1, tied=False, atol=1e-6, options=None, **setti
 
 def rows_equal_ddp():
     assert_equals_ddp(row_blocks=dist.get_world_size())
+    assert_equals_ddp(row_blocks=dist.get_world_size(), state_policy="carry_seeded")
 
 
 def columns_equal_ddp():
     assert_equals_ddp(side="input")
+    assert_equals_ddp(side="input", state_policy="carry_seeded")
     assert_equals_ddp(side="input", selection="cycle", state_policy="carry_seeded")
     assert_equals_ddp(row_blocks=dist.get_world_size(), selection="cycle", state_policy="carry_seeded")
 
