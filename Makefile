@@ -85,15 +85,15 @@ bench-memory: $(VENV)/.stamp-dev ## Check estimates of memory against real runs 
 	$(BIN)/grass-hf bench memory --json runs/bench_memory.json
 
 proof-13b: $(VENV)/.stamp-dev ## Simulate LLaMA-13B in bfloat16 within 38 GiB, beside AdamW, GaLore and LoRA
-	$(BIN)/grass-hf estimate llama_13b --rank 512 --slice-dtype bfloat16 --released --within 38GiB \
+	$(BIN)/grass-hf estimate llama_13b --rank 512 --side output --slice-dtype bfloat16 --released --within 38GiB \
 		--method grass,adamw,galore,lora --json runs/proof_13b.json
 
 proof-7b: $(VENV)/.stamp-proof ## Train LLaMA-7B in full on this machine, within 18.5 GiB (20 GB of memory, 14 of disk)
 	$(BIN)/python scripts/proof_7b.py --json runs/proof_7b.json
 
 proof-13b-int8: $(VENV)/.stamp-proof ## Simulate LLaMA-13B with int8 weights on a 24 GB card, then train it here within 20 GiB (27 GB of disk)
-	$(BIN)/grass-hf estimate llama_13b --rank 128 --weight-dtype int8 --targets all-matrices --gradient-checkpointing \
-		--within 22.5GiB --json runs/proof_13b_int8_simulated.json
+	$(BIN)/grass-hf estimate llama_13b --rank 128 --side output --weight-dtype int8 --targets all-matrices \
+		--gradient-checkpointing --within 22.5GiB --json runs/proof_13b_int8_simulated.json
 	$(BIN)/python scripts/proof_13b_int8.py --json runs/proof_13b_int8.json
 
 # mistral-common wants an older numpy than everybody else, and only the tokenizer's file in it is read.

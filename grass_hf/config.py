@@ -35,7 +35,7 @@ _CHOICES = {
 # What int8 weights do not go with, and what to use instead.
 _INT8_NEEDS = (
     ("side", ("input", "auto"), "output"),
-    ("selection", WITH_REPLACEMENT, "top_r"),
+    ("selection", WITH_REPLACEMENT, "multinomial_norm_nr"),
     ("resident", (False,), True),
 )
 
@@ -46,6 +46,9 @@ DEFAULT_DENSITY = 0.25
 class GrassConfig:
     """Settings of Grass (arXiv 2406.17660, Algorithm 1).
 
+    The defaults of `selection`, `side` and `state_policy` are not the paper's, which `preset("paper")` gives; why, says
+    docs/concepts.md.
+
     Args:
         rank: number r of rows (or columns) of every target matrix that are trained at a time. A layer whose
             selected side is smaller is trained in full as an ordinary parameter.
@@ -53,11 +56,12 @@ class GrassConfig:
             With neither, 0.25 (the paper's r = d/4).
         update_interval: optimizer steps K between two selections of rows; the paper uses 200.
         select_until: optimizer steps after which no layer selects any more; None selects until the end.
-        selection: how rows are chosen from the row norms of the gradient, see `grass_hf.selection`.
+        selection: how rows are chosen from the row norms of the gradient, see `grass_hf.selection`. By default drawn
+            without replacement, as likely as their norms are large; "top_r" takes the largest (the paper).
         score_by: what the norms are of. "batch": the gradient of what one backward pass sees, as in the paper.
             "sequence": every sequence's own gradient, and their squares are added up, so that the rows do not depend
             on how a batch is split into micro-batches and ranks (experts score by batch).
-        side: "output" selects rows of the weight (the paper), "input" columns, "auto" the longer side, which
+        side: "input" selects columns of the weight, "output" rows (the paper), "auto" the longer side, which
             gives the smallest slice for a given `rank` (a square matrix takes "output").
         share_index: with side "input", let layers that read the same input (q, k and v; gate and up) select the same
             columns, by the sum of their scores, and keep them for backward once.
@@ -67,9 +71,9 @@ class GrassConfig:
             full module name: PEFT's semantics. Of embeddings and output heads feature columns are selected,
             whatever `side` says.
         exclude_modules: suffixes or a regular expression of modules never to compress: PEFT's semantics.
-        state_policy: at reselection the optimizer state of rows that stay is kept ("carry"), or all of it is
-            dropped ("reset"), or dropped and the slices' learning rate ramped up again ("reset_warmup"). With
-            "carry_seeded" fresh rows start with the mean second moment of the slice instead of zero.
+        state_policy: at reselection the optimizer state of rows that stay is kept, and fresh rows start with the second
+            moment that the slice and their norms make likely ("carry_seeded") or with zero ("carry"); or all of it is
+            dropped ("reset", the paper), or dropped and the slices' learning rate ramped up again ("reset_warmup").
         stagger: spread the layers' selections evenly over the interval instead of all on the same step.
         decay: "all" lets weight decay reach the rows that are not being trained too (lazily); "active" not.
         slice_dtype: dtype of the slices and so of their gradients and optimizer state; None means float32 over
@@ -93,14 +97,14 @@ class GrassConfig:
     density: float | None = None
     update_interval: int = 200
     select_until: int | None = None
-    selection: str = "top_r"
+    selection: str = "multinomial_norm_nr"
     score_by: str = "batch"
-    side: str = "output"
+    side: str = "input"
     share_index: bool = True
     scale: float = 1.0
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] | None = None
-    state_policy: str = "carry"
+    state_policy: str = "carry_seeded"
     stagger: bool = False
     decay: str = "all"
     slice_dtype: str | None = None
@@ -155,10 +159,11 @@ class GrassConfig:
             )
         if self.weight_dtype == "int8":
             for name, value, needed in _INT8_NEEDS:
-                if getattr(self, name) in value:
+                if (set_to := getattr(self, name)) in value:
+                    default = ", the default," if set_to == getattr(type(self), name) else ""
                     raise ValueError(
-                        f"weight_dtype='int8' keeps one scale per row of a weight, which {name}="
-                        f"{getattr(self, name)!r} does not go with: use {name}={needed!r}."
+                        f"weight_dtype='int8' keeps one scale per row of a weight, which {name}={set_to!r}{default} "
+                        f"does not go with: use {name}={needed!r}."
                     )
         if not self.target_modules:
             raise ValueError('target_modules is empty: give "all-linear", a list of suffixes or a regular expression.')

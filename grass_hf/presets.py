@@ -8,7 +8,7 @@ from typing import Any
 from .config import unknown_key
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "default": {},  # the defaults of GrassConfig, which are not Algorithm 1's
     # Algorithm 1 with its settings: a quarter of the rows, by the largest norms, and all state dropped with them.
     "paper": {
         "density": 0.25,

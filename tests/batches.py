@@ -16,6 +16,7 @@ from grass_hf.bench.counting import CountCollectives
 from grass_hf.convert import grass_slices
 
 STEPS = 8
+SETTINGS = {"density": 0.25, "update_interval": 3, "selection": "top_r", "side": "output", "state_policy": "carry"}
 
 
 def train(file: str, ranks: int, settings: dict[str, dict[str, Any]]) -> None:
@@ -36,7 +37,7 @@ def _run(accumulate=1, clip=None, bfloat16=False, checkpointing=False, ddp=None,
     model = tiny_llama()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    convert_to_grass(model, GrassConfig(**{"density": 0.25, "update_interval": 3, **config}))
+    convert_to_grass(model, GrassConfig(**{**SETTINGS, **config}))
     wrapped = DistributedDataParallel(model, **(ddp or {}))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
     losses, chosen, sent = [], [], []

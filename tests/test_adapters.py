@@ -125,7 +125,7 @@ def test_diff_counts_rows_and_columns_and_measures_norms(tmp_path, monkeypatch):
 def test_diff_finds_the_rows_that_grass_trained(tmp_path, dtype):
     save(tiny_llama().to(dtype), tmp_path / "base")
     llama = tiny_llama().to(dtype)
-    convert_to_grass(llama, GrassConfig(rank=8, update_interval=2, decay="active"))
+    convert_to_grass(llama, GrassConfig(rank=8, side="output", update_interval=2, decay="active"))
     optimizer = grass_optimizer(llama, torch.optim.AdamW, lr=1e-2)
     batch = torch.stack([Sequences()[i]["input_ids"] for i in range(8)])
     trained = {part.state.name: set() for part in grass_slices(llama)}

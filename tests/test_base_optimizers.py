@@ -223,7 +223,8 @@ def test_state_follows_its_rows(base, side):
     pytest.importorskip("bitsandbytes")
     # a square slice (64 x 64) on purpose: Adafactor's row and column statistics have the same shape there
     model = nn.Sequential(nn.Linear(64, 128, bias=False) if side == "output" else nn.Linear(128, 64, bias=False))
-    convert_to_grass(model, GrassConfig(rank=64, side=side, update_interval=2, selection="uniform_nr"))
+    rules = {"selection": "uniform_nr", "state_policy": "carry"}
+    convert_to_grass(model, GrassConfig(rank=64, side=side, update_interval=2, **rules))
     optimizer = grass_optimizer(model, cls, lr=1e-3, **settings)
     layer = model[0].weight_slice
     carry_calls = []

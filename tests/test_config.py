@@ -6,6 +6,7 @@ import pytest
 
 from grass_hf import GrassConfig
 from grass_hf.optim_args import parse_optim_args
+from grass_hf.presets import PRESETS
 
 # arguments -> words that the sentence must hold
 REFUSED = [
@@ -90,14 +91,16 @@ def test_presets_are_sets_of_fields_that_others_override():
             parse_optim_args(f"preset={name}")
 
 
-def test_defaults_are_the_papers():
-    config = GrassConfig()
-    assert (config.density, config.update_interval, config.selection, config.side) == (
-        0.25,
-        200,
-        "top_r",
-        "output",
-    )
+def test_defaults_and_those_of_the_paper():
+    config, paper = GrassConfig(), GrassConfig.preset("paper")
+    assert (config.density, config.update_interval, config.target_modules) == (0.25, 200, "all-linear")
+    assert (config.selection, config.side, config.state_policy) == ("multinomial_norm_nr", "input", "carry_seeded")
+    # Algorithm 1: these three are what differs
+    algorithm_1 = {"selection": "top_r", "side": "output", "state_policy": "reset"}
+    assert paper == GrassConfig(**algorithm_1)
+    # and a change of a default does not reach it
+    said = {**algorithm_1, "density": 0.25, "update_interval": 200, "target_modules": "all-linear"}
+    assert PRESETS["paper"] == said and PRESETS["default"] == {}
     assert GrassConfig(rank=64).density is None
 
 

@@ -16,6 +16,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 SETTINGS = {
     "plain": {},
     "columns": {"side": "input"},
+    "defaults": {"selection": "multinomial_norm_nr", "side": "input", "state_policy": "carry_seeded"},
     "all_matrices": {"target_modules": "all-matrices"},
     "drawn": {"selection": "multinomial_norm"},
     "in_turn": {"selection": "cycle", "state_policy": "carry_seeded"},

@@ -86,7 +86,8 @@ def test_autocast_computes_in_half_precision_and_returns_full_gradients(side):
 
 
 @needs_interface
-def test_no_tensor_of_an_experts_size_in_backward(monkeypatch):
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_no_tensor_of_an_experts_size_in_backward(monkeypatch, side):
     from grass_hf import functional
 
     monkeypatch.setattr(functional.squared_norms, "__defaults__", (4,))
@@ -98,7 +99,7 @@ def test_no_tensor_of_an_experts_size_in_backward(monkeypatch):
     model = copy.deepcopy(plain)
     forbidden = {3 * 82 * 47, 82 * 47, 3 * 47 * 41, 47 * 41}
     inputs = {name: values[:2, :9] for name, values in batch(plain).items()}  # so few that no activation is as large
-    convert_to_grass(model, GrassConfig(density=0.25, update_interval=3, target_modules=["experts"]))
+    convert_to_grass(model, GrassConfig(density=0.25, side=side, update_interval=3, target_modules=["experts"]))
     assert [part.parameter for part in grass_slices(model)] == ["gate_up_proj", "down_proj"] * 2
 
     def sizes_in_step(model, optimizer):

@@ -78,14 +78,17 @@ def trainer_run(tmp_path, processes=2, resume=None, options=None, **fsdp):
     ids=["full", "sharded"],
 )
 def test_through_the_trainer_resumes_exactly(tmp_path, fsdp):
-    losses, _ = trainer_run(tmp_path, **fsdp)
+    full = fsdp["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    # rows in one, and in the other columns, the default
+    options = {"optim_args": f"density=0.25,update_interval=3,side={'output' if full else 'input'},base=adamw_torch"}
+    losses, _ = trainer_run(tmp_path, options=options, **fsdp)
     assert losses[-1] < losses[0] - 0.3
     checkpoint = tmp_path / "out" / "checkpoint-4"
-    if fsdp["fsdp_state_dict_type"] == "FULL_STATE_DICT":
+    if full:
         with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
             assert not any("slice" in key for key in file.keys())  # noqa: SIM118  (no mapping)
         assert torch.load(checkpoint / "optimizer.bin", weights_only=True)["param_groups"]
-    resumed, _ = trainer_run(tmp_path, resume=checkpoint, **fsdp)
+    resumed, _ = trainer_run(tmp_path, resume=checkpoint, options=options, **fsdp)
     assert resumed[-4:] == losses[-4:]
 
 

@@ -14,7 +14,7 @@ from grass_hf.convert import grass_slices
 from grass_hf.integrations import saving
 
 TOKENS = torch.arange(48).view(4, 12)
-SETTINGS = {"density": 0.25, "update_interval": 3, "weight_dtype": "int8"}
+SETTINGS = {"density": 0.25, "side": "output", "update_interval": 3, "weight_dtype": "int8"}
 
 
 def train(model, optimizer, steps):
@@ -114,7 +114,9 @@ def test_small_updates_arrive_in_the_mean():
         torch.nn.init.constant_(layer[0].weight, 32.0 / 127)
         layer[0].weight.data[:, 0] = 1.0  # keeps every row's scale near 1 / 127, and the others near its code 32
         settings = {"density": 0.5, "update_interval": 2, "selection": "uniform_nr", "decay": "active"}
-        convert_to_grass(layer, GrassConfig(weight_dtype="int8", target_modules=["0"], rounding=rounding, **settings))
+        convert_to_grass(
+            layer, GrassConfig(weight_dtype="int8", side="output", target_modules=["0"], rounding=rounding, **settings)
+        )
         optimizer = grass_optimizer(layer, torch.optim.SGD, lr=2e-5)
         start = layer.state_dict()["0.weight"][:, 1:].mean().item()
         for _ in range(200):
@@ -129,7 +131,7 @@ def test_small_updates_arrive_in_the_mean():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resumes_exactly_through_the_trainer(dtype, tmp_path):
-    args = "density=0.25,update_interval=3,weight_dtype=int8,base=adamw_torch"
+    args = "density=0.25,side=output,update_interval=3,weight_dtype=int8,base=adamw_torch"
 
     def run(folder, resume=None, **options):
         made = trainer(folder, tiny_llama().to(getattr(torch, dtype)), optim_args=args, max_steps=10, **options)
@@ -172,8 +174,9 @@ def test_no_gradient_of_full_size():
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"side": "input"}, "use side='output'"),
-        ({"selection": "uniform"}, "use selection='top_r'"),
+        ({"side": "input"}, "side='input', the default, does not go with: use side='output'"),
+        ({"side": "auto"}, "side='auto' does not go with: use side='output'"),
+        ({"selection": "uniform"}, "use selection='multinomial_norm_nr'"),
         ({"resident": False}, "use resident=True"),
         ({"weight_dtype": "int4"}, "did you mean 'int8'"),
     ],

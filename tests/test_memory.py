@@ -61,7 +61,7 @@ SETTINGS = {
     "small, input side": (small_llama, {"rank": 24, "side": "input"}, torch.float32, 2, 64, False),
     "small, all matrices": (
         small_llama,
-        {"density": 0.5, "target_modules": "all-matrices"},
+        {"density": 0.5, "side": "output", "target_modules": "all-matrices"},
         torch.float32,
         1,
         16,
@@ -70,7 +70,7 @@ SETTINGS = {
     "small, bfloat16": (small_llama, {"rank": 24}, torch.bfloat16, 2, 64, False),
     "small, pure bfloat16, checkpointing": (
         small_llama,
-        {"rank": 64, "slice_dtype": "bfloat16"},
+        {"rank": 64, "side": "output", "slice_dtype": "bfloat16"},
         torch.bfloat16,
         4,
         64,
@@ -92,8 +92,15 @@ SETTINGS = {
         16,
         False,
     ),
-    "small, int8 weights": (small_llama, {"rank": 24, "weight_dtype": "int8"}, torch.bfloat16, 2, 64, False),
-    "small, few tokens": (small_llama, {"rank": 80}, torch.bfloat16, 1, 4, False),
+    "small, int8 weights": (
+        small_llama,
+        {"rank": 24, "side": "output", "weight_dtype": "int8"},
+        torch.bfloat16,
+        2,
+        64,
+        False,
+    ),
+    "small, few tokens": (small_llama, {"rank": 80, "side": "output"}, torch.bfloat16, 1, 4, False),
 }
 
 
@@ -148,7 +155,8 @@ def test_methods_hold_what_they_say():
     others = sum(sizes) - sum(w.numel() for w in targets)
     low = sum(rank * max(w.shape) for w in targets)
     clocks = 4 * len(sizes)  # AdamW's step counters
-    found = {m: estimate_memory(model, GrassConfig(rank=rank), method=m, sequence=16) for m in METHODS}
+    rows = GrassConfig(rank=rank, side="output")
+    found = {m: estimate_memory(model, rows, method=m, sequence=16) for m in METHODS}
     state = {method: estimate.step.optimizer_state for method, estimate in found.items()}
     assert state["adamw"] == 8 * sum(sizes) + clocks
     assert state["grass"] == 8 * (others + sum(rank * w.shape[1] for w in targets)) + clocks

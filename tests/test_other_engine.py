@@ -5,10 +5,10 @@ import torch
 from forks import ranks
 from jobs import ENGINES, HYBRID
 
-ROWS = "density=0.5,update_interval=3,base=adamw_torch,score_by=sequence"
+ROWS = "density=0.5,update_interval=3,side=output,base=adamw_torch,score_by=sequence"
 ALIGNED = ROWS + ",row_blocks=2"
 KINDS = {"ddp": "plain", "full": "full", "sharded": "sharded"}
-COLUMNS = ROWS + ",side=input,target_modules=all-matrices"
+COLUMNS = ROWS.replace("output", "input") + ",target_modules=all-matrices"
 
 
 def run(tmp_path, name, engine, count, resume=None, optim_args=ALIGNED, **options):

@@ -55,7 +55,7 @@ def ones_that_shrink(steps=400, size=64, **settings):
     model = nn.Sequential(nn.Linear(4, size, bias=False)).bfloat16()
     with torch.no_grad():
         model[0].weight.fill_(1.0)
-    convert_to_grass(model, GrassConfig(update_interval=2, selection="uniform_nr", **settings))
+    convert_to_grass(model, GrassConfig(update_interval=2, selection="uniform_nr", side="output", **settings))
     optimizer = grass_optimizer(model, torch.optim.SGD, lr=1e-4)
     for _ in range(steps):
         model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
@@ -80,7 +80,9 @@ def test_owed_decay_arrives_in_half_precision():
         model = nn.Sequential(nn.Linear(16, 512, bias=False)).bfloat16()
         with torch.no_grad():
             model[0].weight.fill_(1.0)
-        convert_to_grass(model, GrassConfig(rank=1, update_interval=20, selection="uniform_nr", **settings))
+        convert_to_grass(
+            model, GrassConfig(rank=1, update_interval=20, selection="uniform_nr", side="output", **settings)
+        )
         optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-4, weight_decay=0.1)
         for _ in range(100):
             (model(torch.ones(1, 16, dtype=torch.bfloat16)).sum() * 0.0).backward()
@@ -108,7 +110,9 @@ def test_bytes_of_each_choice(slice_dtype):
     assert total == part.active.numel() * (16 if slice_dtype is None else 8)
 
 
-@pytest.mark.parametrize("settings", [{}, {"selection": "multinomial_norm"}, {"rounding": "nearest"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"selection": "multinomial_norm"}, {"rounding": "nearest", "side": "output"}], ids=str
+)
 @pytest.mark.parametrize("targets", ["all-linear", "all-matrices"])
 def test_pure_bfloat16_resumes_bit_for_bit(settings, targets):
     config = GrassConfig(density=0.25, update_interval=3, target_modules=targets, **settings)
@@ -243,7 +247,7 @@ def test_the_trainer_drops_the_norms_of_a_skipped_step(tmp_path):
 
 def test_a_gradient_that_overflows_only_outside_the_slice_makes_the_layer_select_later():
     model = nn.Sequential(nn.Linear(4, 8, bias=False))
-    convert_to_grass(model, GrassConfig(rank=2, update_interval=5))
+    convert_to_grass(model, GrassConfig(rank=2, selection="top_r", side="output", update_interval=5))
     optimizer = grass_optimizer(model, torch.optim.SGD, lr=1e-3)
     part = next(grass_slices(model))
     first = part.index.clone()

@@ -284,7 +284,8 @@ def test_validate_says_what_would_happen(tmp_path, monkeypatch, capsys):
     for mention in ("layout: text", "one example:", "14 weights", "nothing is wrong", "at the peak of a step"):
         assert mention in out
     found = json.loads((tmp_path / "found" / "found.json").read_text())
-    assert found["targets"]["model.layers.0.mlp.gate_proj"] == 12 and found["memory"]["peak"] > 0
+    ranks = [found["targets"][f"model.layers.0.mlp.{name}_proj"] for name in ("gate", "down")]
+    assert ranks == [8, 12] and found["memory"]["peak"] > 0  # a quarter of their 32 and 48 columns
     assert not (tmp_path / "out").exists()
 
 

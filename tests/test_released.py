@@ -34,7 +34,8 @@ def slice_bytes(model) -> int:
     "settings",
     [
         {},
-        {"side": "input", "target_modules": "all-matrices"},
+        {"side": "output", "target_modules": "all-matrices"},
+        {"side": "output", "selection": "top_r", "state_policy": "carry"},
         {"selection": "uniform_nr", "state_policy": "reset_warmup"},
         {"stagger": True, "decay": "active"},
         {"dtype": torch.bfloat16, "slice_dtype": "bfloat16"},

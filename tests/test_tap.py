@@ -310,7 +310,7 @@ def llama_steps(backend, tied=False, **options):
 
 COMPILED = [
     {},
-    {"side": "input"},
+    {"side": "output"},
     {"selection": "multinomial_norm"},
     {"selection": "uniform_nr"},
     {"target_modules": "all-matrices"},

@@ -64,7 +64,7 @@ def test_refused_before_anything_is_changed(settings, words):
 
 def test_layers_below_rank_train_in_full_and_are_named():
     model = tiny_llama()  # k_proj and v_proj have 16 rows, under grouped-query attention
-    convert_to_grass(model, GrassConfig(rank=20))
+    convert_to_grass(model, GrassConfig(rank=20, side="output"))
     assert all("k_proj" not in layer.state.name for layer in grass_slices(model))
     assert model.model.layers[0].self_attn.k_proj.weight.requires_grad
     report = start_report(model, grass_optimizer(model, torch.optim.AdamW, lr=1e-3))
@@ -200,7 +200,7 @@ def test_subclasses_of_linear_keep_their_own_forward():
     before = model(x)
     before.sum().backward()
     expected = model[0].weight.grad.clone()
-    convert_to_grass(model, GrassConfig(density=0.5))
+    convert_to_grass(model, GrassConfig(density=0.5, side="output"))
     torch.testing.assert_close(model(x), before)
     model(x).sum().backward()
     part = model[0].weight_slice
@@ -221,7 +221,7 @@ def test_subclasses_that_write_the_product_out_are_tapped_from_outside():
     x = torch.randn(2, 4)
     model[0](x).sum().backward()
     expected = model[0].weight.grad.clone()
-    convert_to_grass(model, GrassConfig(density=0.5))
+    convert_to_grass(model, GrassConfig(density=0.5, side="output"))
     model(x)
     model[0](x).sum().backward()
     part = model[0].weight_slice

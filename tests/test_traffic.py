@@ -40,7 +40,7 @@ def test_grass_sends_r_of_m_rows_the_ordinary_parameters_and_a_norm_per_row():
     ordinary = sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in targets)
     slices = sum(w.numel() * rank // w.shape[0] for w in targets)
     rows = sum(w.shape[0] for w in targets)
-    sent = traffic(model, GrassConfig(rank=rank, update_interval=interval)).sent("ddp", 2)
+    sent = traffic(model, GrassConfig(rank=rank, side="output", update_interval=interval)).sent("ddp", 2)
     assert sent["all_reduce"] == 4 * (ordinary + slices + rows / interval)
     assert sent["reduce_scatter"] == sent["all_gather"] == 0
 
@@ -54,7 +54,7 @@ def test_fsdp2_gathers_layers_twice_and_the_root_once():
     slices = sum(4 * w.numel() * rank // w.shape[0] for w in targets)
     sent = traffic(model, None, "fsdp2").sent("fsdp2", 2)
     assert (sent["all_gather"], sent["reduce_scatter"]) == (2 * inner + root, inner + root)
-    sent = traffic(model, GrassConfig(rank=rank), "fsdp2").sent("fsdp2", 2)
+    sent = traffic(model, GrassConfig(rank=rank, side="output"), "fsdp2").sent("fsdp2", 2)
     assert sent["all_gather"] == 2 * (inner + slices) + root
     assert sent["reduce_scatter"] == inner + root - sum(w.nbytes for w in targets) + slices
     scattered = ring_bytes(sent, 2, gloo=True) - ring_bytes(sent, 2)
@@ -67,7 +67,7 @@ def test_fsdp2_gathers_layers_twice_and_the_root_once():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"rank": 8},
+        {"rank": 8, "side": "output"},
         {"density": 0.3, "side": "input"},
         {"rank": 8, "target_modules": "all-matrices", "side": "auto"},
         {"rank": 40, "side": "auto", "selection": "multinomial_norm"},
@@ -104,7 +104,7 @@ class Stack(torch.nn.Module):
         return x
 
 
-@pytest.mark.parametrize("config", [None, GrassConfig(rank=8), GrassConfig(rank=8, side="input")])
+@pytest.mark.parametrize("config", [None, GrassConfig(rank=8, side="output"), GrassConfig(rank=8, side="input")])
 def test_operations_are_those_that_torch_counts(config):
     model = Stack()
     expected = traffic(model, config).flops(10)

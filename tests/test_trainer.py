@@ -111,7 +111,7 @@ def test_plain_and_accelerate_loops_train_the_same(tmp_path):
 def test_start_table_and_logs(tmp_path, capsys):
     job = trainer(
         tmp_path,
-        optim_args="rank=20,update_interval=3,base=adamw_torch,scale=0.5",
+        optim_args="rank=20,side=output,update_interval=3,base=adamw_torch,scale=0.5",
         lr_scheduler_type="linear",
     )
     job.train()
@@ -140,7 +140,7 @@ def test_start_table_and_logs(tmp_path, capsys):
 
 def test_energy_is_the_selected_rows_share(tmp_path):
     model = nn.Sequential(nn.Linear(6, 8, bias=False))
-    convert_to_grass(model, GrassConfig(rank=2, update_interval=5))
+    convert_to_grass(model, GrassConfig(rank=2, selection="top_r", side="output", update_interval=5))
     optimizer = grass_optimizer(model, torch.optim.SGD, lr=0.1)
     x = torch.randn(5, 6)
     before = model[0].weight.clone().requires_grad_()
@@ -332,7 +332,11 @@ def test_an_optimizer_that_does_not_drive_the_slices_stops(tmp_path):
     [
         ({}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer.device='cpu'"),
         ({"optim_args": "rank=8,resident=false"}, {"stage": 2}, "resident=False does not go with ZeRO"),
-        ({"optim_args": "rank=8,weight_dtype=int8"}, {"stage": 3}, "weight_dtype='int8' does not go with ZeRO"),
+        (
+            {"optim_args": "rank=8,side=output,weight_dtype=int8"},
+            {"stage": 3},
+            "weight_dtype='int8' does not go with ZeRO",
+        ),
         ({"torch_compile": True, "optim_args": "rank=8,stagger=true"}, None, "stagger=False"),
     ],
 )

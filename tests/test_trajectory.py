@@ -142,7 +142,7 @@ def float64():
     "kind, weight_decay, accumulation", list(itertools.product(["adamw", "sgd"], [0.0, 0.3], [1, 4]))
 )
 def test_same_trajectory_as_naive_algorithm_1(rule, side, kind, weight_decay, accumulation):
-    config = GrassConfig(density=DENSITY, update_interval=INTERVAL, selection=rule, side=side)
+    config = GrassConfig(density=DENSITY, update_interval=INTERVAL, selection=rule, side=side, state_policy="carry")
     naive = walk_both(config, kind, weight_decay, accumulation)
     # the trajectories crossed several slices, or they would prove nothing about reselection
     assert any(len(visited) >= 3 for visited in naive.visited.values()), naive.visited
@@ -152,6 +152,7 @@ def test_same_trajectory_as_naive_algorithm_1(rule, side, kind, weight_decay, ac
 @pytest.mark.parametrize(
     "options",
     [
+        {"side": "input", "state_policy": "carry_seeded"},  # the defaults
         {"state_policy": "reset"},
         {"state_policy": "reset_warmup"},
         {"state_policy": "carry_seeded"},
@@ -172,9 +173,8 @@ def test_same_trajectory_as_naive_algorithm_1(rule, side, kind, weight_decay, ac
     ids=str,
 )
 def test_same_trajectory_with_every_setting(options, kind):
-    config = GrassConfig(
-        **({"density": DENSITY, "update_interval": INTERVAL, "selection": "multinomial_norm_nr"} | options)
-    )
+    base = {"selection": "multinomial_norm_nr", "side": "output", "state_policy": "carry"}
+    config = GrassConfig(**({"density": DENSITY, "update_interval": INTERVAL} | base | options))
     walk_both(config, kind, weight_decay=0.3, accumulation=2)
 
 
@@ -187,6 +187,7 @@ def test_same_trajectory_with_a_warmup_of_several_steps(monkeypatch, kind, stagg
         density=DENSITY,
         update_interval=INTERVAL,
         selection="multinomial_norm_nr",
+        side="output",
         state_policy="reset_warmup",
         stagger=stagger,
     )
@@ -214,7 +215,7 @@ def test_nor_does_it_where_the_model_clears_the_gradients(fused, set_to_none, co
 
 
 def assert_no_trace(fused, compiled, clear):
-    config = GrassConfig(density=DENSITY, update_interval=INTERVAL, selection="top_r")
+    config = GrassConfig(density=DENSITY, update_interval=INTERVAL, selection="top_r", side="output")
     runs = []
     torch._dynamo.reset()
     for skip in (False, True):
@@ -259,7 +260,7 @@ def test_every_row_has_its_turn():
     torch.manual_seed(0)
     model = Net()
     before = [layer.weight.clone() for layer in model.layers]
-    convert_to_grass(model, GrassConfig(density=DENSITY, update_interval=1, selection="uniform_nr"))
+    convert_to_grass(model, GrassConfig(density=DENSITY, update_interval=1, selection="uniform_nr", side="output"))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=0.01, weight_decay=0.0)
     for step in range(60):
         micro_losses(step, 1)[0](model).backward()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from ..config import GrassConfig
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
 from .bench_commands import memory, speed
@@ -157,8 +158,13 @@ def estimate(
     ),
     rank: int | None = typer.Option(None, help="Rows r of every target matrix that are trained at a time."),
     density: float | None = typer.Option(None, help="The same as a share of the rows; 0.25 if neither is given."),
-    side: str = typer.Option("output", help="Side that is selected: output, input or auto."),
-    selection: str = typer.Option("top_r", help="Rule by which rows are chosen; uniform_nr never observes."),
+    side: str = typer.Option(GrassConfig.side, help="Side that is selected: input (columns), output (rows) or auto."),
+    selection: str = typer.Option(
+        GrassConfig.selection, help="Rule by which rows are chosen; uniform_nr never observes."
+    ),
+    state_policy: str = typer.Option(
+        GrassConfig.state_policy, help="What becomes of optimizer state at a selection (GrassConfig.state_policy)."
+    ),
     stagger: bool = typer.Option(
         False, "--stagger", help="Let layers select on different steps, so that few of them observe at a time."
     ),
@@ -211,6 +217,7 @@ def estimate(
         "density": density,
         "side": side,
         "selection": selection,
+        "state_policy": state_policy,
         "stagger": stagger,
         "target_modules": names(targets),
         "slice_dtype": slice_dtype,

@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.convert import grass_slices
 
-SETTINGS = {"density": 0.5, "update_interval": 3}  # so that eight ranks divide the rows of every slice
+# so that eight ranks divide the rows of every slice
+SETTINGS = {"density": 0.5, "update_interval": 3, "selection": "top_r", "side": "output", "state_policy": "carry"}
 
 
 class Traffic(TorchDispatchMode):
@@ -138,6 +139,7 @@ def columns_equal_ddp():
     assert_equals_ddp(side="input")
     assert_equals_ddp(side="input", state_policy="carry_seeded")
     assert_equals_ddp(side="input", selection="cycle", state_policy="carry_seeded")
+    assert_equals_ddp(selection="multinomial_norm_nr", side="input", state_policy="carry_seeded")  # the defaults
     assert_equals_ddp(row_blocks=dist.get_world_size(), selection="cycle", state_policy="carry_seeded")
 
 
@@ -199,7 +201,7 @@ class Uneven(nn.Module):
 
 def uneven_divisions():
     ranks = dist.get_world_size()
-    for settings in ({"row_blocks": ranks, "rank": 4}, {"side": "input", "rank": 3}):
+    for settings in ({"side": "output", "row_blocks": ranks, "rank": 4}, {"side": "input", "rank": 3}):
         outcomes = []
         for sharded in (True, False):
             model = Uneven()
@@ -221,7 +223,7 @@ def uneven_divisions():
 
 def unaligned_rows_stop_with_a_sentence():
     model = nn.Sequential(nn.Linear(6, 9))
-    convert_to_grass(model, GrassConfig(rank=4))  # rows 0 2 4 6; two shards hold rows 0-4 and 5-8
+    convert_to_grass(model, GrassConfig(rank=4, side="output"))  # rows 0 2 4 6; two shards hold rows 0-4 and 5-8
     shard(model)
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
     model(torch.randn(3, 6)).sum().backward()

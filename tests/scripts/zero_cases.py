@@ -33,7 +33,7 @@ from grass_hf.integrations.zero import ZeroController
 # DeepSpeed would compile a collective of its own for processes on one machine; gloo will do.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-SETTINGS = {"density": 0.25, "update_interval": 3}
+SETTINGS = {"density": 0.25, "update_interval": 3, "selection": "top_r", "side": "output", "state_policy": "carry"}
 STEPS = 7  # selections after steps 0, 3 and 6
 
 
@@ -175,6 +175,7 @@ def rows_equal_ddp():
 
 def columns_equal_ddp():
     assert_equals_ddp(side="input")
+    assert_equals_ddp(selection="multinomial_norm_nr", side="input", state_policy="carry_seeded")  # the defaults
 
 
 def rules_with_replacement_equal_ddp():
