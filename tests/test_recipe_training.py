@@ -178,7 +178,8 @@ def test_files_of_every_kind(tmp_path, suffix, monkeypatch, capsys):
 
 def test_classification_learns_and_reports_accuracy_and_f1(tmp_path):
     recipe = files.classification(tmp_path)
-    recipe["training"] |= {"max_steps": 80, "learning_rate": 3e-3}
+    # with batches of 4 it is a matter of the seed whether 80 steps are enough, whatever the settings of Grass
+    recipe["training"] |= {"max_steps": 80, "per_device_train_batch_size": 16}
     results, _ = run(tmp_path, recipe)
     assert results["accuracy after"] == 1.0 > results["accuracy before"]
     assert 0 <= results["f1 after"] <= 1
