@@ -1,0 +1,207 @@
+"""Ideas that are not in the package: each a subclass of the controller, measured as a study's methods are.
+
+    python studies/ideas.py                         # runs/ideas.jsonl: a row per idea that has none yet
+    python studies/ideas.py --only anneal,clock     # some of them
+    python studies/ideas.py --settings selection=multinomial_norm_nr,update_interval=200 --multiplier 0.1
+
+The model, text, schedule and evaluation are those of studies/peers.yaml. `none` is the package itself, with the same
+settings. What came of them stands in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from grass_hf import optim
+from grass_hf.bench import quality, record
+from grass_hf.bench.quality_methods import resolve
+from grass_hf.bench.quality_rows import read_rows
+from grass_hf.bench.quality_run import run_row
+from grass_hf.controller import GROUP_KEY, GrassController
+from grass_hf.optim_args import parse_optim_args
+
+STUDY = Path(__file__).parent / "peers.yaml"
+
+
+class Shaped(GrassController):
+    """The slices' rate as a function of the steps since their rows came."""
+
+    def factor(self, age: int, interval: int) -> float:
+        raise NotImplementedError
+
+    def _ramp_learning_rate(self, layers):
+        interval = self.config.update_interval
+        if self.step > interval:
+            factor = self.factor((self.step - 1) % interval, interval)
+            for group in self.optimizer.param_groups:
+                if GROUP_KEY in group:
+                    self._full_rates.append((group, group["lr"]))
+                    group["lr"] = group["lr"] * factor
+
+
+class Ramp(Shaped):
+    """A linear rise over ten steps."""
+
+    def factor(self, age, interval):
+        return min(1.0, (age + 1) / 11)
+
+
+class Anneal(Shaped):
+    """A rise over five steps and a linear fall to nearly zero: rows leave without the noise of a high rate."""
+
+    def factor(self, age, interval):
+        return min(1.0, (age + 1) / 6) * (interval - age) / (interval + 1)
+
+
+class Average(GrassController):
+    """What leaves is the mean of the last half of the interval instead of the last step's rows."""
+
+    def _after_step(self):
+        interval = self.config.update_interval
+        age = (self.step - 1) % interval
+        if self.step and age >= interval // 2:
+            taken = age - interval // 2 + 1
+            for part in self.slices:
+                if taken == 1:
+                    part.__dict__["mean"] = part.active.detach().clone()
+                else:
+                    part.mean.lerp_(part.active.detach(), 1 / taken)
+        super()._after_step()
+
+    def _select(self, due, groups):
+        for part in due:
+            if "mean" in part.__dict__ and self.step:
+                part.active.data.copy_(part.__dict__.pop("mean"))
+                part.write_back()
+        super()._select(due, groups)
+
+
+class MeanOnly(GrassController):
+    """A fresh row's second moment is the slice's mean, whatever was observed."""
+
+    def _carry_state(self, part, source, group, seed):
+        super()._carry_state(part, source, group, dataclasses.replace(seed, ratio=None))
+
+
+class LastKnown(MeanOnly):
+    """A fresh row's second moment is the slice's mean times the ratio that the row had to it when it last left."""
+
+    def _carry_state(self, part, source, group, seed):
+        values = self.optimizer.state.get(part.active, {}).get("exp_avg_sq")
+        if values is None:
+            return
+        other = -1 if part.dim == -2 else -2
+        levels = values.mean(other)
+        super()._carry_state(part, source, group, seed)
+        known = part.__dict__.setdefault("known", torch.full((part.state.size,), math.nan))
+        known[part.__dict__.pop("before")] = levels / levels.mean()
+        ratio = known[part.index]
+        values.mul_(torch.where((source < 0) & ~ratio.isnan(), ratio, 1.0).unsqueeze(other))
+
+    def _select(self, due, groups):
+        for part in due:
+            part.__dict__["before"] = part.index.clone()
+        super()._select(due, groups)
+
+
+class Clock(GrassController):
+    """A fresh row's first moment is corrected by the row's own age instead of the slice's."""
+
+    beta, lasts = 0.9, 30
+
+    def _carry_state(self, part, source, group, seed):
+        super()._carry_state(part, source, group, seed)
+        age = part.__dict__.get("age", torch.full_like(source, self.lasts))
+        part.__dict__["age"] = torch.where(source < 0, 0, age[source.clamp(min=0)])
+
+    def _before_step(self):
+        super()._before_step()
+        for part in self.slices:
+            if "age" in part.__dict__ and bool((part.age < self.lasts).any()):
+                part.__dict__["old"] = part.active.detach().clone()
+
+    def _after_step(self):
+        for part in self.slices:
+            if "old" in part.__dict__:
+                part.age.add_(1)
+                factor = torch.where(part.age <= self.lasts, 1 / (1 - self.beta ** part.age.double()), 1.0).float()
+                old: Tensor = part.__dict__.pop("old")
+                part.active.data.copy_(
+                    old + factor.unsqueeze(-1 if part.dim == -2 else -2) * (part.active.detach() - old)
+                )
+        super()._after_step()
+
+
+class GrowthLimit(GrassController):
+    """The norm of a slice's update is at most 1.01 times that of the step before (Fira, APOLLO)."""
+
+    gamma = 1.01
+
+    def _before_step(self):
+        super()._before_step()
+        for part in self.slices:
+            part.__dict__["old"] = part.active.detach().clone()
+
+    def _after_step(self):
+        for part in self.slices:
+            old: Tensor = part.__dict__.pop("old")
+            change = part.active.detach() - old
+            norm, last = change.norm(), part.__dict__.get("last")
+            if last is not None and norm > self.gamma * last > 0:
+                change *= self.gamma * last / norm
+                norm = self.gamma * last
+                part.active.data.copy_(old + change)
+            part.__dict__["last"] = norm
+        super()._after_step()
+
+
+IDEAS = {
+    "none": GrassController,
+    "ramp": Ramp,
+    "anneal": Anneal,
+    "average": Average,
+    "mean_only": MeanOnly,
+    "last_known": LastKnown,
+    "clock": Clock,
+    "growth_limit": GrowthLimit,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(IDEAS), help="names, with commas")
+    parser.add_argument(
+        "--settings",
+        default="density=0.25,update_interval=100,selection=multinomial_norm_nr,side=input,state_policy=carry_seeded",
+        help="of Grass, as in optim_args",
+    )
+    parser.add_argument("--learning_rate", type=float, default=0.02)
+    parser.add_argument("--multiplier", type=float, default=0.15)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=Path("runs/ideas.jsonl"))
+    args = parser.parse_args()
+    study = quality.load_study(STUDY, only=["adamw"])
+    settings = parse_optim_args(args.settings).config.to_dict()
+    del settings["scale"]
+    settings = resolve("grass", settings, study.rank, study.target_modules)
+    for name in args.only.split(","):
+        rates = (args.learning_rate,), (args.multiplier,)
+        run = quality.Run(study, quality.Method(name, "grass", settings, *rates), *(r[0] for r in rates), args.seed)
+        row = next((r for r in read_rows(args.json) if (r["method"], r["key"]) == (name, run.key)), None)
+        if row is None:
+            optim.GrassController = IDEAS[name]
+            row = run_row(run)
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            record.append(args.json, row)
+        print(json.dumps({k: row[k] for k in ("method", "perplexity", "learning_rate", "multiplier", "seed")}))
+
+
+if __name__ == "__main__":
+    main()
