@@ -150,6 +150,7 @@ def test_links_have_their_rates_and_are_gone_afterwards():
 @pytest.mark.dist
 def test_two_workers_train_over_links_and_leave_nothing(command, tmp_path):
     before = links()
+    children = set(_children(os.getpid()))
     words = ["--workers", "2", "--speeds", "20Mbit/s,400Mbit/s", "--rounds", "2", "--density", "0.25"]
     words += [
         "--layers",
@@ -176,7 +177,8 @@ def test_two_workers_train_over_links_and_leave_nothing(command, tmp_path):
     losses = row["losses"]
     assert losses["AdamW"][0] == losses["Grass all-linear"][0] == losses["Grass all-matrices"][0]
     assert (tmp_path / "speed.png").stat().st_size > 1000
-    assert links() == before and not _children(os.getpid())
+    # other tests may have left a server of forks
+    assert links() == before and set(_children(os.getpid())) <= children
 
 
 @needs_networks

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json as json_module
 from pathlib import Path
 
+import torch.distributed as dist
 from rich.console import Console
 
 import grass_hf
@@ -27,11 +29,24 @@ def run_train(path: Path, flags: list[str], *, grass: bool, dry_run: bool, overw
     recipe = load_recipe(path, flags, grass=grass)
     if not dry_run:
         train(recipe, overwrite=overwrite, json_file=json)
+        _part()
         return
     check_places(recipe, overwrite)
     settings = preview.resolved(recipe)
     _console.print(preview.as_yaml(settings), end="")
     _write(json, {"recipe": settings})
+
+
+def _part() -> None:
+    """Leave the other ranks, together with them.
+
+    A thread of gloo's that still holds the tensors of the last message would abort the process where the interpreter
+    ends meanwhile, and NCCL warns.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a trainer with a DDP module in it would keep the group, and its threads
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def run_validate(
