@@ -121,9 +121,9 @@ def _moved(value: Tensor, axis: int, source: Tensor, fresh: float | Seed) -> Ten
         moved = take_rows(value, chosen, axis)
     # a mask and not the numbers of fresh rows, whose count the estimator's fake tensors do not know
     mask = along(is_fresh, value, axis)
-    return (
-        torch.where(mask, fresh.of(value, axis), moved) if isinstance(fresh, Seed) else moved.masked_fill_(mask, fresh)
-    )
+    if isinstance(fresh, Seed):
+        return torch.where(mask, fresh.of(value, axis), moved)
+    return moved.masked_fill_(mask, fresh)
 
 
 def _carry_bitsandbytes(

@@ -29,7 +29,7 @@ def run_train(path: Path, flags: list[str], *, grass: bool, dry_run: bool, overw
     recipe = load_recipe(path, flags, grass=grass)
     if not dry_run:
         train(recipe, overwrite=overwrite, json_file=json)
-        _part()
+        _leave()
         return
     check_places(recipe, overwrite)
     settings = preview.resolved(recipe)
@@ -37,7 +37,7 @@ def run_train(path: Path, flags: list[str], *, grass: bool, dry_run: bool, overw
     _write(json, {"recipe": settings})
 
 
-def _part() -> None:
+def _leave() -> None:
     """Leave the other ranks, together with them.
 
     A thread of gloo's that still holds the tensors of the last message would abort the process where the interpreter
