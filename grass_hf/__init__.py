@@ -17,6 +17,7 @@ _HOMES = {
     "convert_to_grass": "convert",
     "restore_model": "convert",
     "grass_optimizer": "optim",
+    "MuonAdamW": "muon",
     "estimate_memory": "memory",
     "save_plain": "integrations.saving",
     "register": "_import_hook",

@@ -14,6 +14,7 @@ from safetensors import safe_open
 CASES = [
     "rows_equal_ddp",
     "columns_equal_ddp",
+    "muon_equals_ddp",
     "all_matrices_equal_ddp",
     "rules_with_replacement_equal_ddp",
     "accumulation_equals_ddp",

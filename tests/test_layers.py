@@ -21,6 +21,7 @@ FLOORS = {
         "stepping",
         "controller",
         "optim",
+        "muon",
         "report",
         "methods",
         "engines",
@@ -99,7 +100,7 @@ def test_public_names():
     import grass_hf
 
     expected = {"GrassConfig", "convert_to_grass", "grass_optimizer", "restore_model", "register", "estimate_memory"}
-    expected |= {"GrassCallback", "GrassOptimizerFactory", "last_complete_checkpoint", "save_plain"}
+    expected |= {"GrassCallback", "MuonAdamW", "GrassOptimizerFactory", "last_complete_checkpoint", "save_plain"}
     assert set(grass_hf.__all__) == expected
     for name in grass_hf.__all__:
         assert getattr(grass_hf, name).__doc__

@@ -4,7 +4,7 @@
 |---|---|---|
 | adamw | the Trainer's ``adamw_torch_fused`` | everything is trained |
 | adamw8bit | the Trainer's ``adamw_bnb_8bit`` (bitsandbytes) | its defaults |
-| grass | `GrassCallback` over ``adamw_torch_fused`` | a `GrassConfig`; ``scale`` is the multiplier |
+| grass | `GrassCallback` over ``adamw_torch_fused`` | a `GrassConfig`, and ``base``; ``scale`` is the multiplier |
 | galore | the Trainer's ``galore_adamw`` (galore-torch) | gap 200, scale 0.25, projection std (its README) |
 | apollo | the Trainer's ``apollo_adamw`` (apollo-torch) | gap 200, scale 1, channel-wise, random (its README) |
 | lora, dora | PEFT's ``get_peft_model`` | alpha = rank (as PEFT's 8 and 8), no dropout |
@@ -28,6 +28,7 @@ from transformers import Trainer
 
 from ..config import GrassConfig, unknown_key
 from ..controller import GROUP_KEY
+from ..integrations.base import check_base
 from ..targets import plan
 
 
@@ -85,7 +86,11 @@ def resolve(kind: str, settings: Mapping[str, Any], rank: int, targets: Any) -> 
     if kind == "grass":
         if "scale" in settings:
             raise ValueError("grass: scale is what the study's multipliers set: leave it out of the settings.")
-        return GrassConfig.from_dict({"target_modules": targets, **settings}).to_dict()
+        own = {name: value for name, value in settings.items() if name != "base"}
+        if "base" in settings:
+            check_base(str(settings["base"]), "grass: base")
+        base = {"base": settings["base"]} if "base" in settings else {}
+        return GrassConfig.from_dict({"target_modules": targets, **own}).to_dict() | base
     known = KINDS[kind].settings
     for name in settings:
         if name not in known:
@@ -112,7 +117,8 @@ def check_installed(kind: str) -> None:
 
 def grass_config(settings: Mapping[str, Any], multiplier: float) -> GrassConfig:
     """The settings of a Grass run; see [Note: two rates]."""
-    return GrassConfig.from_dict({**settings, "scale": float(multiplier)})
+    own = {name: value for name, value in settings.items() if name != "base"}
+    return GrassConfig.from_dict({**own, "scale": float(multiplier)})
 
 
 def target_names(model: nn.Module, targets: Any) -> list[str]:

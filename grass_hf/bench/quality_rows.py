@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # a worker's words go to the log from before it imports more
 Row = dict[str, Any]
 
 # Fields of Grass whose value decides about a run even where it is the default, which may change one day.
-_NAMED = ("density", "rank", "update_interval", "selection", "side", "state_policy")
+_NAMED = ("density", "rank", "update_interval", "selection", "side", "state_policy", "base")
 
 
 def deciding(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:

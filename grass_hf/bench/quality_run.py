@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, default_data_collator, set_seed
+from transformers import Trainer, TrainerCallback, default_data_collator, set_seed
 
+from ..integrations.base import base_class_and_kwargs
 from ..integrations.trainer import GrassCallback
 from ..live import LiveBytes
 from ..recipes.models import empty_model, load_model
@@ -121,7 +122,7 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         "study": run.study.name,
         "method": run.method.name,
         "kind": run.method.kind,
-        "optim": KINDS[run.method.kind].optim,
+        "optim": run.method.settings.get("base") or KINDS[run.method.kind].optim,
         "settings": run.method.settings,
         "learning_rate": run.learning_rate,
         "multiplier": run.multiplier,
@@ -181,6 +182,10 @@ def _trainer(
     model, targets = make_ready(method.kind, load_model(recipe, text.prepared.config), method.settings, text.names)
     if method.kind == "grass":
         callbacks = [GrassCallback(grass_config(method.settings, run.multiplier)), *callbacks]
+    base, made = method.settings.get("base"), {}
+    if base is not None:
+        factory = Trainer.get_optimizer_cls_and_kwargs
+        made["optimizer_cls_and_kwargs"] = base_class_and_kwargs(recipe.training, base, {}, factory)
     trainer = TwoRateTrainer(
         model=model,
         args=recipe.training,
@@ -189,6 +194,7 @@ def _trainer(
         callbacks=callbacks,
         targets=targets,
         multiplier=run.multiplier,
+        **made,
     )
     return trainer, recipe
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..config import unknown_key
+from ..muon import MuonAdamW
 from ..optim import attach
 
 # Families that cannot run over slices, by the start of their Trainer name.
@@ -24,6 +25,8 @@ _REFUSED = {
     "adalomo": "updates weights during backward from their full gradients, which Grass never forms",
     "schedule_free": "moves parameters outside its step, so the slices and the weights would part",
 }
+# Ours: the Trainer has no name for it.
+MUON = "muon"
 _ADVICE = "use adamw_torch, adamw_torch_8bit, adafactor, lion_32bit, sgd or the like"
 
 
@@ -46,7 +49,7 @@ def base_class_and_kwargs(
 
     Args:
         args: of the run.
-        base: a Trainer name, "adamw_torch" say.
+        base: a Trainer name, "adamw_torch" say, or "muon".
         base_args: its own arguments as text; those the Trainer's factory does not read are passed to the class.
         factory: the Trainer's ``get_optimizer_cls_and_kwargs``.
 
@@ -55,15 +58,16 @@ def base_class_and_kwargs(
     """
     check_base(base, "optim_args: base")
     names = [name.value for name in OptimizerNames if not any(name.value.startswith(family) for family in _REFUSED)]
+    names.append(MUON)
     if base not in names:
         raise ValueError("optim_args: base: " + unknown_key(base, names, "an optimizer of the installed Trainer"))
 
     def build(base_args: dict[str, str]):
         plain = copy.copy(args)
-        plain.optim = OptimizerNames(base)
+        plain.optim = OptimizerNames("adamw_torch_fused" if base == MUON else base)
         plain.optim_args = ",".join(f"{key}={value}" for key, value in base_args.items()) or None
         cls, kwargs = factory(plain, None)
-        return cls, dict(kwargs)
+        return MuonAdamW if base == MUON else cls, dict(kwargs)
 
     cls, defaults = build({})
     accepted = inspect.signature(cls).parameters

@@ -16,6 +16,7 @@ from torch import nn
 from ..config import GrassConfig
 from ..convert import describe, is_converted
 from ..distributed import check_agreement
+from ..muon import MuonAdamW
 
 _INSTEAD = "use ZeRO-1, 2 or 3 without it, FSDP2 or DDP"
 
@@ -54,6 +55,11 @@ def take_over(arguments: dict[str, Any], initialize: Callable) -> tuple:
             )
         return initialize(**arguments)
     check_config(_read(arguments), controller.config)
+    if isinstance(optimizer, MuonAdamW):
+        raise ValueError(
+            "MuonAdamW orthogonalises matrices, and ZeRO steps optimizers over flat pieces of them: use another base "
+            "optimizer (base=adamw_torch), FSDP2 or DDP."
+        )
     # before DeepSpeed broadcasts parameters, which would wait for a rank that has others
     check_agreement("deepspeed.initialize", describe(controller.model), group=controller.replicas)
     from .zero import ZeroController

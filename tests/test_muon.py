@@ -1,0 +1,164 @@
+"""Muon over the slices and AdamW over the rest: what the two of PyTorch do, in one optimizer."""
+
+import pytest
+import torch
+from helpers import assert_same_weights, tiny_llama, trainer
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, estimate_memory, grass_optimizer
+from grass_hf.convert import grass_slices
+
+if not hasattr(torch.optim, "Muon"):
+    pytest.skip("torch before 2.9 has no Muon", allow_module_level=True)
+
+BASE = "base=muon"
+
+
+def gradients(model, step):
+    tokens = torch.randint(48, (3, 10), generator=torch.Generator().manual_seed(step))
+    model.zero_grad()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def test_rank_m_is_muon_beside_adamw():
+    ours, theirs = tiny_llama(), tiny_llama()
+    convert_to_grass(ours, GrassConfig(density=1.0, update_interval=3))
+    optimizer = grass_optimizer(ours, MuonAdamW, lr=0.01, weight_decay=0.1)
+    hidden = [p for name, p in theirs.named_parameters() if "_proj" in name]
+    rest = [p for name, p in theirs.named_parameters() if "_proj" not in name]
+    assert len(hidden) == 14
+    muon = torch.optim.Muon(hidden, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1)
+    for step in range(8):
+        for model in (ours, theirs):
+            gradients(model, step)
+        for each in (optimizer, muon, adamw):
+            each.step()
+    assert_same_weights(ours, theirs, atol=1e-6)
+    assert not torch.equal(theirs.model.layers[0].mlp.up_proj.weight, tiny_llama().model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_step_of_a_slice_is_muons_own():
+    """At rank < m, after other rows were selected: the momentum went with its rows."""
+    model = tiny_llama()
+    convert_to_grass(model, GrassConfig(density=0.5, update_interval=3, selection="cycle"))
+    optimizer = grass_optimizer(model, MuonAdamW, lr=0.01, momentum=0.9, ns_steps=4)
+    for step in range(5):
+        gradients(model, step)
+        optimizer.step()
+    copies = {part.state.name: nn.Parameter(part.active.detach().clone()) for part in grass_slices(model)}
+    muon = torch.optim.Muon(
+        copies.values(), lr=0.01, momentum=0.9, ns_steps=4, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+    )
+    gradients(model, 5)
+    for part in grass_slices(model):
+        state = optimizer.state[part.active]
+        assert {key for key in state if not key.startswith("grass")} == {"momentum_buffer"}
+        muon.state[copies[part.state.name]] = {"momentum_buffer": state["momentum_buffer"].clone()}
+        copies[part.state.name].grad = part.active.grad.clone()
+    due = optimizer.grass.step
+    assert due % 3, "a step on which nothing is selected"
+    muon.step()
+    optimizer.step()
+    for part in grass_slices(model):
+        torch.testing.assert_close(part.active, copies[part.state.name], rtol=0, atol=1e-6)
+
+
+def test_a_slices_state_is_half_of_adamws():
+    def state_bytes(cls):
+        model = tiny_llama()
+        convert_to_grass(model, GrassConfig(density=0.25))
+        optimizer = grass_optimizer(model, cls, lr=0.01)
+        gradients(model, 0)
+        optimizer.step()
+        return sum(
+            value.nbytes
+            for part in grass_slices(model)
+            for value in optimizer.state[part.active].values()
+            if isinstance(value, torch.Tensor) and value.dim() == 2
+        )
+
+    assert 2 * state_bytes(MuonAdamW) == state_bytes(torch.optim.AdamW) > 0
+
+
+def test_through_the_trainer_and_resumed_exactly(tmp_path):
+    options = {"optim_args": f"density=0.5,update_interval=3,{BASE},base.momentum=0.9", "max_steps": 7}
+    options |= {"adam_beta2": 0.97, "lr_scheduler_type": "cosine"}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    optimizer = whole.optimizer.optimizer
+    assert type(optimizer) is MuonAdamW and optimizer.grass.step == 7
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.97)}
+    cut = trainer(tmp_path / "cut", save_strategy="steps", save_steps=4, **options)
+    cut.train()
+    again = trainer(tmp_path / "cut", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-4"))
+    assert_same_weights(again.model, whole.model, atol=0)
+    for mine, other in zip(grass_slices(again.model), grass_slices(whole.model), strict=True):
+        assert torch.equal(mine.index, other.index)
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_released_slices_take_the_same_steps():
+    models = []
+    for resident in (True, False):
+        model = tiny_llama()
+        convert_to_grass(model, GrassConfig(density=0.5, update_interval=3, resident=resident))
+        optimizer = grass_optimizer(model, MuonAdamW, lr=0.01)
+        for step in range(7):
+            gradients(model, step)
+            optimizer.step()
+        models.append(model)
+    assert_same_weights(*models, atol=0)
+
+
+def test_the_estimate_counts_its_state():
+    config = GrassConfig(density=0.25)
+    muon, adamw = (
+        estimate_memory(tiny_llama, config, optimizer=cls, optimizer_args={"lr": 1e-3}, sequence=16).step
+        for cls in (MuonAdamW, torch.optim.AdamW)
+    )
+    model = tiny_llama()
+    convert_to_grass(model, config)
+    assert adamw.optimizer_state - muon.optimizer_state == pytest.approx(
+        sum(part.active.nbytes for part in grass_slices(model)), rel=0.02
+    )
+
+
+def test_what_it_cannot_do_is_said(monkeypatch):
+    experts = MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            vocab_size=48,
+        )
+    )
+    convert_to_grass(experts, GrassConfig(density=0.5))
+    if any(part.active.dim() == 3 for part in grass_slices(experts)):  # transformers 5
+        with pytest.raises(ValueError, match="experts: leave experts out by exclude_modules"):
+            grass_optimizer(experts, MuonAdamW, lr=0.01)
+    model = tiny_llama()
+    convert_to_grass(model, GrassConfig(density=0.5))
+    with pytest.raises(ValueError, match="momentum"):
+        grass_optimizer(model, MuonAdamW, lr=0.01, momentum=-1.0)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match=r"has no Muon: install torch 2\.9"):
+        grass_optimizer(model, MuonAdamW, lr=0.01)
+
+
+def test_zero_is_refused():
+    from grass_hf.integrations.deepspeed import take_over
+
+    model = tiny_llama()
+    convert_to_grass(model, GrassConfig(density=0.5))
+    optimizer = grass_optimizer(model, MuonAdamW, lr=0.01)
+    config = {"zero_optimization": {"stage": 2}}
+    with pytest.raises(ValueError, match="MuonAdamW orthogonalises matrices, and ZeRO"):
+        take_over({"model": model, "optimizer": optimizer, "config": config}, None)
