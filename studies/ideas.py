@@ -1,4 +1,4 @@
-"""Ideas that are not in the package: each a subclass of the controller, measured as a study's methods are.
+"""Ideas that are not in the package: controllers, base optimizers, sides and densities, measured as methods are.
 
     python studies/ideas.py                         # runs/ideas.jsonl: a row per idea that has none yet
     python studies/ideas.py --only anneal,clock     # some of them
@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grass_hf import optim
+from grass_hf import GrassConfig, MuonAdamW, optim, targets
 from grass_hf.bench import quality, record
 from grass_hf.bench.quality_methods import resolve
 from grass_hf.bench.quality_rows import read_rows
 from grass_hf.bench.quality_run import run_row
 from grass_hf.controller import GROUP_KEY, GrassController
+from grass_hf.integrations import base
 from grass_hf.optim_args import parse_optim_args
 
 STUDY = Path(__file__).parent / "peers.yaml"
@@ -162,7 +163,85 @@ class GrowthLimit(GrassController):
         super()._after_step()
 
 
-IDEAS = {
+class PerRow(torch.optim.AdamW):
+    """Of slices one second moment per row of the weight, the mean of its elements': half of AdamW's state."""
+
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+        self.plain = torch.optim.AdamW([torch.zeros(1)], fused=self.defaults["fused"])
+
+    def shared(self, update: Tensor) -> Tensor:
+        return update.square().mean(-1, keepdim=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.plain.state = self.state
+        self.plain.param_groups = [group for group in self.param_groups if GROUP_KEY not in group]
+        self.plain.step()
+        for group in self.param_groups:
+            for param in group["params"] if GROUP_KEY in group else ():
+                self.update(param, group)
+
+    def update(self, param, group):
+        state, grad, (beta1, beta2) = self.state[param], param.grad, group["betas"]
+        square = self.shared(grad)
+        if "exp_avg" not in state:
+            state |= {"age": 0, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(square)}
+        state["age"] += 1
+        mean = state["exp_avg"].lerp_(grad, 1 - beta1) / (1 - beta1 ** state["age"])
+        root = (state["exp_avg_sq"].lerp_(square, 1 - beta2) / (1 - beta2 ** state["age"])).sqrt()
+        param.sub_(group["lr"] * self.trust(param) * mean / (root + group["eps"]))
+
+    def trust(self, param: Tensor) -> float:
+        return 1.0
+
+
+class TrustRatio(PerRow):
+    """AdamW whose rate for a slice grows with the size of its elements, as LAMB's does."""
+
+    def shared(self, update):
+        return update.square()
+
+    def trust(self, param):
+        return float(param.square().mean().sqrt()) / 0.02  # which they begin with
+
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+# Other sides, or other densities at the same budget, for some kinds of layers.
+ROWS_OF = {
+    "rows_qkv": ATTENTION[:3],
+    "rows_o": ATTENTION[3:],
+    "rows_gate_up": MLP[:2],
+    "rows_down": MLP[2:],
+    "rows_qkv_gate_up": ATTENTION[:3] + MLP[:2],
+}
+DENSITIES = {
+    "more_attention": dict.fromkeys(ATTENTION, 0.5) | dict.fromkeys(MLP, 0.125),
+    "more_mlp": dict.fromkeys(ATTENTION, 0.125) | dict.fromkeys(MLP, 0.3125),
+    "less_qkv": dict.fromkeys(ATTENTION[:3], 0.1) | dict.fromkeys(MLP, 0.325),
+}
+BASES = {"per_row": PerRow, "trust_ratio": TrustRatio}
+_side, _rank_for = targets._side, GrassConfig.rank_for
+
+
+def arrange(name: str) -> None:
+    """Have the package follow an idea; `none` takes all back."""
+    kind = [""]
+
+    def side(sharing, *others):
+        kind[0] = sharing[0].name.rpartition(".")[2]
+        return "output" if kind[0] in ROWS_OF.get(name, ()) else _side(sharing, *others)
+
+    def rank_for(config, size):
+        return max(1, round(DENSITIES.get(name, {}).get(kind[0], config.density) * size))
+
+    targets._side = side
+    GrassConfig.rank_for = rank_for if name in DENSITIES else _rank_for
+    optim.GrassController = CONTROLLERS.get(name, GrassController)
+    base.MuonAdamW = BASES.get(name, MuonAdamW)  # under the name "muon", see `main`
+
+
+CONTROLLERS = {
     "none": GrassController,
     "ramp": Ramp,
     "anneal": Anneal,
@@ -172,6 +251,7 @@ IDEAS = {
     "clock": Clock,
     "growth_limit": GrowthLimit,
 }
+IDEAS = (*CONTROLLERS, *BASES, *ROWS_OF, *DENSITIES)
 
 
 def main() -> None:
@@ -192,11 +272,12 @@ def main() -> None:
     del settings["scale"]
     settings = resolve("grass", settings, study.rank, study.target_modules)
     for name in args.only.split(","):
+        own = settings | ({"base": "muon"} if name in BASES else {})
         rates = (args.learning_rate,), (args.multiplier,)
-        run = quality.Run(study, quality.Method(name, "grass", settings, *rates), *(r[0] for r in rates), args.seed)
+        run = quality.Run(study, quality.Method(name, "grass", own, *rates), *(r[0] for r in rates), args.seed)
         row = next((r for r in read_rows(args.json) if (r["method"], r["key"]) == (name, run.key)), None)
         if row is None:
-            optim.GrassController = IDEAS[name]
+            arrange(name)
             row = run_row(run)
             args.json.parent.mkdir(parents=True, exist_ok=True)
             record.append(args.json, row)
