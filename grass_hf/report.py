@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from . import experts
+from .controller import GROUP_KEY
 from .convert import grass_slices
 from .distributed import shape_of
 from .modules import kind_of
@@ -138,14 +139,15 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     known = inspect.signature(type(base).__init__).parameters
     settings = {key: value for key, value in base.defaults.items() if key in known}
     settings.update({key: False for key in ("fused", "foreach", "capturable") if key in settings})
-    params = [
-        nn.Parameter(torch.empty(shape_of(p), dtype=controller.stepped_dtype(p), device="meta"))
-        for p in controller.parameters()
-    ]
-    for param in params:
-        param.grad = torch.empty_like(param)
+    slices = {id(part.active) for part in controller.slices}
+    # an optimizer may treat the slices' groups in its own way
+    groups = {False: {"params": []}, True: {"params": [], GROUP_KEY: -1}}
+    for param in controller.parameters():
+        trial = torch.empty(shape_of(param), dtype=controller.stepped_dtype(param), device="meta", requires_grad=True)
+        trial.grad = torch.empty_like(trial)
+        groups[id(param) in slices]["params"].append(trial)
     try:
-        trial = type(base)(params, **settings)
+        trial = type(base)([group for group in groups.values() if group["params"]], **settings)
         trial.step()
     except Exception:  # third-party kernels without a meta implementation: the table says "after the first step"
         return None

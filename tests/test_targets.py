@@ -8,7 +8,7 @@ from helpers import VOCABULARY, assert_same_weights, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.convert import grass_slices, is_converted
 from grass_hf.report import start_report
 from grass_hf.targets import plan
@@ -78,11 +78,14 @@ def test_layers_below_rank_train_in_full_and_are_named():
     assert listed + slices == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_start_report_counts_the_bytes_that_a_step_makes():
+@pytest.mark.parametrize("base", ["AdamW", "SGD", "Muon"])
+def test_start_report_counts_the_bytes_that_a_step_makes(base):
     model = tiny_llama()
     full = 4 * sum(p.numel() for p in model.parameters())
     convert_to_grass(model, GrassConfig(density=0.25))
-    optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-3)
+    if base == "Muon" and not hasattr(torch.optim, base):
+        pytest.skip("torch before 2.9 has no Muon")
+    optimizer = grass_optimizer(model, MuonAdamW if base == "Muon" else getattr(torch.optim, base), lr=1e-3)
     report = start_report(model, optimizer)
     tokens = torch.randint(VOCABULARY, (2, 8))
     model(input_ids=tokens, labels=tokens).loss.backward()
