@@ -2,6 +2,7 @@
 
     python studies/ideas.py                         # runs/ideas.jsonl: a row per idea that has none yet
     python studies/ideas.py --only anneal,clock     # some of them
+    python studies/ideas.py --only none,adamw,lora --training per_device_train_batch_size=16,max_steps=300
     python studies/ideas.py --settings selection=multinomial_norm_nr,update_interval=200 --multiplier 0.1
 
 The model, text, schedule and evaluation are those of studies/peers.yaml. `none` is the package itself, with the same
@@ -17,6 +18,7 @@ import math
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from grass_hf import GrassConfig, MuonAdamW, optim, targets
@@ -256,7 +258,7 @@ IDEAS = (*CONTROLLERS, *BASES, *ROWS_OF, *DENSITIES)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(IDEAS), help="names, with commas")
+    parser.add_argument("--only", default=",".join(IDEAS), help="names, with commas; peers (lora, say) too")
     parser.add_argument(
         "--settings",
         default="density=0.25,update_interval=100,selection=multinomial_norm_nr,side=input,state_policy=carry_seeded",
@@ -264,17 +266,25 @@ def main() -> None:
     )
     parser.add_argument("--learning_rate", type=float, default=0.02)
     parser.add_argument("--multiplier", type=float, default=0.15)
+    parser.add_argument("--training", default="", help="other TrainingArguments than the study's: adam_beta2=0.95,...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("runs/ideas.jsonl"))
     args = parser.parse_args()
     study = quality.load_study(STUDY, only=["adamw"])
+    pairs = (pair.split("=") for pair in filter(None, args.training.split(",")))
+    changed = {name: yaml.safe_load(value) for name, value in pairs}
+    document = {**study.document, "training": {**study.document["training"], **changed}}
+    study = dataclasses.replace(study, document=document)
     settings = parse_optim_args(args.settings).config.to_dict()
     del settings["scale"]
     settings = resolve("grass", settings, study.rank, study.target_modules)
     for name in args.only.split(","):
+        kind = "grass" if name in IDEAS else name
         own = settings | ({"base": "muon"} if name in BASES else {})
+        if kind != "grass":
+            own = resolve(kind, {}, study.rank, study.target_modules)
         rates = (args.learning_rate,), (args.multiplier,)
-        run = quality.Run(study, quality.Method(name, "grass", own, *rates), *(r[0] for r in rates), args.seed)
+        run = quality.Run(study, quality.Method(name, kind, own, *rates), *(r[0] for r in rates), args.seed)
         row = next((r for r in read_rows(args.json) if (r["method"], r["key"]) == (name, run.key)), None)
         if row is None:
             arrange(name)
