@@ -28,7 +28,8 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum, nesterov, ns_steps, adjust_lr_fn: of Muon, as in `torch.optim.Muon`.
 
     Raises:
-        ValueError: an argument is out of range, PyTorch has no Muon yet (before 2.9), or a slice is no whole matrix.
+        ValueError: an argument is out of range, PyTorch has no Muon yet (before 2.9), a slice is no matrix (experts),
+            or, on the first step, there are no slices.
     """
 
     def __init__(
@@ -71,6 +72,11 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         slices = [group for group in self.param_groups if GROUP_KEY in group]
+        if not slices:
+            raise ValueError(
+                "MuonAdamW has no slices to orthogonalise and would be AdamW for all: convert the model first, and make "
+                "the optimizer by grass_optimizer(model, MuonAdamW, ...)."
+            )
         others = [group for group in self.param_groups if GROUP_KEY not in group]
         for inner, groups in ((self._muon, slices), (self._adamw, others)):
             # the same objects, so that schedulers and checkpoints see one optimizer

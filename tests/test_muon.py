@@ -6,7 +6,7 @@ from helpers import assert_same_weights, tiny_llama, trainer
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, estimate_memory, grass_optimizer
+from grass_hf import GrassCallback, GrassConfig, MuonAdamW, convert_to_grass, estimate_memory, grass_optimizer
 from grass_hf.convert import grass_slices
 
 if not hasattr(torch.optim, "Muon"):
@@ -102,6 +102,16 @@ def test_through_the_trainer_and_resumed_exactly(tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_beside_the_callback(tmp_path):
+    objects = {"callbacks": [GrassCallback(GrassConfig(density=0.5))]}
+    objects["optimizer_cls_and_kwargs"] = (MuonAdamW, {"lr": 0.01, "momentum": 0.8})
+    job = trainer(tmp_path, trainer_options=objects, optim="adamw_torch", optim_args=None, max_steps=3)
+    job.train()
+    optimizer = job.optimizer.optimizer
+    assert type(optimizer) is MuonAdamW and optimizer.grass.step == 3
+    assert all("momentum_buffer" in optimizer.state[part.active] for part in grass_slices(job.model))
+
+
 def test_released_slices_take_the_same_steps():
     models = []
     for resident in (True, False):
@@ -148,6 +158,8 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     convert_to_grass(model, GrassConfig(density=0.5))
     with pytest.raises(ValueError, match="momentum"):
         grass_optimizer(model, MuonAdamW, lr=0.01, momentum=-1.0)
+    with pytest.raises(ValueError, match="no slices to orthogonalise"):
+        MuonAdamW(tiny_llama().parameters(), lr=0.01).step()
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match=r"has no Muon: install torch 2\.9"):
         grass_optimizer(model, MuonAdamW, lr=0.01)
