@@ -74,8 +74,8 @@ class MuonAdamW(torch.optim.Optimizer):
         slices = [group for group in self.param_groups if GROUP_KEY in group]
         if not slices:
             raise ValueError(
-                "MuonAdamW has no slices to orthogonalise and would be AdamW for all: convert the model first, and make "
-                "the optimizer by grass_optimizer(model, MuonAdamW, ...)."
+                "MuonAdamW has no slices to orthogonalise and would be AdamW for all: convert the model first, and "
+                "make the optimizer by grass_optimizer(model, MuonAdamW, ...)."
             )
         others = [group for group in self.param_groups if GROUP_KEY not in group]
         for inner, groups in ((self._muon, slices), (self._adamw, others)):
