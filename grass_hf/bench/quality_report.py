@@ -189,7 +189,10 @@ def _draw(found: list[Entry], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    # no times are shown of runs that shared the machine
+    timed = any(entry.rows[0]["workers"] == 1 for entry in found)
+    labels = ["tokens", *(["seconds of training"] if timed else []), "peak MiB"]
+    figure, axes = pyplot.subplots(1, len(labels), figsize=(5 * len(labels), 4.6), layout="constrained")
     colours = pyplot.get_cmap("tab20")
     for number, entry in enumerate(entry for entry in found if entry.loss(entry.best) < math.inf):
         row, colour = entry.rows[0], colours(number % 20)
@@ -198,8 +201,8 @@ def _draw(found: list[Entry], path: Path) -> bool:
         axes[0].plot(tokens, losses, color=colour, marker="o", markersize=3, label=entry.name)
         if row["workers"] == 1:
             axes[1].plot(seconds, losses, color=colour, marker="o", markersize=3)
-        axes[2].plot(row["peak_bytes"] / 2**20, entry.loss(entry.best), color=colour, marker="o")
-    for axis, label in zip(axes, ("tokens", "seconds of training", "peak MiB"), strict=True):
+        axes[-1].plot(row["peak_bytes"] / 2**20, entry.loss(entry.best), color=colour, marker="o")
+    for axis, label in zip(axes, labels, strict=True):
         axis.set_xlabel(label)
         axis.set_ylabel("held-out loss")
         axis.grid(alpha=0.25)
