@@ -143,9 +143,9 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     # an optimizer may treat the slices' groups in its own way
     groups = {False: {"params": []}, True: {"params": [], GROUP_KEY: -1}}
     for param in controller.parameters():
-        trial = torch.empty(shape_of(param), dtype=controller.stepped_dtype(param), device="meta", requires_grad=True)
-        trial.grad = torch.empty_like(trial)
-        groups[id(param) in slices]["params"].append(trial)
+        alike = torch.empty(shape_of(param), dtype=controller.stepped_dtype(param), device="meta", requires_grad=True)
+        alike.grad = torch.empty_like(alike)
+        groups[id(param) in slices]["params"].append(alike)
     try:
         trial = type(base)([group for group in groups.values() if group["params"]], **settings)
         trial.step()

@@ -86,11 +86,11 @@ def resolve(kind: str, settings: Mapping[str, Any], rank: int, targets: Any) -> 
     if kind == "grass":
         if "scale" in settings:
             raise ValueError("grass: scale is what the study's multipliers set: leave it out of the settings.")
-        own = {name: value for name, value in settings.items() if name != "base"}
+        made = _config({"target_modules": targets, **settings}).to_dict()
         if "base" in settings:
             check_base(str(settings["base"]), "grass: base")
-        base = {"base": settings["base"]} if "base" in settings else {}
-        return GrassConfig.from_dict({"target_modules": targets, **own}).to_dict() | base
+            made["base"] = settings["base"]
+        return made
     known = KINDS[kind].settings
     for name in settings:
         if name not in known:
@@ -117,8 +117,12 @@ def check_installed(kind: str) -> None:
 
 def grass_config(settings: Mapping[str, Any], multiplier: float) -> GrassConfig:
     """The settings of a Grass run; see [Note: two rates]."""
-    own = {name: value for name, value in settings.items() if name != "base"}
-    return GrassConfig.from_dict({**own, "scale": float(multiplier)})
+    return _config({**settings, "scale": float(multiplier)})
+
+
+def _config(settings: Mapping[str, Any]) -> GrassConfig:
+    """Settings without the base optimizer's name, which is none of the config."""
+    return GrassConfig.from_dict({name: value for name, value in settings.items() if name != "base"})
 
 
 def target_names(model: nn.Module, targets: Any) -> list[str]:
