@@ -3,16 +3,15 @@
 import pytest
 import torch
 from helpers import assert_same_weights, tiny_llama, trainer
+from model_matrix import build
+from test_experts import needs_interface
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from grass_hf import GrassCallback, GrassConfig, MuonAdamW, convert_to_grass, estimate_memory, grass_optimizer
 from grass_hf.convert import grass_slices
 
 if not hasattr(torch.optim, "Muon"):
     pytest.skip("torch before 2.9 has no Muon", allow_module_level=True)
-
-BASE = "base=muon"
 
 
 def gradients(model, step):
@@ -40,7 +39,7 @@ def test_rank_m_is_muon_beside_adamw():
 
 
 def test_a_step_of_a_slice_is_muons_own():
-    """At rank < m, after other rows were selected: the momentum went with its rows."""
+    """At rank < m, after other rows were selected."""
     model = tiny_llama()
     convert_to_grass(model, GrassConfig(density=0.5, update_interval=3, selection="cycle"))
     optimizer = grass_optimizer(model, MuonAdamW, lr=0.01, momentum=0.9, ns_steps=4)
@@ -57,12 +56,31 @@ def test_a_step_of_a_slice_is_muons_own():
         assert {key for key in state if not key.startswith("grass")} == {"momentum_buffer"}
         muon.state[copies[part.state.name]] = {"momentum_buffer": state["momentum_buffer"].clone()}
         copies[part.state.name].grad = part.active.grad.clone()
-    due = optimizer.grass.step
-    assert due % 3, "a step on which nothing is selected"
+    assert optimizer.grass.step % 3, "a step on which nothing is selected"
     muon.step()
     optimizer.step()
     for part in grass_slices(model):
         torch.testing.assert_close(part.active, copies[part.state.name], rtol=0, atol=1e-6)
+
+
+def test_momentum_goes_with_its_columns():
+    model = tiny_llama()
+    convert_to_grass(model, GrassConfig(density=0.5, update_interval=3, side="input"))
+    optimizer = grass_optimizer(model, MuonAdamW, lr=0.01, momentum=0.9)
+    stayed = came = 0
+    for step in range(7):
+        gradients(model, step)
+        parts = [(part, part.index.clone()) for part in grass_slices(model)]
+        means = [optimizer.state[part.active].get("momentum_buffer", torch.zeros(())).clone() for part, _ in parts]
+        means = [m.lerp(part.active.grad, 0.1) for m, (part, _) in zip(means, parts, strict=True)]
+        optimizer.step()
+        for (part, index), mean in zip(parts, means, strict=True):
+            whole = torch.zeros_like(part.weight).index_copy_(1, index, mean)
+            torch.testing.assert_close(optimizer.state[part.active]["momentum_buffer"], whole[:, part.index])
+            kept = torch.isin(part.index, index)
+            if not torch.equal(part.index, index):
+                stayed, came = stayed + int(kept.sum()), came + int((~kept).sum())
+    assert stayed and came
 
 
 def test_a_slices_state_is_half_of_adamws():
@@ -83,7 +101,7 @@ def test_a_slices_state_is_half_of_adamws():
 
 
 def test_through_the_trainer_and_resumed_exactly(tmp_path):
-    options = {"optim_args": f"density=0.5,update_interval=3,{BASE},base.momentum=0.9", "max_steps": 7}
+    options = {"optim_args": "density=0.5,update_interval=3,base=muon,base.momentum=0.9", "max_steps": 7}
     options |= {"adam_beta2": 0.97, "lr_scheduler_type": "cosine"}
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
@@ -138,22 +156,16 @@ def test_the_estimate_counts_its_state():
     )
 
 
+@needs_interface
+def test_experts_are_refused():
+    model = build("mixtral")
+    convert_to_grass(model, GrassConfig(density=0.5))
+    assert any(part.active.dim() == 3 for part in grass_slices(model))
+    with pytest.raises(ValueError, match="experts: leave experts out by exclude_modules"):
+        grass_optimizer(model, MuonAdamW, lr=0.01)
+
+
 def test_what_it_cannot_do_is_said(monkeypatch):
-    experts = MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=2,
-            vocab_size=48,
-        )
-    )
-    convert_to_grass(experts, GrassConfig(density=0.5))
-    if any(part.active.dim() == 3 for part in grass_slices(experts)):  # transformers 5
-        with pytest.raises(ValueError, match="experts: leave experts out by exclude_modules"):
-            grass_optimizer(experts, MuonAdamW, lr=0.01)
     model = tiny_llama()
     convert_to_grass(model, GrassConfig(density=0.5))
     with pytest.raises(ValueError, match="momentum"):
