@@ -32,6 +32,16 @@ _CHOICES = {
     "slice_dtype": ("float32", "bfloat16", "float16", "float64"),
 }
 
+# The least value of whole numbers, and what is said of smaller ones.
+_LEAST = {
+    "update_interval": (1, "not a positive number of steps: the paper uses 200"),
+    "select_until": (1, "not a positive number of steps: leave it out"),
+    "scale_warmup": (0, "negative: give a number of optimizer steps, or 0"),
+    "stagger": (1, "not a positive number of steps: 1 lets all layers select at once"),
+    "row_blocks": (1, "not a positive number of parts: 1 has no parts"),
+    "seed": (0, "negative: give 0 or a positive integer"),
+}
+
 # What int8 weights do not go with, and what to use instead.
 _INT8_NEEDS = (
     ("side", ("input", "auto"), "output"),
@@ -66,6 +76,8 @@ class GrassConfig:
         share_index: with side "input", let layers that read the same input (q, k and v; gate and up) select the same
             columns, by the sum of their scores, and keep them for backward once.
         scale: alpha, the multiplier of the learning rate of the slices.
+        scale_warmup: optimizer steps in which `scale` rises linearly from zero: for training from random weights
+            (docs/benchmarks.md).
         target_modules: "all-linear" (every linear layer, Conv1D and expert but the output head), "all-matrices"
             (embeddings and output head too), a list of name suffixes, or a regular expression matched against the
             full module name: PEFT's semantics. Of embeddings and output heads feature columns are selected,
@@ -74,7 +86,8 @@ class GrassConfig:
         state_policy: at reselection the optimizer state of rows that stay is kept, and fresh rows start with the second
             moment that the slice and their norms make likely ("carry_seeded") or with zero ("carry"); or all of it is
             dropped ("reset", the paper), or dropped and the slices' learning rate ramped up again ("reset_warmup").
-        stagger: spread the layers' selections evenly over the interval instead of all on the same step.
+        stagger: number of steps, spread evenly over the interval, on which a part each of the layers selects; 1
+            lets all select at once (the paper). A step that observes keeps the whole inputs of its layers.
         decay: "all" lets weight decay reach the rows that are not being trained too (lazily); "active" not.
         slice_dtype: dtype of the slices and so of their gradients and optimizer state; None means float32 over
             half-precision weights, which would lose small updates otherwise, and else the weight's.
@@ -102,10 +115,11 @@ class GrassConfig:
     side: str = "input"
     share_index: bool = True
     scale: float = 1.0
+    scale_warmup: int = 0
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] | None = None
     state_policy: str = "carry_seeded"
-    stagger: bool = False
+    stagger: int = 4
     decay: str = "all"
     slice_dtype: str | None = None
     rounding: str = "stochastic"
@@ -134,21 +148,12 @@ class GrassConfig:
                 "hidden size, or use density=0.25."
             )
         if self.density is not None and not 0.0 < self.density <= 1.0:
-            raise ValueError(
-                f"density={self.density} is not a share in (0, 1]: 0.25 trains a quarter of the rows at a time."
-            )
-        if self.update_interval < 1:
-            raise ValueError(
-                f"update_interval={self.update_interval} is not a positive number of steps: the paper uses 200."
-            )
-        if self.select_until is not None and self.select_until < 1:
-            raise ValueError(f"select_until={self.select_until} is not a positive number of steps: leave it out.")
+            raise ValueError(f"density={self.density} is not a share in (0, 1]: 0.25 trains a quarter at a time.")
+        for name, (least, problem) in _LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name}={value} is {problem}.")
         if not 0.0 < self.scale < float("inf"):
             raise ValueError(f"scale={self.scale} is not a positive number: 1.0 gives the slices the learning rate.")
-        if self.row_blocks < 1:
-            raise ValueError(f"row_blocks={self.row_blocks} is not a positive number of parts: 1 has no parts.")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} is negative: give 0 or a positive integer.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) is not None:
                 _check_choice(name, getattr(self, name), choices)

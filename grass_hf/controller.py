@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, guards, reselect, selection
+from . import checkpoint, guards, reselect, selection, warmup
 from .convert import describe, grass_slices
 from .distributed import check_agreement, local, world_size
 from .remap import carry_rows
@@ -36,8 +36,6 @@ from .stepping import step_in_chunks
 
 # A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
 GROUP_KEY = "grass_phase"
-# With state_policy="reset_warmup" the slices' learning rate rises over this share of the interval after a reset.
-WARMUP_SHARE = 0.05
 
 
 class GrassController:
@@ -62,7 +60,6 @@ class GrassController:
         self.due: set[str] = set()
         self.following = True
         self._has_stepped = False
-        self._full_rates: list[tuple[dict, Any]] = []
         self._slices_of: Any = None
         self._slices: list[Slice] = []
         self._follow_step()
@@ -79,13 +76,11 @@ class GrassController:
             if not self.following:
                 return original(*args, **kwargs)
             self._before_step()
-            try:
+            with warmup.changed(self._rate_factors(self.slices)):
                 if self.config.resident:
                     result = original(*args, **kwargs)
                 else:
                     result = step_in_chunks(self.optimizer, original, self.slices, *args, **kwargs)
-            finally:
-                self._restore_learning_rate()
             self._after_step()
             return result
 
@@ -170,26 +165,15 @@ class GrassController:
                 part.check_alignment()
                 part.check_sharding()
         self._check_finite(layers)
-        self._ramp_learning_rate(layers)
 
-    def _ramp_learning_rate(self, layers: list[Slice]) -> None:
-        if self.config.state_policy != "reset_warmup":
-            return
-        steps = max(1, round(WARMUP_SHARE * self.config.update_interval))
-        groups, last = self._groups(), {}
-        for part in layers:
-            if part.state.reset_step is not None:
-                group = groups[id(part.active)]
-                last[id(group)] = (max(part.state.reset_step, last.get(id(group), (0,))[0]), group)
-        for reset_step, group in last.values():
-            if (since := self.step - reset_step) <= steps:
-                self._full_rates.append((group, group["lr"]))
-                group["lr"] = group["lr"] * since / (steps + 1)
-
-    def _restore_learning_rate(self) -> None:
-        for group, rate in self._full_rates:
-            group["lr"] = rate
-        self._full_rates.clear()
+    def _rate_factors(self, layers: list[Slice]) -> list[warmup.Factor]:
+        """What the coming step's learning rates are multiplied with."""
+        found: list[warmup.Factor] = []
+        if layers and self.step < self.config.scale_warmup:
+            found += warmup.after_start(self.config, self.step, self._groups().values())
+        if self.config.state_policy == "reset_warmup":
+            found += warmup.after_reset(self.config, self.step, layers, self._groups())
+        return found
 
     # -- after the step ----------------------------------------------------------------------------------------
 

@@ -64,7 +64,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
     todo = plan(model, config)
     weighted = with_replacement(config.selection)
     dtypes = [slice_dtype(getattr(target.module, target.parameter).dtype, config) for target in todo.targets]
-    leaders = list(dict.fromkeys(target.leader for target in todo.targets))
+    phases = _phases(todo.targets, config)
     followed = Counter(target.leader for target in todo.targets)
     columns = {name: SharedColumns() for name, count in followed.items() if count > 1}
     for target, dtype in zip(todo.targets, dtypes, strict=True):
@@ -79,7 +79,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
                 side=target.side,
                 weighted=weighted,
                 dtype=dtype,
-                phase=leaders.index(target.leader) * config.update_interval // len(leaders) if config.stagger else 0,
+                phase=phases[target.leader],
                 leader=target.leader,
                 columns=columns.get(target.leader),
                 blocks=target.blocks,
@@ -96,6 +96,15 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
         model._ddp_params_and_buffers_to_ignore = [*(left_alone or ()), *names]
     model.grass = Conversion(config, todo.left_out, ignored, left_alone)
     return model
+
+
+def _phases(targets: list[Target], config: GrassConfig) -> dict[str, int]:
+    """The step within the interval on which each leader, and who follows it, selects: neighbours on the same one."""
+    leaders = list(dict.fromkeys(target.leader for target in targets))
+    turns = min(config.stagger, len(leaders))
+    return {
+        leader: place * turns // len(leaders) * config.update_interval // turns for place, leader in enumerate(leaders)
+    }
 
 
 def restore_model(model: nn.Module) -> nn.Module:

@@ -82,7 +82,7 @@ def attach(
 def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     config = model.grass.config
     # Staggered layers warm up at different times, and a learning rate belongs to a group.
-    per_phase = config.stagger and config.state_policy == "reset_warmup"
+    per_phase = config.stagger > 1 and config.state_policy == "reset_warmup"
     phases = {id(layer.active): layer.state.phase if per_phase else -1 for layer in grass_slices(model)}
     for group in list(optimizer.param_groups):
         slices = defaultdict(list)
@@ -101,11 +101,12 @@ def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 def _scaled(group: dict[str, Any], config) -> dict[str, Any]:
     if group.get("lr") is None:
-        if config.scale != 1.0:
-            raise ValueError(
-                f"scale={config.scale} multiplies a learning rate, and this optimizer sets its own (lr=None): give a "
-                "learning rate, or scale=1.0."
-            )
+        for name, neutral in (("scale", 1.0), ("scale_warmup", 0)):
+            if (value := getattr(config, name)) != neutral:
+                raise ValueError(
+                    f"{name}={value} changes a learning rate, and this optimizer sets its own (lr=None): give a "
+                    f"learning rate, or {name}={neutral}."
+                )
         if config.decay == "all" and group.get("weight_decay"):
             raise ValueError(
                 "decay='all' needs to know the learning rate, and this optimizer sets its own (lr=None): give a "

@@ -16,6 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "selection": "top_r",
         "side": "output",
         "state_policy": "reset",
+        "stagger": 1,
         "target_modules": "all-linear",
     },
     # Every matrix compressed, on its longer side, and no slice in memory between steps.

@@ -1,7 +1,7 @@
 """Training steps under a counter of live bytes, of fake tensors or of real ones.
 
 The optimizer first makes its state, by a step on gradients of zeros. Then an ordinary step is counted, and for Grass
-one that observes and selects rows: forward, backward and optimizer step each, as a training loop takes them.
+those that observe and select rows: forward, backward and optimizer step each, as a training loop takes them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from .live import ACTIVATIONS, LOGITS, TEMPORARIES, LiveBytes
 from .methods import make_optimizer, make_ready
 
 Loss = Callable[[nn.Module], Tensor]
+
+# Of how many turns of staggered selections a step is simulated.
+MOST_TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Simulation:
     def run(
         self, method: str, config: GrassConfig, optimizer: type[torch.optim.Optimizer], args: Mapping[str, Any]
     ) -> tuple[Breakdown, Breakdown | None]:
-        """The ordinary step and the observing one."""
+        """The ordinary step, and of the observing ones that which takes most."""
         self.live.mark([*self.model.parameters(), *self.model.buffers()], "weights")
         config = self.engine.adapt(config, self.model)
         # codes have no values here, and looking for them would be thousands of small operations
@@ -108,8 +111,7 @@ class Simulation:
         step = self._step()
         if method != "grass" or not selection.needs_scores(config.selection):
             return step, None
-        self._let_observe()
-        return step, self._step()
+        return step, max((self._observing_step(turn) for turn in self._turns()), key=lambda found: found.total)
 
     def _mark_model(self) -> None:
         self.live.mark([*self.model.parameters(), *self.model.buffers()], "weights")
@@ -133,16 +135,21 @@ class Simulation:
             for part in controller.slices:
                 part.norms = None
 
-    def _let_observe(self) -> None:
-        """Go to a step at which slices are due: with staggered ones, the step with most bytes of weights due."""
-        controller = self.optimizer.grass
+    def _turns(self) -> list[int]:
+        """Steps of the interval on which slices select; of many those whose layers have the widest inputs, which an
+        observation of columns keeps whole. What lives anyway, and when, only a simulation tells."""
         due: Counter[int] = Counter()
-        for part in controller.slices:
-            due[part.state.phase] += part.weight.nbytes
-        controller.step = controller.config.update_interval + due.most_common(1)[0][0]
+        for part in {part.state.leader: part for part in self.optimizer.grass.slices}.values():
+            due[part.state.phase] += part.state.size if part.side == "input" else 0
+        return sorted(due, key=lambda phase: (due[phase], phase))[-MOST_TURNS:]
+
+    def _observing_step(self, turn: int) -> Breakdown:
+        controller = self.optimizer.grass
+        controller.step = controller.config.update_interval + turn
         controller.due.clear()
         controller.look_ahead()
         self._settle_one_of_each()
+        return self._step()
 
     def _settle_one_of_each(self) -> None:
         """Multiply owed decay into one weight of each shape and dtype only.

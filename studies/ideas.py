@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from grass_hf import GrassConfig, MuonAdamW, optim, targets
+from grass_hf import GrassConfig, MuonAdamW, optim, targets, warmup
 from grass_hf.bench import quality, record
 from grass_hf.bench.quality_methods import resolve
 from grass_hf.bench.quality_rows import read_rows
@@ -39,14 +39,12 @@ class Shaped(GrassController):
     def factor(self, age: int, interval: int) -> float:
         raise NotImplementedError
 
-    def _ramp_learning_rate(self, layers):
+    def _rate_factors(self, layers):
         interval = self.config.update_interval
-        if self.step > interval:
-            factor = self.factor((self.step - 1) % interval, interval)
-            for group in self.optimizer.param_groups:
-                if GROUP_KEY in group:
-                    self._full_rates.append((group, group["lr"]))
-                    group["lr"] = group["lr"] * factor
+        if self.step <= interval:
+            return []
+        factor = self.factor((self.step - 1) % interval, interval)
+        return [warmup.Factor(group, factor) for group in self.optimizer.param_groups if GROUP_KEY in group]
 
 
 class Ramp(Shaped):

@@ -67,12 +67,14 @@ class NaiveGrass:
         decay_all: bool = True,
         phases: dict[str, int] | None = None,
         warmup: int = 1,
+        scale_warmup: int = 0,
         until: int | None = None,
         observes: bool = False,
     ):
         self.model, self.choose, self.interval, self.kind, self.lr = model, choose, interval, kind, lr
         self.weight_decay, self.scale, self.policy, self.decay_all = weight_decay, scale, policy, decay_all
         self.warmup, self.until, self.observes, self.t = warmup, until, observes, 0
+        self.scale_warmup = scale_warmup
         self.matrices = {}
         self.visited: dict[str, set[tuple[int, ...]]] = {name: set() for name in targets}
         for name, param in model.named_parameters():
@@ -131,8 +133,9 @@ class NaiveGrass:
         if self.policy == "reset_warmup" and matrix.reset_at is not None:
             since = self.t - matrix.reset_at
             ramp = min(1.0, since / (self.warmup + 1)) if since <= self.warmup else 1.0
-        eta = lr * self.scale * ramp
-        decay = self.weight_decay / self.scale  # so that eta * decay is lr * weight_decay
+        scale = self.scale * min(1.0, (self.t + 1) / (self.scale_warmup + 1))
+        eta = lr * scale * ramp
+        decay = self.weight_decay / scale  # so that eta * decay is lr * weight_decay
         distinct = rows.unique()
         if self.kind == "adamw":
             w[distinct] *= 1 - eta * decay

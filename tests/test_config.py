@@ -29,7 +29,9 @@ REFUSED = [
     ({"scale": 0.0}, ["scale=0.0", "1.0"]),
     ({"scale": float("inf")}, ["scale=inf"]),
     ({"seed": -1}, ["seed=-1"]),
-    ({"stagger": 1}, ["stagger=1", "true or false"]),
+    ({"stagger": True}, ["stagger=True", "a whole number"]),
+    ({"stagger": 0}, ["stagger=0", "1 lets all layers select at once"]),
+    ({"scale_warmup": -1}, ["scale_warmup=-1", "is negative"]),
     ({"target_modules": []}, ["target_modules", "all-linear"]),
     ({"target_modules": [1]}, ["target_modules", "list"]),
 ]
@@ -42,7 +44,8 @@ REFUSED_TEXT = [
     ("rank=", ["key=value"]),
     ("rank=4,rank=5", ["rank", "twice"]),
     ("rank=four", ["rank='four'", "whole number"]),
-    ("stagger=yes", ["stagger='yes'", "true or false"]),
+    ("stagger=yes", ["stagger='yes'", "a whole number"]),
+    ("share_index=yes", ["share_index='yes'", "true or false"]),
     ("rank=8,density=0.5", ["keep one"]),
     ("selection=best", ["selection='best'"]),
 ]
@@ -65,9 +68,9 @@ def test_optim_args_refused(text, words):
 
 
 def test_optim_args_are_read():
-    text = "rank=256, update_interval=200,selection=top_r,base=adamw_torch,stagger=true,scale=0.25,base.eps=1e-6"
+    text = "rank=256, update_interval=200,selection=top_r,base=adamw_torch,share_index=false,scale=0.25,base.eps=1e-6"
     parsed = parse_optim_args(text)
-    assert parsed.config == GrassConfig(rank=256, selection="top_r", stagger=True, scale=0.25)
+    assert parsed.config == GrassConfig(rank=256, selection="top_r", share_index=False, scale=0.25)
     assert parsed.base == "adamw_torch" and parsed.base_args == {"eps": "1e-6"}
     assert parse_optim_args(None).config == GrassConfig()
     assert parse_optim_args("target_modules=q_proj;v_proj").config.target_modules == ("q_proj", "v_proj")
@@ -95,8 +98,8 @@ def test_defaults_and_those_of_the_paper():
     config, paper = GrassConfig(), GrassConfig.preset("paper")
     assert (config.density, config.update_interval, config.target_modules) == (0.25, 200, "all-linear")
     assert (config.selection, config.side, config.state_policy) == ("multinomial_norm_nr", "input", "carry_seeded")
-    # Algorithm 1: these three are what differs
-    algorithm_1 = {"selection": "top_r", "side": "output", "state_policy": "reset"}
+    # Algorithm 1: these four are what differs
+    algorithm_1 = {"selection": "top_r", "side": "output", "state_policy": "reset", "stagger": 1}
     assert paper == GrassConfig(**algorithm_1)
     # and a change of a default does not reach it
     said = {**algorithm_1, "density": 0.25, "update_interval": 200, "target_modules": "all-linear"}

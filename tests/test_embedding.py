@@ -118,7 +118,7 @@ def test_no_gradient_of_the_vocabularys_size_times_the_width(tied):
     plain = Model()
     assert 211 * 53 in sizes(plain, torch.optim.AdamW(plain.parameters(), foreach=False))
     model = Model()
-    convert_to_grass(model, GrassConfig(density=0.25, update_interval=3, target_modules="all-matrices"))
+    convert_to_grass(model, GrassConfig(density=0.25, update_interval=3, target_modules="all-matrices", stagger=1))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-3)
     for step in range(5):
         observing = model.embed.weight_slice.norms is not None

@@ -99,7 +99,9 @@ def test_no_tensor_of_an_experts_size_in_backward(monkeypatch, side):
     model = copy.deepcopy(plain)
     forbidden = {3 * 82 * 47, 82 * 47, 3 * 47 * 41, 47 * 41}
     inputs = {name: values[:2, :9] for name, values in batch(plain).items()}  # so few that no activation is as large
-    convert_to_grass(model, GrassConfig(density=0.25, side=side, update_interval=3, target_modules=["experts"]))
+    convert_to_grass(
+        model, GrassConfig(density=0.25, side=side, update_interval=3, stagger=1, target_modules=["experts"])
+    )
     assert [part.parameter for part in grass_slices(model)] == ["gate_up_proj", "down_proj"] * 2
 
     def sizes_in_step(model, optimizer):
@@ -174,7 +176,14 @@ def test_the_same_trajectory_as_separate_linear_layers(monkeypatch, side, rule, 
         lambda seed, step, name: original(seed, step, name.replace("up_proj", "experts")),
     )
     _, weight, _ = matrices(False)
-    settings = {"rank": R, "update_interval": 3, "side": side, "selection": rule, "state_policy": state_policy}
+    settings = {
+        "rank": R,
+        "update_interval": 3,
+        "stagger": 1,
+        "side": side,
+        "selection": rule,
+        "state_policy": state_policy,
+    }
     separate, together = nn.Sequential(Separate(weight)), nn.Sequential(Together(weight))
     convert_to_grass(separate, GrassConfig(**settings))
     convert_to_grass(together, GrassConfig(**settings, target_modules=["up_proj"]))

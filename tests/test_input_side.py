@@ -70,7 +70,7 @@ def test_saved_bytes_of_a_llama_fall():
 def test_siblings_choose_together_by_the_sum_of_their_scores():
     model = nn.Sequential(LlamaMLP(tiny_llama().config)).double()
     plain = copy.deepcopy(model)
-    convert_to_grass(model, GrassConfig(rank=5, side="input", selection="top_r", update_interval=2))
+    convert_to_grass(model, GrassConfig(rank=5, side="input", selection="top_r", update_interval=2, stagger=1))
     optimizer = grass_optimizer(model, torch.optim.SGD, lr=1e-3)
     x = torch.randn(TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     plain(x).square().sum().backward()

@@ -19,6 +19,7 @@ FLOORS = {
         "remap",
         "checkpoint",
         "stepping",
+        "warmup",
         "controller",
         "optim",
         "muon",

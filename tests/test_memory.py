@@ -17,7 +17,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from grass_hf import GrassConfig, convert_to_grass, estimate_memory, functional, grass_optimizer
+from grass_hf import GrassConfig, convert, convert_to_grass, estimate_memory, functional, grass_optimizer
 from grass_hf.bench.memory import PlainCounter
 from grass_hf.cli import main
 from grass_hf.live import LiveBytes
@@ -108,7 +108,7 @@ SETTINGS = {
 def test_estimate_is_what_a_real_run_holds(setting):
     make, options, dtype, batch, sequence, checkpointing = setting
     # the steps 0 and 2 observe, and only from the first on is there an optimizer state
-    config = GrassConfig(update_interval=2, **options)
+    config = GrassConfig(update_interval=2, stagger=1, **options)
     name = str(dtype).removeprefix("torch.")
     shape = {"batch": batch, "sequence": sequence, "gradient_checkpointing": checkpointing}
     estimate = estimate_memory(make(), config, dtype=name, **shape)
@@ -116,6 +116,20 @@ def test_estimate_is_what_a_real_run_holds(setting):
     assert estimate.step.total == pytest.approx(ordinary, rel=0.01)
     assert estimate.observing.total == pytest.approx(observing, rel=0.01)
     assert estimate.peak == pytest.approx(max(ordinary, observing), rel=0.01)
+
+
+@pytest.mark.parametrize("options", [{"stagger": 3}, {"stagger": 3, "side": "output"}, {"stagger": 100}], ids=str)
+def test_estimate_observes_in_the_turn_that_takes_most(options):
+    config = GrassConfig(density=0.25, update_interval=16, **options)
+    estimate = estimate_memory(small_llama(), config, batch=4, sequence=64)
+    model = small_llama()
+    peaks = real_peaks(model, config, 4, 64, False, steps=32)[16:]
+    turns = {part.state.phase for part in convert.grass_slices(model)}
+    assert len(turns) == min(options["stagger"], 4 * model.config.num_hidden_layers) < 16
+    observing = [peak for step, peak in enumerate(peaks) if step in turns]
+    ordinary = [peak for step, peak in enumerate(peaks) if step not in turns]
+    assert estimate.step.total == pytest.approx(max(ordinary), rel=0.001)
+    assert estimate.observing.total == pytest.approx(max(observing), rel=0.001)
 
 
 def test_the_real_counters_agree_and_parts_sum_to_the_peak():
@@ -205,7 +219,7 @@ def test_a_layer_with_a_forward_of_its_own_counts_as_in_training():
     """Falcon's linear layer is tried on two tokens, and fake tensors have no values to compare."""
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
     model = FalconForCausalLM(FalconConfig(**shape, use_cache=False))
-    config = GrassConfig(density=0.25, update_interval=2)
+    config = GrassConfig(density=0.25, update_interval=2, stagger=1)
     estimate = estimate_memory(model, config, batch=2, sequence=16)
     _, ordinary, observing = real_peaks(model, config, 2, 16, False)
     assert estimate.step.total == pytest.approx(ordinary, rel=0.01)
@@ -366,9 +380,9 @@ def test_command_shows_that_columns_want_staggered_layers(folder, estimate_comma
         assert code == 0, err
         return json.loads(file.read_text())["bytes"][0]["peak"]
 
-    at_once, in_turn = peak("--side", "input"), peak("--side", "input", "--stagger")
+    at_once, in_turns, one_by_one = (peak("--side", "input", "--stagger", count) for count in ("1", "4", "100"))
     never = peak("--side", "input", "--selection", "uniform_nr")
-    assert never < in_turn < at_once and in_turn < peak("--side", "output", "--stagger")
+    assert never < one_by_one < in_turns < at_once and in_turns < peak("--side", "output")
 
 
 def test_a_missing_matplotlib_gets_a_sentence(folder, estimate_command, monkeypatch):

@@ -37,7 +37,7 @@ def slice_bytes(model) -> int:
         {"side": "output", "target_modules": "all-matrices"},
         {"side": "output", "selection": "top_r", "state_policy": "carry"},
         {"selection": "uniform_nr", "state_policy": "reset_warmup"},
-        {"stagger": True, "decay": "active"},
+        {"stagger": 100, "decay": "active"},
         {"dtype": torch.bfloat16, "slice_dtype": "bfloat16"},
     ],
     ids=lambda settings: "-".join(map(str, settings)) or "default",

@@ -23,8 +23,8 @@ STEPS = 9
 SETTINGS = [
     "density=0.25,update_interval=4,base=adamw_torch",
     "density=0.25,update_interval=4,base=adamw_torch,side=input,selection=multinomial_norm",
-    "density=0.25,update_interval=4,base=adamw_torch,selection=uniform,stagger=true,side=output",
-    "density=0.25,update_interval=4,base=adamw_torch,state_policy=reset_warmup,side=output,stagger=true",
+    "density=0.25,update_interval=4,base=adamw_torch,selection=uniform,stagger=100,side=output",
+    "density=0.25,update_interval=4,base=adamw_torch,state_policy=reset_warmup,side=output,stagger=100",
     "density=0.25,update_interval=4,base=adamw_torch,state_policy=carry,selection=top_r,side=output",
     "density=0.25,update_interval=4,base=sgd,base.momentum=0.9,scale=0.5,side=auto",
     "density=0.25,update_interval=4,base=adafactor,selection=multinomial_norm2_nr,side=output",

@@ -288,17 +288,17 @@ def test_no_graph_without_gradients(context):
     assert model[0].weight_slice.norms.grad is None
 
 
-def llama_steps(backend, tied=False, **options):
+def llama_steps(backend, tied=False, steps=10, **options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=50, use_cache=False, tie_word_embeddings=tied))
-    convert_to_grass(model, GrassConfig(rank=8, update_interval=3, **options))
+    convert_to_grass(model, GrassConfig(**{"rank": 8, "update_interval": 3, "stagger": 1} | options))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
     forward = torch.compile(model, fullgraph=True, backend=backend) if backend else model
     losses = []
-    for step in range(10):
+    for step in range(steps):
         tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(step))
         loss = forward(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -316,6 +316,18 @@ COMPILED = [
     {"target_modules": "all-matrices"},
     {"target_modules": "all-matrices", "tied": True},
 ]
+
+
+def test_compiled_in_turns_a_graph_for_each():
+    """The default has four turns; with a graph that observes nothing and one for evaluation torch's limit is 8."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    options = {"update_interval": 5, "stagger": GrassConfig.stagger, "steps": 14}
+    compiled = llama_steps("aot_eager", **options)
+    assert counters["stats"]["unique_graphs"] == GrassConfig.stagger + 1
+    assert compiled == pytest.approx(llama_steps(None, **options), abs=1e-6)
 
 
 @pytest.mark.parametrize("options", COMPILED, ids=str)

@@ -12,7 +12,7 @@ import torch
 from reference import NaiveGrass, Rows
 from torch import nn
 
-from grass_hf import GrassConfig, controller, convert_to_grass, grass_optimizer, restore_model
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model, warmup
 from grass_hf.config import SELECTIONS
 from grass_hf.convert import grass_slices
 from grass_hf.selection import generator, needs_scores, select
@@ -78,7 +78,8 @@ def walk_both(config, kind, weight_decay, accumulation, warmup=1):
     model = Net()
     naive_model = copy.deepcopy(model)
     targets = [f"layers.{i}.weight" for i in range(len(SHAPES))]
-    phases = {name: i * INTERVAL // len(targets) if config.stagger else 0 for i, name in enumerate(targets)}
+    turns = min(config.stagger, len(targets))
+    phases = {name: i * turns // len(targets) * INTERVAL // turns for i, name in enumerate(targets)}
 
     def strided(size):
         rank = config.rank_for(size)
@@ -95,6 +96,7 @@ def walk_both(config, kind, weight_decay, accumulation, warmup=1):
         lr=rate,
         weight_decay=weight_decay,
         scale=config.scale,
+        scale_warmup=config.scale_warmup,
         policy=config.state_policy,
         decay_all=config.decay == "all",
         phases=phases,
@@ -158,17 +160,19 @@ def test_same_trajectory_as_naive_algorithm_1(rule, side, kind, weight_decay, ac
         {"state_policy": "carry_seeded"},
         {"state_policy": "carry_seeded", "selection": "multinomial_norm"},
         {"state_policy": "carry_seeded", "selection": "uniform"},
-        {"state_policy": "carry_seeded", "selection": "uniform_nr", "stagger": True},
-        {"select_until": 16, "stagger": True},
+        {"state_policy": "carry_seeded", "selection": "uniform_nr", "stagger": 100},
+        {"select_until": 16, "stagger": 100},
         {"state_policy": "carry_seeded", "side": "input", "selection": "cycle"},
-        {"stagger": True},
-        {"stagger": True, "state_policy": "reset_warmup"},
+        {"stagger": 100},
+        {"stagger": 100, "state_policy": "reset_warmup"},
         {"scale": 0.5},
         {"scale": 2.0, "selection": "multinomial_norm"},
+        {"scale_warmup": 12},
+        {"scale_warmup": 12, "scale": 2.0, "state_policy": "reset_warmup", "decay": "active"},
         {"decay": "active"},
         {"state_policy": "reset", "selection": "multinomial_norm2", "side": "input"},
-        {"seed": 3, "selection": "uniform_nr", "side": "input", "stagger": True},
-        {"seed": 2, "selection": "cycle", "side": "input", "stagger": True},
+        {"seed": 3, "selection": "uniform_nr", "side": "input", "stagger": 100},
+        {"seed": 2, "selection": "cycle", "side": "input", "stagger": 100},
     ],
     ids=str,
 )
@@ -178,11 +182,11 @@ def test_same_trajectory_with_every_setting(options, kind):
     walk_both(config, kind, weight_decay=0.3, accumulation=2)
 
 
-@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("stagger", [1, 2, 100])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_same_trajectory_with_a_warmup_of_several_steps(monkeypatch, kind, stagger):
     """The ramp after a reset rises step by step: 1/5, 2/5, 3/5, 4/5, 1."""
-    monkeypatch.setattr(controller, "WARMUP_SHARE", 4 / INTERVAL)
+    monkeypatch.setattr(warmup, "RESET_SHARE", 4 / INTERVAL)
     config = GrassConfig(
         density=DENSITY,
         update_interval=INTERVAL,

@@ -69,7 +69,7 @@ def measure(
             raise RuntimeError(f"{ranks} processes were started, and they see {joined} of each other.")
         for engine in engines:
             # all layers select at every other step: one step of each kind is enough
-            often = dataclasses.replace(placed(config, engine, ranks, dtype), update_interval=2, stagger=False)
+            often = dataclasses.replace(placed(config, engine, ranks, dtype), update_interval=2, stagger=1)
             for method, grass in (("adamw", None), ("grass", often.to_dict())):
                 running.ask("make", name=method, engine=engine, grass=grass, **shape)
                 steps = [running.ask("count", name=method, number=number) for number in range(4)]

@@ -165,8 +165,8 @@ def estimate(
     state_policy: str = typer.Option(
         GrassConfig.state_policy, help="What becomes of optimizer state at a selection (GrassConfig.state_policy)."
     ),
-    stagger: bool = typer.Option(
-        False, "--stagger", help="Let layers select on different steps, so that few of them observe at a time."
+    stagger: int = typer.Option(
+        GrassConfig.stagger, help="Number of steps among which the layers' selections are divided; 1 for all at once."
     ),
     targets: str = typer.Option("all-linear", help=TARGETS),
     dtype: str = typer.Option("bfloat16", help="Dtype of the weights."),

@@ -75,7 +75,8 @@ def run_estimate(
     title = (
         f"{model}, {dtype}, {setting['batch']} x {setting['sequence']} tokens"
         + (", gradient checkpointing" if setting["gradient_checkpointing"] else "")
-        + f", {_rank(config)}, side={config.side}, {config.selection}{', staggered' if config.stagger else ''}"
+        + f", {_rank(config)}, side={config.side}, {config.selection}"
+        + (f", stagger={config.stagger}" if config.stagger != GrassConfig.stagger else "")
         + (f", {config.weight_dtype} weights" if config.weight_dtype else "")
         + ("" if config.resident else ", slices released between steps")
         + (f"; one of {setting['world_size']} ranks under {setting['engine']}" if setting["world_size"] > 1 else "")

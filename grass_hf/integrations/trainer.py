@@ -24,6 +24,7 @@ from ..distributed import check_agreement
 from ..optim import attach, grass_optimizer
 from ..optim_args import parse_optim_args
 from ..report import render, start_report
+from ..warmup import scale_reached
 from .accelerate import adapt_to_engine, engine_kind, forget_evaluation, fsdp_version, refuse_parallelism
 from .base import base_class_and_kwargs, default_base, driven
 from .deepspeed import check_config
@@ -32,6 +33,8 @@ from .trl import refuse_fused_head
 
 logger = logging.get_logger(__name__)
 
+# With more graphs than these and one or two of evaluation, torch stops compiling (its recompile_limit is 8).
+_COMPILED_TURNS = 5
 _ENGINES = {
     DistributedType.NO,
     DistributedType.FSDP,
@@ -127,11 +130,13 @@ class FollowTraining(TrainerCallback):
         if controller is None or not logs or "loss" not in logs:
             return
         metrics = {name: round(value, 4) for name, value in controller.metrics().items()}
-        if controller.config.scale != 1.0 and "learning_rate" in logs:
+        config = controller.config
+        if (config.scale != 1.0 or config.scale_warmup) and "learning_rate" in logs:
             groups = controller.optimizer.param_groups
             slices = next(group["lr"] for group in groups if GROUP_KEY in group)
             # The Trainer logs the first group's rate, of the step just done; the groups hold the next step's by now.
-            share = slices / groups[0]["lr"] if groups[0]["lr"] else controller.config.scale
+            share = slices / groups[0]["lr"] if groups[0]["lr"] else config.scale
+            share *= scale_reached(config, controller.step - 1)
             metrics["grass/learning_rate"] = float(logs["learning_rate"] * share)
         logs.update(metrics)
         if state.log_history:  # the Trainer filed a copy before it called us
@@ -243,9 +248,10 @@ def _refuse_engine(args, config: GrassConfig) -> None:
         raise ValueError(
             "resident=False with torch_compile=True would compile again for slices without memory: use resident=True."
         )
-    if config.stagger and args.torch_compile:
+    if args.torch_compile and config.stagger > _COMPILED_TURNS:
         raise ValueError(
-            "stagger=True with torch_compile=True would compile one graph per layer that observes: use stagger=False."
+            f"stagger={config.stagger} with torch_compile=True would compile a graph for each of its steps, and torch "
+            f"stops at 8: use stagger={GrassConfig.stagger}, or 1 for two graphs."
         )
 
 

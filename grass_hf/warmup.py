@@ -1,0 +1,71 @@
+"""Learning rates of the slices that rise: at the start of training, and again where a reset drops optimizer state.
+
+With ``scale_warmup`` = N the multiplier `scale` rises linearly: scale * min(1, (t + 1) / (N + 1)) in the step after t.
+Weight decay per step, rate times decay, is as without it. With ``state_policy="reset_warmup"`` the rate rises over a
+share of the interval after every reset.
+
+The rates of the groups, which schedulers and users see, are changed only for the length of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from .config import GrassConfig
+from .slices import Slice
+
+# With state_policy="reset_warmup" the slices' learning rate rises over this share of the interval after a reset.
+RESET_SHARE = 0.05
+
+
+class Factor(NamedTuple):
+    """What a group's learning rate and weight decay are multiplied with in one step."""
+
+    group: dict[str, Any]
+    rate: float
+    decay: float = 1.0
+
+
+def scale_reached(config: GrassConfig, step: int) -> float:
+    """The share of `scale` that the step after so many has."""
+    return min(1.0, (step + 1) / (config.scale_warmup + 1))
+
+
+def after_start(config: GrassConfig, step: int, groups: Iterable[dict[str, Any]]) -> list[Factor]:
+    """Factors of ``scale_warmup``; none once it is over."""
+    share = scale_reached(config, step)
+    return [Factor(group, share, 1 / share) for group in _distinct(groups)] if share < 1 else []
+
+
+def after_reset(config: GrassConfig, step: int, layers: list[Slice], groups: dict[int, dict[str, Any]]) -> list[Factor]:
+    """Factors of ``state_policy="reset_warmup"``; a group's last reset counts."""
+    steps = max(1, round(RESET_SHARE * config.update_interval))
+    last: dict[int, tuple[int, dict[str, Any]]] = {}
+    for part in layers:
+        if part.state.reset_step is not None:
+            group = groups[id(part.active)]
+            last[id(group)] = (max(part.state.reset_step, last.get(id(group), (0,))[0]), group)
+    since = [(step - reset_step, group) for reset_step, group in last.values()]
+    return [Factor(group, age / (steps + 1)) for age, group in since if age <= steps]
+
+
+@contextmanager
+def changed(factors: Iterable[Factor]) -> Iterator[None]:
+    """Have the groups their changed rates within the block."""
+    before = []
+    try:
+        for group, rate, decay in factors:
+            before.append((group, {key: group[key] for key in ("lr", "weight_decay") if key in group}))
+            group["lr"] = group["lr"] * rate
+            if decay != 1.0 and group.get("weight_decay"):
+                group["weight_decay"] = group["weight_decay"] * decay
+        yield
+    finally:
+        for group, full in reversed(before):
+            group.update(full)
+
+
+def _distinct(groups: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    return {id(group): group for group in groups}.values()
