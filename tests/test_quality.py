@@ -15,10 +15,11 @@ import yaml
 from helpers import Sequences, arguments, tiny_llama
 
 from grass_hf.bench.quality import load_study
-from grass_hf.bench.quality_methods import KINDS, TwoRateTrainer, make_ready, target_names, two_rates
+from grass_hf.bench.quality_methods import KINDS, TwoRateTrainer, grass_config, make_ready, target_names, two_rates
 from grass_hf.bench.quality_report import entries, write_report
 from grass_hf.bench.quality_rows import read_rows
 from grass_hf.bench.quality_run import held_out_loss, run_row
+from grass_hf.integrations.trainer import GrassCallback
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "studies/smoke.yaml"
@@ -142,6 +143,42 @@ def test_targets_alone_have_the_second_rate(kind, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "lora", "grass"])
+@pytest.mark.parametrize("multiplier", [0.25, 1.0])
+def test_the_rate_of_targets_rises_alike_for_every_method(kind, multiplier, tmp_path, monkeypatch):
+    seen, plain = [], torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        seen.append(
+            [(group["lr"], group["lr"] * group["weight_decay"]) for group in self.param_groups if group["params"]]
+        )
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    model, settings = tiny_llama(), {"rank": 4, "lora_alpha": 4} if kind == "lora" else {}
+    model, targets = make_ready(kind, model, settings, target_names(model, "all-linear"))
+    options = {"optim": KINDS[kind].optim, "max_steps": 5, "weight_decay": 0.1, "learning_rate": 0.01}
+    options |= {"lr_scheduler_type": "constant"}
+    callbacks = [GrassCallback(grass_config({"density": 0.25}, multiplier, 3))] if kind == "grass" else []
+    job = TwoRateTrainer(
+        model=model,
+        args=arguments(tmp_path, **options),
+        train_dataset=Sequences(),
+        callbacks=callbacks,
+        targets=targets,
+        multiplier=multiplier,
+        target_warmup=3,
+    )
+    job.train()
+    for number, groups in enumerate(seen[-5:]):  # before them the table at the start has tried a step
+        share = min(1, (number + 1) / 4)
+        assert sorted({lr for lr, _ in groups}) == pytest.approx(sorted({0.01, 0.01 * multiplier * share}))
+        assert {round(decay, 12) for _, decay in groups} <= {0.0, 0.001}
+    assert all(
+        group["lr"] in (0.01, 0.01 * multiplier) for group in job.optimizer.param_groups
+    )  # for the length of a step
+
+
 def test_decay_does_not_depend_on_the_multiplier():
     own, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([own, other], lr=0.1, weight_decay=0.5)
@@ -237,6 +274,7 @@ def test_a_key_is_what_decides_about_a_run(document, tmp_path):
         {"methods": {"grass": None}, "grid": {"learning_rates": [0.02], "multipliers": [0.5]}},
         {"methods": {"adamw": None}},
         {"methods": {"grass": None}, "eval_blocks": 4},
+        {"methods": {"grass": None}, "target_warmup": 4},
     ):
         assert not set(keys(**changes)) & set(base), changes
 
@@ -246,6 +284,7 @@ REFUSED = [
     ({"rank": 2.5}, "study.rank=2.5 is not a positive whole number"),
     ({"seeds": [0, 0]}, "no list of different whole numbers"),
     ({"finalists": 0}, "study.finalists=0"),
+    ({"target_warmup": -1}, "study.target_warmup=-1 is not a positive whole number: give 0 or more"),
     ({"sedes": [1]}, "did you mean seeds"),
     ({"methods": {"adam": None}}, "did you mean adamw"),
     ({"methods": {"a": {"method": "galroe"}}}, "did you mean galore"),

@@ -26,7 +26,7 @@ from .quality_methods import resolve
 from .quality_rows import deciding
 
 # Fields of the section ``study``: those of `Study` that have a default, and what every method is made of.
-_OPTIONS = ("target_modules", "seeds", "finalists", "evaluations", "eval_blocks")
+_OPTIONS = ("target_modules", "target_warmup", "seeds", "finalists", "evaluations", "eval_blocks")
 _FIELDS = ("rank", *_OPTIONS, "grid", "methods")
 _GRID = ("learning_rates", "multipliers")
 _METHOD = ("method", "settings", *_GRID)
@@ -79,6 +79,8 @@ class Run:
             "rates": [self.learning_rate, self.multiplier],
             "seed": self.seed,
         }
+        if self.study.target_warmup:
+            decides["target_warmup"] = self.study.target_warmup
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -92,6 +94,7 @@ class Study:
         document: the recipe in it, without ``study``.
         rank: of all methods that have one.
         target_modules: what the methods differ in.
+        target_warmup: steps in which the multipliers rise linearly from zero, for all methods alike.
         methods: by name.
         seeds: the first runs the whole grid.
         finalists: points of each grid that the other seeds run too; None for all.
@@ -105,6 +108,7 @@ class Study:
     rank: int
     methods: tuple[Method, ...]
     target_modules: Any = "all-linear"
+    target_warmup: int = 0
     seeds: tuple[int, ...] = (0, 1)
     finalists: int | None = None
     evaluations: int = 4
@@ -230,11 +234,13 @@ def _check_numbers(path: Path, rank: Any, options: Mapping[str, Any]) -> None:
     if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise ValueError(f"{path}: study.seeds={list(seeds)} is no list of different whole numbers: write [0, 1].")
     numbers = {"rank": rank, **{n: options.get(n, 1) for n in ("finalists", "evaluations", "eval_blocks")}}
+    numbers["target_warmup"] = options.get("target_warmup", 0)
     for name, value in numbers.items():
         if name == "finalists" and value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{path}: study.{name}={value!r} is not a positive whole number: give 1 or more.")
+        least = 0 if name == "target_warmup" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{path}: study.{name}={value!r} is not a positive whole number: give {least} or more.")
 
 
 def _known(given: Mapping[str, Any], fields: Iterable[str], where: str) -> None:

@@ -13,11 +13,15 @@
 All train embeddings, output head and norms in full (unless a method's own settings target them), so that they
 differ in the target matrices alone. [Note: two rates] The targets have the learning rate times the method's
 multiplier, and ``weight_decay`` divided by it, so that decay does not depend on it: what `GrassConfig.scale` does
-to slices.
+to slices. With ``target_warmup`` that multiplier rises linearly from zero in so many steps, for every method alike: as
+`GrassConfig.scale_warmup` has it for slices, and for the others around their optimizers' steps.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +30,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
 
+from .. import warmup
 from ..config import GrassConfig, unknown_key
 from ..controller import GROUP_KEY
 from ..integrations.base import check_base
@@ -115,9 +120,10 @@ def check_installed(kind: str) -> None:
         )
 
 
-def grass_config(settings: Mapping[str, Any], multiplier: float) -> GrassConfig:
+def grass_config(settings: Mapping[str, Any], multiplier: float, target_warmup: int = 0) -> GrassConfig:
     """The settings of a Grass run; see [Note: two rates]."""
-    return _config({**settings, "scale": float(multiplier)})
+    rates = {"scale": float(multiplier)} | ({"scale_warmup": target_warmup} if target_warmup else {})
+    return _config({**settings, **rates})
 
 
 def _config(settings: Mapping[str, Any]) -> GrassConfig:
@@ -165,20 +171,20 @@ def make_ready(
     return model, adapters
 
 
-def two_rates(optimizer: Optimizer, targets: set[int], multiplier: float) -> None:
+def two_rates(optimizer: Optimizer, targets: set[int], multiplier: float, target_warmup: int = 0) -> None:
     """Give the parameters of targets a rate of their own; see [Note: two rates]. Slices have theirs already.
 
     Raises:
         ValueError: the optimizer trains none of them.
     """
-    if any(GROUP_KEY in group for group in optimizer.param_groups) or multiplier == 1.0:
+    if any(GROUP_KEY in group for group in optimizer.param_groups) or (multiplier == 1.0 and not target_warmup):
         return
-    found = False
-    for group in list(optimizer.param_groups):
+    found = []
+    for place, group in enumerate(list(optimizer.param_groups)):
         own = [param for param in group["params"] if id(param) in targets]
         if not own:
             continue
-        found, others = True, [param for param in group["params"] if id(param) not in targets]
+        others = [param for param in group["params"] if id(param) not in targets]
         if others:
             group["params"] = others
             optimizer.add_param_group({**{k: v for k, v in group.items() if k != "params"}, "params": own})
@@ -186,20 +192,36 @@ def two_rates(optimizer: Optimizer, targets: set[int], multiplier: float) -> Non
         group["lr"] *= multiplier
         if group.get("weight_decay"):
             group["weight_decay"] /= multiplier
+        found.append(len(optimizer.param_groups) - 1 if others else place)
     if not found:
         raise ValueError(f"multiplier={multiplier}: the method trains no target matrix, so it has no rate: use 1.")
+    if target_warmup:
+        _warm_up(optimizer, found, GrassConfig(scale_warmup=target_warmup))
+
+
+def _warm_up(optimizer: Optimizer, groups: list[int], config: GrassConfig) -> None:
+    """Have an optimizer step those of its groups with the rate that slices would have."""
+    original, steps = optimizer.step, itertools.count()
+
+    @functools.wraps(original)
+    def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        own = [optimizer.param_groups[place] for place in groups]
+        with warmup.changed(warmup.after_start(config, next(steps), own)):
+            return original(*args, **kwargs)
+
+    optimizer.step = types.MethodType(step, optimizer)  # a bound method: schedulers look for one
 
 
 class TwoRateTrainer(Trainer):
-    """The Trainer with a rate for the targets; `targets` and `multiplier` as of `two_rates`."""
+    """The Trainer with a rate for the targets: `targets`, `multiplier` and `target_warmup` as of `two_rates`."""
 
-    def __init__(self, *args: Any, targets: set[int], multiplier: float, **kwargs: Any):
+    def __init__(self, *args: Any, targets: set[int], multiplier: float, target_warmup: int = 0, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.targets, self.multiplier = targets, multiplier
+        self.rates = targets, multiplier, target_warmup
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if made:
-            two_rates(optimizer, self.targets, self.multiplier)
+            two_rates(optimizer, *self.rates)
         return optimizer

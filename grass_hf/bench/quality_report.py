@@ -64,8 +64,8 @@ def entries(rows: Iterable[Row]) -> list[Entry]:
     rows = list(rows)
     if not rows:
         raise ValueError("there are no rows to report: run grass-hf bench quality first.")
-    for what in ("document", "text", "evaluated_tokens"):
-        if len({json.dumps(row[what], sort_keys=True) for row in rows}) > 1:
+    for what in ("document", "text", "evaluated_tokens", "target_warmup"):
+        if len({json.dumps(row.get(what) or None, sort_keys=True) for row in rows}) > 1:
             raise ValueError(f"the rows differ in {what}, so they cannot be compared: give rows of one study.")
     found: dict[str, dict[Point, dict[int, Row]]] = {}
     names: dict[str, str] = {}
@@ -176,6 +176,8 @@ def _setting(rows: Sequence[Row], command: str) -> list[str]:
     ]
     for versions in map(json.loads, said["versions"]):
         lines.append("* " + ", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    if rising := first.get("target_warmup"):
+        lines.append(f"* the rate of the target matrices rises from zero in {rising} steps, for every method")
     if said["workers"] != ["1"]:
         lines.append("* some runs shared the machine with another one: seconds and tokens/s are of the others alone")
     return lines

@@ -6,8 +6,9 @@ draws for itself. Held-out loss is the mean over tokens of evenly spaced blocks 
 same code for all.
 
 [Note: counted bytes] The peak is counted in a run of its own of a few steps, in which projections and selections
-happen on every second one, so that the peak of an ordinary step and of such a one, with all state in place, are
-both in it: live tensors (`grass_hf.live`), weights, gradients, optimizer state and activations together. Seconds
+happen on every second one (of Grass as many layers at a time as in the real run), so that the peak of an ordinary step
+and of such a one, with all state in place, are both in it: live tensors (`grass_hf.live`), weights, gradients,
+optimizer state and activations together. Seconds
 are those of whole optimizer steps of the real run, without evaluations.
 """
 
@@ -44,7 +45,7 @@ from .quality_methods import (
     trainer_flags,
 )
 
-_COUNTED_STEPS, _COUNTED_GAP, _COUNTED_RATE = 4, 2, 1e-4
+_COUNTED_GAP, _COUNTED_RATE = 2, 1e-4
 _LOGGED_POINTS = 20
 
 
@@ -129,6 +130,7 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         "seed": run.seed,
         "document": run.study.document,
         "targets": run.study.target_modules,
+        "target_warmup": run.study.target_warmup,
         "text": text.digest,
         "status": "diverged" if follow.diverged else "finished",
         "steps": steps,
@@ -181,7 +183,8 @@ def _trainer(
     set_seed(run.seed)
     model, targets = make_ready(method.kind, load_model(recipe, text.prepared.config), method.settings, text.names)
     if method.kind == "grass":
-        callbacks = [GrassCallback(grass_config(method.settings, run.multiplier)), *callbacks]
+        config = grass_config(method.settings, run.multiplier, run.study.target_warmup)
+        callbacks = [GrassCallback(config), *callbacks]
     base, made = method.settings.get("base"), {}
     if base is not None:
         factory = Trainer.get_optimizer_cls_and_kwargs
@@ -194,6 +197,7 @@ def _trainer(
         callbacks=callbacks,
         targets=targets,
         multiplier=run.multiplier,
+        target_warmup=0 if method.kind == "frozen" else run.study.target_warmup,
         **made,
     )
     return trainer, recipe
@@ -208,21 +212,23 @@ def _counted_bytes(run: Run, text: Text, folder: str) -> int:
     name = repr((run.study.name, method.kind, sorted(method.settings.items(), key=str)))
     if name not in _peaks:
         settings, gap = dict(method.settings), KINDS[method.kind].gap
+        steps = max(_COUNTED_GAP, settings.get("stagger", 1))
         if gap is not None and settings[gap] < 10**6:
-            settings[gap] = _COUNTED_GAP
+            settings[gap] = steps
         short = Method(method.name, method.kind, settings, method.learning_rates, method.multipliers)
-        counter = _Count()
+        counter = _Count(2 * steps)
         again = Run(run.study, short, _COUNTED_RATE, 1.0, run.seed)
-        trainer, _ = _trainer(again, text, [counter], folder, max_steps=_COUNTED_STEPS)
+        trainer, _ = _trainer(again, text, [counter], folder, max_steps=2 * steps)
         trainer.train()
         _peaks[name] = counter.peak
     return _peaks[name]
 
 
 class _Count(TrainerCallback):
-    """Counts from the first step to the last."""
+    """Counts from the first step to the last of so many."""
 
-    peak = 0
+    def __init__(self, steps: int):
+        self.steps, self.peak = steps, 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.mode = LiveBytes()
@@ -232,7 +238,7 @@ class _Count(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.peak = max(self.peak, self.mode.peak)
         self.mode.start()
-        if state.global_step >= _COUNTED_STEPS:
+        if state.global_step >= self.steps:
             self.mode.__exit__(None, None, None)
 
 
