@@ -46,7 +46,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", 
 # Steps 0 and 2 of three observe; the optimizer's state is there from the first on.
 STEPS, INTERVAL = 3, 2
 # What docs/memory.md was measured with, whatever the defaults are.
-ROWS = {"selection": "top_r", "side": "output", "state_policy": "carry"}
+ROWS = {"selection": "top_r", "side": "output", "state_policy": "carry", "stagger": 1}
 
 
 @dataclass(frozen=True)
