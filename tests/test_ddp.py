@@ -15,6 +15,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 
 SETTINGS = {
     "plain": {},
+    "at_once": {"stagger": 1},
     "columns": {"side": "input"},
     "defaults": {"selection": "multinomial_norm_nr", "side": "input", "state_policy": "carry_seeded"},
     "all_matrices": {"target_modules": "all-matrices"},
@@ -68,10 +69,15 @@ def test_two_ranks_are_one(outcome, name):
 
 def test_one_message_of_norms_on_a_selecting_step_and_none_on_others(outcome):
     """Of the optimizer's step; what backward sends is counted by test_traffic.py."""
-    for name in ("plain", "columns", "all_matrices", "accumulated"):
+    at_once = outcome(2, "at_once")
+    norms = [("all_reduce", at_once["norms"])]
+    assert at_once["sent"] == [norms if step % 3 == 0 else [] for step in range(8)]
+    for name in ("plain", "columns", "all_matrices", "accumulated"):  # in turns
         found = outcome(2, name)
-        norms = [("all_reduce", found["norms"])]
-        assert found["sent"] == [norms if step % 3 == 0 else [] for step in range(8)], name
+        assert all(kind == "all_reduce" for sent in found["sent"] for kind, _ in sent), name
+        assert all(len(sent) == 1 for sent in found["sent"]), name  # four turns are on each of three steps
+        sizes = [sent[0][1] for sent in found["sent"]]
+        assert sum(sizes[:3]) == sum(sizes[3:6]) == found["norms"] > max(sizes), name
 
 
 def test_two_ranks_with_accumulation_are_one_without(outcome):

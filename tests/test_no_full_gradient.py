@@ -63,7 +63,7 @@ def test_no_tensor_of_full_size_on_any_step(monkeypatch, side, checkpointed, rul
         functional.squared_norms, "__defaults__", (16,)
     )  # blocks as far below m as 256 is in a real model
     model = stack()
-    convert_to_grass(model, GrassConfig(density=0.25, update_interval=3, side=side, selection=rule))
+    convert_to_grass(model, GrassConfig(density=0.25, update_interval=3, stagger=1, side=side, selection=rule))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
     for step in range(7):
         observing = [layer.norms is not None for layer in grass_slices(model)]

@@ -130,6 +130,7 @@ def test_the_best_checkpoint_is_what_is_left(tmp_path):
         "greater_is_better": False,
     }
     recipe["evaluation"]["early_stopping_patience"] = 3
+    recipe["grass"]["stagger"] = 1
     results, entries = run(tmp_path, recipe)
     *entries, last = [entry for entry in entries if "eval_perplexity" in entry]  # the last is of what is left
     measured = {entry["step"]: entry["eval_perplexity"] for entry in entries if entry["step"]}
