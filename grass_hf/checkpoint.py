@@ -162,6 +162,7 @@ def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
     """Whether the rows could be taken up; if not, evenly strided ones are."""
     state = part.state
     state.owed, held, seen, reset_step = whole(entry["numbers"]).tolist()
+    state.recalled = True
     state.trained = whole(entry["trained"]).cpu().clone()
     state.energy = None if held < 0 else (held, seen)
     state.reset_step = None if reset_step < 0 else int(reset_step)

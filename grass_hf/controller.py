@@ -203,6 +203,7 @@ class GrassController:
 
     def _owe_decay(self, layer: Slice, group: dict[str, Any]) -> None:
         state = layer.state
+        state.recalled = False
         decay = group.get("weight_decay") or 0.0
         if decay and self.config.decay == "all" and (state.rank < state.size or layer.rho is not None):
             state.owed *= 1.0 - float(group["lr"]) * float(decay)

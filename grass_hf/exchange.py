@@ -139,6 +139,13 @@ class Exchange:
             self.write_back()  # rows that stay are kept at their nearest value
         return source.cpu()
 
+    def take_new_weight(self) -> None:
+        """Follow a weight that a state dict has replaced: what its rows were owed is void, unless that was loaded just
+        before, as torch.distributed.checkpoint does, which loads the optimizer first."""
+        if not self.state.recalled:
+            self.state.owed = 1.0
+        self.reload()
+
     @torch.no_grad()
     def reload(self) -> None:
         """Bring the slice in line with a weight that was changed from outside, by loading a checkpoint say.

@@ -43,8 +43,7 @@ class GrassModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for part in self.own_slices().values():
             if prefix + part.parameter in state_dict:
-                part.state.owed = 1.0
-                part.reload()
+                part.take_new_weight()
 
 
 class TappedLinear(GrassModule):
@@ -88,8 +87,7 @@ class TappedInt8Linear(GrassModule):
             if plain is not None:
                 state_dict[prefix + "weight"] = plain
                 missing_keys.remove(prefix + "weight")
-                self.weight_slice.state.owed = 1.0
-                self.weight_slice.reload()
+                self.weight_slice.take_new_weight()
 
 
 class TappedEmbedding(GrassModule):

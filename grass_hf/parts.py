@@ -38,6 +38,7 @@ class SliceState:
         leader: name under which it chooses rows; slices that share an index have the same.
         blocks: parts of the side that choose rows for themselves.
         owed: factor of weight decay that the rows outside the slice have not had yet.
+        recalled: whether it came with an optimizer's state, and no step has been taken since.
         trained: bool (size,) or (E, size), rows trained so far; on the CPU.
         energy: squared gradient norm of the rows selected last and of all rows, at that observation.
         reset_step: step at which the optimizer state was last dropped, None if never.
@@ -50,6 +51,7 @@ class SliceState:
     leader: str = ""
     blocks: int = 1
     owed: float = 1.0
+    recalled: bool = False
     trained: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     energy: tuple[float, float] | None = None
     reset_step: int | None = None

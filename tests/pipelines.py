@@ -56,7 +56,11 @@ def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def converted(model: nn.Module, **settings) -> nn.Module:
     fixed = {"density": 0.5, "update_interval": 3, "score_by": "sequence", "target_modules": "all-matrices"}
-    fixed |= {"selection": "top_r", "side": "output"}  # a stage's layers have other names, and so other draws
+    fixed |= {
+        "selection": "top_r",
+        "side": "output",
+        "stagger": 1,
+    }  # a stage's layers have other names, and so other draws
     return convert_to_grass(model, GrassConfig(**{**fixed, **settings}))
 
 

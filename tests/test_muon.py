@@ -41,7 +41,7 @@ def test_rank_m_is_muon_beside_adamw():
 def test_a_step_of_a_slice_is_muons_own():
     """At rank < m, after other rows were selected."""
     model = tiny_llama()
-    convert_to_grass(model, GrassConfig(density=0.5, update_interval=3, selection="cycle"))
+    convert_to_grass(model, GrassConfig(density=0.5, update_interval=3, stagger=1, selection="cycle"))
     optimizer = grass_optimizer(model, MuonAdamW, lr=0.01, momentum=0.9, ns_steps=4)
     for step in range(5):
         gradients(model, step)

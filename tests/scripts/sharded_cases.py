@@ -260,7 +260,7 @@ def mixed_precision():
 def collectives_of_a_step():
     """Write-back and reload move nothing: a selecting step reduces one vector of norms, and no step gathers."""
     for settings in ({}, {"side": "input"}):
-        model, optimizer, _ = prepare(True, **settings)
+        model, optimizer, _ = prepare(True, stagger=1, **settings)
         sizes = sum(part.state.size for part in grass_slices(model))
         for step in range(5):
             tokens = batch(step)
@@ -284,7 +284,7 @@ def bytes_reduced_in_backward():
             loss.backward()
         return sum(nbytes for name, nbytes in traffic.seen if "reduce_scatter" in name)
 
-    model, _, _ = prepare(True, density=0.25)
+    model, _, _ = prepare(True, density=0.25, stagger=1)
     expected = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     assert expected <= reduced(model) <= 1.1 * expected  # every parameter is padded to the number of ranks
     plain = llama()
