@@ -266,7 +266,10 @@ def bfloat16():
             for part in grass_slices(model):
                 assert part.active.dtype == part.weight.dtype == torch.bfloat16
                 exact = part.rank_part(part, True).active
-                assert exact.dtype == torch.float32 and (exact != exact.bfloat16()).any()
+                assert exact.dtype == torch.float32
+                # rows that the last step has chosen are the weight's own, without more digits
+                just_chosen = part.state.phase == (STEPS - 1) % SETTINGS["update_interval"]
+                assert just_chosen or (exact != exact.bfloat16()).any()
                 assert_slice_is_in_weight(part)
 
 
