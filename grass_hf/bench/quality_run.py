@@ -8,8 +8,8 @@ same code for all.
 [Note: counted bytes] The peak is counted in a run of its own of a few steps, in which projections and selections
 happen on every second one (of Grass as many layers at a time as in the real run), so that the peak of an ordinary step
 and of such a one, with all state in place, are both in it: live tensors (`grass_hf.live`), weights, gradients,
-optimizer state and activations together. Seconds
-are those of whole optimizer steps of the real run, without evaluations.
+optimizer state and activations together. Seconds are those of whole optimizer steps of the real run, without
+evaluations.
 """
 
 from __future__ import annotations

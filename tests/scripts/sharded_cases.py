@@ -140,7 +140,8 @@ def columns_equal_ddp():
     assert_equals_ddp(side="input")
     assert_equals_ddp(side="input", state_policy="carry_seeded")
     assert_equals_ddp(side="input", selection="cycle", state_policy="carry_seeded")
-    assert_equals_ddp(selection="multinomial_norm_nr", side="input", state_policy="carry_seeded")  # the defaults
+    defaults = {"selection": "multinomial_norm_nr", "side": "input", "state_policy": "carry_seeded"}
+    assert_equals_ddp(**defaults, scale_warmup=3)
     assert_equals_ddp(row_blocks=dist.get_world_size(), selection="cycle", state_policy="carry_seeded")
 
 

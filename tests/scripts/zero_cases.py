@@ -353,7 +353,7 @@ def gradients_that_are_not_finite_stop_the_run():
 def staggered_selections_and_warm_up_equal_ddp():
     assert_equals_ddp(stagger=100, update_interval=20, state_policy="carry_seeded", stages=(2, 3))
     momentum = {"base": torch.optim.SGD, "arguments": {"momentum": 0.9}}
-    assert_equals_ddp(state_policy="reset_warmup", stages=(2, 3), **momentum)
+    assert_equals_ddp(state_policy="reset_warmup", scale_warmup=3, stages=(2, 3), **momentum)
 
 
 def state_in_blocks_is_refused():
