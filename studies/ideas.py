@@ -259,7 +259,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(IDEAS), help="names, with commas; peers (lora, say) too")
     parser.add_argument(
         "--settings",
-        default="density=0.25,update_interval=100,selection=multinomial_norm_nr,side=input,state_policy=carry_seeded",
+        default="density=0.25,update_interval=100,selection=multinomial_norm_nr,side=input,state_policy=carry_seeded,"
+        "stagger=1",
         help="of Grass, as in optim_args",
     )
     parser.add_argument("--learning_rate", type=float, default=0.02)
