@@ -170,7 +170,7 @@ class GrassController:
         """What the coming step's learning rates are multiplied with."""
         found: list[warmup.Factor] = []
         if layers and self.step < self.config.scale_warmup:
-            found += warmup.after_start(self.config, self.step, self._groups().values())
+            found += warmup.after_start(self.config.scale_warmup, self.step, self._groups().values())
         if self.config.state_policy == "reset_warmup":
             found += warmup.after_reset(self.config, self.step, layers, self._groups())
         return found

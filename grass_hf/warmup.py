@@ -28,14 +28,14 @@ class Factor(NamedTuple):
     decay: float = 1.0
 
 
-def scale_reached(config: GrassConfig, step: int) -> float:
-    """The share of `scale` that the step after so many has."""
-    return min(1.0, (step + 1) / (config.scale_warmup + 1))
+def scale_reached(steps: int, step: int) -> float:
+    """The share of `scale` that the step after `step` others has, of a warm-up of so many steps."""
+    return min(1.0, (step + 1) / (steps + 1))
 
 
-def after_start(config: GrassConfig, step: int, groups: Iterable[dict[str, Any]]) -> list[Factor]:
-    """Factors of ``scale_warmup``; none once it is over."""
-    share = scale_reached(config, step)
+def after_start(steps: int, step: int, groups: Iterable[dict[str, Any]]) -> list[Factor]:
+    """Factors of a ``scale_warmup`` of so many steps; none once it is over."""
+    share = scale_reached(steps, step)
     return [Factor(group, share, 1 / share) for group in _distinct(groups)] if share < 1 else []
 
 

@@ -196,17 +196,17 @@ def two_rates(optimizer: Optimizer, targets: set[int], multiplier: float, target
     if not found:
         raise ValueError(f"multiplier={multiplier}: the method trains no target matrix, so it has no rate: use 1.")
     if target_warmup:
-        _warm_up(optimizer, found, GrassConfig(scale_warmup=target_warmup))
+        _warm_up(optimizer, found, target_warmup)
 
 
-def _warm_up(optimizer: Optimizer, groups: list[int], config: GrassConfig) -> None:
+def _warm_up(optimizer: Optimizer, groups: list[int], steps: int) -> None:
     """Have an optimizer step those of its groups with the rate that slices would have."""
-    original, steps = optimizer.step, itertools.count()
+    original, done = optimizer.step, itertools.count()
 
     @functools.wraps(original)
     def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
         own = [optimizer.param_groups[place] for place in groups]
-        with warmup.changed(warmup.after_start(config, next(steps), own)):
+        with warmup.changed(warmup.after_start(steps, next(done), own)):
             return original(*args, **kwargs)
 
     optimizer.step = types.MethodType(step, optimizer)  # a bound method: schedulers look for one

@@ -136,7 +136,7 @@ class FollowTraining(TrainerCallback):
             slices = next(group["lr"] for group in groups if GROUP_KEY in group)
             # The Trainer logs the first group's rate, of the step just done; the groups hold the next step's by now.
             share = slices / groups[0]["lr"] if groups[0]["lr"] else config.scale
-            share *= scale_reached(config, controller.step - 1)
+            share *= scale_reached(config.scale_warmup, controller.step - 1)
             metrics["grass/learning_rate"] = float(logs["learning_rate"] * share)
         logs.update(metrics)
         if state.log_history:  # the Trainer filed a copy before it called us
