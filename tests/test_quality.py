@@ -174,9 +174,18 @@ def test_the_rate_of_targets_rises_alike_for_every_method(kind, multiplier, tmp_
         share = min(1, (number + 1) / 4)
         assert sorted({lr for lr, _ in groups}) == pytest.approx(sorted({0.01, 0.01 * multiplier * share}))
         assert {round(decay, 12) for _, decay in groups} <= {0.0, 0.001}
-    assert all(
-        group["lr"] in (0.01, 0.01 * multiplier) for group in job.optimizer.param_groups
-    )  # for the length of a step
+    # and only for the length of a step
+    assert all(group["lr"] in (0.01, 0.01 * multiplier) for group in job.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "grass", "frozen"])
+def test_a_study_hands_the_rise_to_its_runs(kind, rows, document, tmp_path):
+    (run,) = study_of(document, tmp_path, methods={kind: None}, target_warmup=5).next_runs([])
+    row, plain = run_row(run), rows[kind]
+    assert (row["target_warmup"], plain["target_warmup"]) == (5, 0)
+    assert (row["validation"][-1][1] == plain["validation"][-1][1]) == (kind == "frozen")
+    with pytest.raises(ValueError, match="differ in target_warmup"):
+        entries([row, plain])
 
 
 def test_decay_does_not_depend_on_the_multiplier():
@@ -284,7 +293,7 @@ REFUSED = [
     ({"rank": 2.5}, "study.rank=2.5 is not a positive whole number"),
     ({"seeds": [0, 0]}, "no list of different whole numbers"),
     ({"finalists": 0}, "study.finalists=0"),
-    ({"target_warmup": -1}, "study.target_warmup=-1 is not a positive whole number: give 0 or more"),
+    ({"target_warmup": -1}, "study.target_warmup=-1 is not a whole number: give 0 or more"),
     ({"sedes": [1]}, "did you mean seeds"),
     ({"methods": {"adam": None}}, "did you mean adamw"),
     ({"methods": {"a": {"method": "galroe"}}}, "did you mean galore"),

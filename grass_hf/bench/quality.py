@@ -238,9 +238,9 @@ def _check_numbers(path: Path, rank: Any, options: Mapping[str, Any]) -> None:
     for name, value in numbers.items():
         if name == "finalists" and value is None:
             continue
-        least = 0 if name == "target_warmup" else 1
+        least, kind = (0, "whole") if name == "target_warmup" else (1, "positive whole")
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{path}: study.{name}={value!r} is not a positive whole number: give {least} or more.")
+            raise ValueError(f"{path}: study.{name}={value!r} is not a {kind} number: give {least} or more.")
 
 
 def _known(given: Mapping[str, Any], fields: Iterable[str], where: str) -> None:

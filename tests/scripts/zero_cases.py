@@ -254,11 +254,11 @@ def bfloat16():
     def build():
         return tiny_llama().bfloat16()
 
-    model, optimizer = converted(build=build)
+    model, optimizer = converted(build=build, stagger=1)
     losses = train_ddp(model, optimizer, range(STEPS))
     for stage in (1, 2, 3):
         for kind in ("bf16", "fp32") if stage == 1 else ("bf16",):  # the second is another class of DeepSpeed's
-            engine = zero(stage, {"bfloat16": True, "gradients": kind}, build=build)
+            engine = zero(stage, {"bfloat16": True, "gradients": kind}, build=build, stagger=1)
             assert (type(engine.optimizer).__name__ == "BF16_Optimizer") == (kind == "fp32")
             model = engine.module
             ours = train(engine, range(STEPS))
@@ -266,10 +266,7 @@ def bfloat16():
             for part in grass_slices(model):
                 assert part.active.dtype == part.weight.dtype == torch.bfloat16
                 exact = part.rank_part(part, True).active
-                assert exact.dtype == torch.float32
-                # rows that the last step has chosen are the weight's own, without more digits
-                just_chosen = part.state.phase == (STEPS - 1) % SETTINGS["update_interval"]
-                assert just_chosen or (exact != exact.bfloat16()).any()
+                assert exact.dtype == torch.float32 and (exact != exact.bfloat16()).any()
                 assert_slice_is_in_weight(part)
 
 
