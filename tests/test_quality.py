@@ -6,8 +6,10 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import recipe_files
 import torch
@@ -301,6 +303,8 @@ REFUSED = [
     ({"methods": {"adamw": {"settings": {"rank": 3}}}}, "'rank' is not a setting of adamw"),
     ({"methods": {"grass": {"settings": {"side": "top"}}}}, "side='top' is not known"),
     ({"methods": {"grass": {"settings": {"scale": 0.5}}}}, "scale is what the study's multipliers set"),
+    ({"methods": {"grass": {"settings": {"base": "adamw_troch"}}}}, "grass: base: .* did you mean adamw_torch"),
+    ({"methods": {"grass": {"settings": {"base": "galore_adamw"}}}}, "grass: base=galore_adamw projects full"),
     ({"methods": {"adamw": {"learning_rates": [0.1, 0.01]}}}, "no rising list of positive numbers"),
     ({"methods": {"adamw": {"multipliers": ["x"]}}}, "no rising list of positive numbers"),
     (
@@ -412,6 +416,35 @@ def test_smoke_study_stops_goes_on_and_is_reported(tmp_path, monkeypatch, capsys
     assert recipe_files.grass(monkeypatch, "bench", "report", out, "--out", tmp_path, "--name", "table") == 0
     table = (tmp_path / "table.md").read_text()
     assert all(f"| {method.name} |" in table for method in study.methods) and (tmp_path / "table.png").is_file()
+
+
+def test_runs_end_with_the_study_that_was_killed(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "grass_hf", "bench", "quality", str(SMOKE), "--out", str(out)]
+    study = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = out.with_suffix(".log")
+    until(lambda: log.exists() and "-- " in log.read_text())
+    children = psutil.Process(study.pid).children(recursive=True)
+    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    assert workers
+    study.kill()
+    study.wait()
+    until(lambda: not any(goes_on(worker) for worker in workers))
+
+
+def goes_on(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def until(done, seconds=120):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -138,6 +139,13 @@ def _begin(threads: int, log: str) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.close(out)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # the pool itself would let a run go on whose study was killed
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(run: Run, workers: int) -> Row:

@@ -36,10 +36,14 @@ def default_base() -> str:
 
 
 def check_base(base: str, setting: str) -> None:
-    """Refuse a base optimizer that cannot run over slices; `setting` is what names it in the sentence."""
+    """Refuse a base optimizer that is unknown or cannot run over slices; `setting` is what names it in the sentence."""
     for family, reason in _REFUSED.items():
         if base == family or base.startswith(family + "_"):
             raise ValueError(f"{setting}={base} {reason}: {_ADVICE}.")
+    names = [name.value for name in OptimizerNames if not any(name.value.startswith(family) for family in _REFUSED)]
+    names.append(MUON)
+    if base not in names:
+        raise ValueError(f"{setting}: " + unknown_key(base, names, "an optimizer of the installed Trainer"))
 
 
 def base_class_and_kwargs(
@@ -57,10 +61,6 @@ def base_class_and_kwargs(
         ValueError: the name or an argument is unknown, or the optimizer cannot run over slices.
     """
     check_base(base, "optim_args: base")
-    names = [name.value for name in OptimizerNames if not any(name.value.startswith(family) for family in _REFUSED)]
-    names.append(MUON)
-    if base not in names:
-        raise ValueError("optim_args: base: " + unknown_key(base, names, "an optimizer of the installed Trainer"))
 
     def build(base_args: dict[str, str]):
         plain = copy.copy(args)
