@@ -4,9 +4,11 @@
     python studies/ideas.py --only anneal,clock     # some of them
     python studies/ideas.py --only none,adamw,lora --training per_device_train_batch_size=16,max_steps=300
     python studies/ideas.py --settings selection=multinomial_norm_nr,update_interval=200 --multiplier 0.1
+    python studies/ideas.py --study studies/defaults.yaml --learning_rate 0.03 --multiplier 0.3
 
-The model, text, schedule and evaluation are those of studies/peers.yaml. `none` is the package itself, with the same
-settings. What came of them stands in docs/benchmarks.md.
+The model, text, schedule and evaluation are those of a study, studies/peers.yaml if no other is named. `none` is the
+package itself, with the same settings. What came of them stands in docs/benchmarks.md. They take all layers to select
+at once (stagger=1).
 """
 
 from __future__ import annotations
@@ -268,8 +270,9 @@ def main() -> None:
     parser.add_argument("--training", default="", help="other TrainingArguments than the study's: adam_beta2=0.95,...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("runs/ideas.jsonl"))
+    parser.add_argument("--study", type=Path, default=STUDY)
     args = parser.parse_args()
-    study = quality.load_study(STUDY, only=["adamw"])
+    study = quality.load_study(args.study)
     pairs = (pair.split("=") for pair in filter(None, args.training.split(",")))
     changed = {name: yaml.safe_load(value) for name, value in pairs}
     document = {**study.document, "training": {**study.document["training"], **changed}}
