@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from grass_hf import GrassConfig, MuonAdamW, optim, targets, warmup
+from grass_hf import GrassConfig, MuonAdamW, optim, reselect, targets, warmup
 from grass_hf.bench import quality, record
 from grass_hf.bench.quality_methods import resolve
 from grass_hf.bench.quality_rows import read_rows
@@ -112,6 +112,39 @@ class LastKnown(MeanOnly):
         for part in due:
             part.__dict__["before"] = part.index.clone()
         super()._select(due, groups)
+
+
+class Momentum(GrassController):
+    """A row that comes back has the first moment that it left with."""
+
+    def _carry_state(self, part, source, group, seed):
+        values = self.optimizer.state.get(part.active, {}).get("exp_avg")
+        if values is None:
+            return
+        rows = values.movedim(part.dim, 0)
+        known = part.__dict__.setdefault("left_with", rows.new_zeros(part.state.size, rows.shape[1]))
+        known[part.__dict__.pop("before")] = rows
+        super()._carry_state(part, source, group, seed)
+        rows.copy_(known[part.index])  # of a row that stays what it has, of one that never left zero
+
+    def _select(self, due, groups):
+        for part in due:
+            part.__dict__["before"] = part.index.clone()
+        super()._select(due, groups)
+
+
+class Stale(GrassController):
+    """Scores are norms times the number of steps since a row was last trained."""
+
+    def _select(self, due, groups):
+        for part in due:
+            left = part.__dict__.setdefault("left", torch.full((part.state.size,), -float(self.config.update_interval)))
+            left[part.index] = self.step
+        super()._select(due, groups)
+
+    @staticmethod
+    def rows(part, name, scores, config, step):
+        return _rows(part, name, scores * (step + config.update_interval - part.left).square(), config, step)
 
 
 class Clock(GrassController):
@@ -223,7 +256,7 @@ DENSITIES = {
     "less_qkv": dict.fromkeys(ATTENTION[:3], 0.1) | dict.fromkeys(MLP, 0.325),
 }
 BASES = {"per_row": PerRow, "trust_ratio": TrustRatio}
-_side, _rank_for = targets._side, GrassConfig.rank_for
+_side, _rank_for, _rows = targets._side, GrassConfig.rank_for, reselect._rows
 
 
 def arrange(name: str) -> None:
@@ -239,6 +272,7 @@ def arrange(name: str) -> None:
 
     targets._side = side
     GrassConfig.rank_for = rank_for if name in DENSITIES else _rank_for
+    reselect._rows = Stale.rows if name == "stale" else _rows
     optim.GrassController = CONTROLLERS.get(name, GrassController)
     base.MuonAdamW = BASES.get(name, MuonAdamW)  # under the name "muon", see `main`
 
@@ -250,6 +284,8 @@ CONTROLLERS = {
     "average": Average,
     "mean_only": MeanOnly,
     "last_known": LastKnown,
+    "momentum": Momentum,
+    "stale": Stale,
     "clock": Clock,
     "growth_limit": GrowthLimit,
 }
