@@ -42,11 +42,11 @@ class Shaped(GrassController):
         raise NotImplementedError
 
     def _rate_factors(self, layers):
-        interval = self.config.update_interval
+        interval, found = self.config.update_interval, super()._rate_factors(layers)
         if self.step <= interval:
-            return []
+            return found
         factor = self.factor((self.step - 1) % interval, interval)
-        return [warmup.Factor(group, factor) for group in self.optimizer.param_groups if GROUP_KEY in group]
+        return found + [warmup.Factor(group, factor) for group in self.optimizer.param_groups if GROUP_KEY in group]
 
 
 class Ramp(Shaped):
