@@ -93,7 +93,16 @@ class MeanOnly(GrassController):
         super()._carry_state(part, source, group, dataclasses.replace(seed, ratio=None))
 
 
-class LastKnown(MeanOnly):
+class Leaving(GrassController):
+    """Knows the rows that a slice had, as `before`, when its state is carried."""
+
+    def _select(self, due, groups):
+        for part in due:
+            part.__dict__["before"] = part.index.clone()
+        super()._select(due, groups)
+
+
+class LastKnown(Leaving, MeanOnly):
     """A fresh row's second moment is the slice's mean times the ratio that the row had to it when it last left."""
 
     def _carry_state(self, part, source, group, seed):
@@ -108,13 +117,8 @@ class LastKnown(MeanOnly):
         ratio = known[part.index]
         values.mul_(torch.where((source < 0) & ~ratio.isnan(), ratio, 1.0).unsqueeze(other))
 
-    def _select(self, due, groups):
-        for part in due:
-            part.__dict__["before"] = part.index.clone()
-        super()._select(due, groups)
 
-
-class Momentum(GrassController):
+class Momentum(Leaving):
     """A row that comes back has the first moment that it left with."""
 
     def _carry_state(self, part, source, group, seed):
@@ -126,11 +130,6 @@ class Momentum(GrassController):
         known[part.__dict__.pop("before")] = rows
         super()._carry_state(part, source, group, seed)
         rows.copy_(known[part.index])  # of a row that stays what it has, of one that never left zero
-
-    def _select(self, due, groups):
-        for part in due:
-            part.__dict__["before"] = part.index.clone()
-        super()._select(due, groups)
 
 
 class Stale(GrassController):
