@@ -254,24 +254,66 @@ DENSITIES = {
     "more_mlp": dict.fromkeys(ATTENTION, 0.125) | dict.fromkeys(MLP, 0.3125),
     "less_qkv": dict.fromkeys(ATTENTION[:3], 0.1) | dict.fromkeys(MLP, 0.325),
 }
+
+
+class WaterFilling:
+    """The budget goes to the columns with most observed gradient energy per element, of whichever layer: more of them
+    in some layers, fewer in others, and at least a sixteenth. Takes a run before, which observes."""
+
+    def __init__(self) -> None:
+        # of every group of layers that choose together: its columns' energy, and the elements of a column
+        self.energy: dict[str, tuple[Tensor, int]] = {}
+        self.ranks: dict[str, int] = {}
+
+    @staticmethod
+    def group(name: str) -> str:
+        layer, _, kind = name.rpartition(".")
+        return f"{layer}.{next((g for g in ('qkv', 'gate_up') if kind.split('_')[0] in g), kind)}"
+
+    def observe(self, part, name, scores, config, step):
+        group = self.group(name)
+        members = {"qkv": 3, "gate_up": 2}.get(group.rpartition(".")[2], 1)
+        before = self.energy.get(group, (torch.zeros(()), 0))[0]
+        self.energy[group] = before + scores, members * part.active.shape[-2]
+        return _rows(part, name, scores, config, step)
+
+    def fill(self, density: float) -> None:
+        columns = [(float(e) / cost, cost, group) for group, (es, cost) in self.energy.items() for e in es]
+        budget = density * sum(cost for _, cost, _ in columns)
+        self.ranks = {group: energy.numel() // 16 for group, (energy, _) in self.energy.items()}
+        budget -= sum(rank * self.energy[group][1] for group, rank in self.ranks.items())
+        seen = dict.fromkeys(self.ranks, 0)
+        for _, cost, group in sorted(columns, reverse=True):
+            seen[group] += 1
+            if seen[group] > self.ranks[group] and cost <= budget:
+                self.ranks[group], budget = seen[group], budget - cost
+        self.energy = {}
+
+
+WATER = WaterFilling()
 BASES = {"per_row": PerRow, "trust_ratio": TrustRatio}
 _side, _rank_for, _rows = targets._side, GrassConfig.rank_for, reselect._rows
 
 
 def arrange(name: str) -> None:
     """Have the package follow an idea; `none` takes all back."""
-    kind = [""]
+    layer = [""]
+
+    def kind():
+        return layer[0].rpartition(".")[2]
 
     def side(sharing, *others):
-        kind[0] = sharing[0].name.rpartition(".")[2]
-        return "output" if kind[0] in ROWS_OF.get(name, ()) else _side(sharing, *others)
+        layer[0] = sharing[0].name
+        return "output" if kind() in ROWS_OF.get(name, ()) else _side(sharing, *others)
 
     def rank_for(config, size):
-        return max(1, round(DENSITIES.get(name, {}).get(kind[0], config.density) * size))
+        if name == "water_filling":
+            return WATER.ranks[WATER.group(layer[0])]
+        return max(1, round(DENSITIES[name].get(kind(), config.density) * size))
 
     targets._side = side
-    GrassConfig.rank_for = rank_for if name in DENSITIES else _rank_for
-    reselect._rows = Stale.rows if name == "stale" else _rows
+    GrassConfig.rank_for = rank_for if name in (*DENSITIES, "water_filling") else _rank_for
+    reselect._rows = {"stale": Stale.rows, "observe": WATER.observe}.get(name, _rows)
     optim.GrassController = CONTROLLERS.get(name, GrassController)
     base.MuonAdamW = BASES.get(name, MuonAdamW)  # under the name "muon", see `main`
 
@@ -288,7 +330,7 @@ CONTROLLERS = {
     "clock": Clock,
     "growth_limit": GrowthLimit,
 }
-IDEAS = (*CONTROLLERS, *BASES, *ROWS_OF, *DENSITIES)
+IDEAS = (*CONTROLLERS, *BASES, *ROWS_OF, *DENSITIES, "water_filling")
 
 
 def main() -> None:
@@ -324,6 +366,11 @@ def main() -> None:
         run = quality.Run(study, quality.Method(name, kind, own, *rates), *(r[0] for r in rates), args.seed)
         row = next((r for r in read_rows(args.json) if (r["method"], r["key"]) == (name, run.key)), None)
         if row is None:
+            if name == "water_filling":
+                arrange("observe")
+                run_row(run)
+                WATER.fill(run.method.settings["density"])
+                print(json.dumps({"ranks": WATER.ranks}))
             arrange(name)
             row = run_row(run)
             args.json.parent.mkdir(parents=True, exist_ok=True)
