@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 KEY = "grass"
 PREFIX = "grass_"
-VERSION = 3
+VERSION = 4
 
 
 def add(state_dict: dict[str, Any], controller: GrassController) -> dict[str, Any]:

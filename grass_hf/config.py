@@ -18,8 +18,8 @@ from typing import Any
 # The names of DESIGN's table; their maths is in `grass_hf.selection`.
 # Rules that draw with replacement, so that their slices carry multipliers, and the others.
 WITH_REPLACEMENT = ("multinomial_norm", "multinomial_norm2", "uniform")
-WITHOUT_REPLACEMENT = ("top_r", "multinomial_norm_nr", "multinomial_norm2_nr", "uniform_nr", "cycle")
-SELECTIONS = (*WITHOUT_REPLACEMENT, *WITH_REPLACEMENT)
+_WITHOUT = ("top_r", "multinomial_norm_nr", "multinomial_norm2_nr", "multinomial_stale_nr", "uniform_nr", "cycle")
+SELECTIONS = (*_WITHOUT, *WITH_REPLACEMENT)
 SIDES = ("output", "input", "auto")
 _CHOICES = {
     "selection": SELECTIONS,

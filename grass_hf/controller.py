@@ -132,8 +132,8 @@ class GrassController:
         held = seen = 0.0
         for layer in self.slices:
             if self.step:
-                layer.mark_trained()
-            trained += int(layer.state.trained.sum())
+                layer.mark_trained(reselect.turn_of(self.config, self.step))
+            trained += int((layer.state.trained >= 0).sum())
             total += layer.state.trained.numel()
             if layer.state.energy is not None:
                 held += layer.state.energy[0]
@@ -210,8 +210,9 @@ class GrassController:
 
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
+        for part in due:
+            part.mark_trained(reselect.turn_of(self.config, self.step))
         for part, chosen, norms2 in reselect.choose(due, self.config, self.step, self.replicas):
-            part.mark_trained()
             seed = seed_for(part, chosen, norms2) if self.config.state_policy == "carry_seeded" else None
             source = part.load_selection(chosen, self._rounding_seed(part))
             if self.config.state_policy.startswith("carry"):

@@ -207,6 +207,6 @@ class Exchange:
         rho, write = (None if v is None else v.double().cpu() for v in (self.rho, self.write))
         return Selection(self.index.cpu(), rho, write)
 
-    def mark_trained(self) -> None:
-        """Note that the rows in the slice have been trained."""
-        self.state.trained.scatter_(-1, self.index.cpu(), True)
+    def mark_trained(self, turn: int) -> None:
+        """Note that the rows in the slice have been trained in a turn."""
+        self.state.trained.scatter_(-1, self.index.cpu(), turn)

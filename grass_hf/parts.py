@@ -39,7 +39,7 @@ class SliceState:
         blocks: parts of the side that choose rows for themselves.
         owed: factor of weight decay that the rows outside the slice have not had yet.
         recalled: whether it came with an optimizer's state, and no step has been taken since.
-        trained: bool (size,) or (E, size), rows trained so far; on the CPU.
+        trained: int32 (size,) or (E, size), the turn in which each row was last trained, -1 if never; on the CPU.
         energy: squared gradient norm of the rows selected last and of all rows, at that observation.
         reset_step: step at which the optimizer state was last dropped, None if never.
     """
@@ -52,7 +52,7 @@ class SliceState:
     blocks: int = 1
     owed: float = 1.0
     recalled: bool = False
-    trained: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    trained: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     energy: tuple[float, float] | None = None
     reset_step: int | None = None
 

@@ -19,6 +19,11 @@ from .slices import Slice
 logger = logging.getLogger(__name__)
 
 
+def turn_of(config: GrassConfig, step: int) -> int:
+    """Number of the selection that is made after a step, the same for layers that stagger; the first is 0."""
+    return step // config.update_interval
+
+
 def choose(
     due: list[Slice], config: GrassConfig, step: int, replicas: dist.ProcessGroup | None = None
 ) -> list[tuple[Slice, selection.Selection, Tensor | None]]:
@@ -56,20 +61,21 @@ def choose(
 
 
 def _rows(part: Slice, name: str, scores: Tensor | None, config: GrassConfig, step: int) -> selection.Selection:
-    def select(scores: Tensor | None, name: str) -> selection.Selection:
-        rule, turn = config.selection, step // config.update_interval
+    def select(scores: Tensor | None, trained: Tensor, name: str) -> selection.Selection:
+        rule, turn = config.selection, turn_of(config, step)
         draws = selection.draws_of(rule, config.seed, step, name)
-        return selection.select(rule, scores, part.state.size, part.state.rank, draws, part.blocks(), turn)
+        return selection.select(rule, scores, part.state.size, part.state.rank, draws, part.blocks(), turn, trained)
 
+    trained = part.state.trained
     if part.index.dim() == 1:
-        return select(scores, name)
+        return select(scores, trained, name)
     now = part.current_selection()
     each = []
     for expert in range(part.index.shape[0]):
         own = None if scores is None else scores[expert]
         # an expert that no token came to has nothing to choose by
         idle = own is not None and not bool(own.any())
-        each.append(now[expert] if idle else select(own, f"{name}.{expert}"))
+        each.append(now[expert] if idle else select(own, trained[expert], f"{name}.{expert}"))
     return selection.Selection.stack(each)
 
 

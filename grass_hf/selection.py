@@ -7,8 +7,13 @@ With ``s_i = ||G_i||^2`` the observed squared norm of row i of m, r rows to choo
     multinomial_norm         ~ sqrt(s_i)   r draws with replacement      1 / sqrt(r q_i)
     multinomial_norm_nr      ~ sqrt(s_i)   r draws, no replacement       1
     multinomial_norm2 / _nr  ~ s_i         with / without replacement    1 / sqrt(r q_i)  /  1
+    multinomial_stale_nr     ~ a_i sqrt(s_i)  r draws, no replacement    1
     uniform / uniform_nr     1/m           with / without replacement    sqrt(m / r)      /  1
     cycle                    -             the next r of a permutation   1
+
+`multinomial_stale_nr` is not the paper's: norms times staleness. a_i is 1 for a row in the slice, one more with every
+turn since it left, and for a row that was never in it one more than if it had left in the first turn. Large
+gradients still count most, and no row waits for ever.
 
 `cycle` is not the paper's. It draws one permutation of the rows per layer and walks through it, r rows a turn and over
 its end to its beginning, so that after ceil(m / r) turns every row was trained, and no row ever more than one turn
@@ -149,7 +154,14 @@ _NO_STEP = -1
 
 
 def select(
-    rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.Generator, blocks: int = 1, turn: int = 0
+    rule: str,
+    scores: Tensor | None,
+    size: int,
+    rank: int,
+    draws: torch.Generator,
+    blocks: int = 1,
+    turn: int = 0,
+    trained: Tensor | None = None,
 ) -> Selection:
     """Choose `rank` of `size` rows, of each block its share of them.
 
@@ -161,8 +173,12 @@ def select(
         draws: source of randomness, see `draws_of`.
         blocks: parts of the side that choose for themselves, so that every shard of it trains its own rows; the
             slice is the slices of the blocks one after the other. `fits` says whether that is possible.
-        turn: number of the selection, for `cycle`.
+        turn: number of the selection, for `cycle` and `multinomial_stale_nr`.
+        trained: (size,) turn that each row was last trained before, -1 if never, for `multinomial_stale_nr`; None if
+            no row was.
     """
+    if scores is not None and rule == "multinomial_stale_nr" and trained is not None:
+        scores = scores.double().cpu() * (turn + 1 - trained.double()).square()  # of which q is the root
     parts = []
     for (low, high), (first, last) in zip(bounds(size, blocks), bounds(rank, blocks), strict=True):
         if last > first:

@@ -97,7 +97,7 @@ class Slice(Exchange, nn.Module):
         self.register_buffer("rho", multipliers, persistent=False)
         self.register_buffer("write", None if multipliers is None else multipliers.clone(), persistent=False)
         self.norms: Tensor | None = None
-        trained = torch.zeros(*batch, size, dtype=torch.bool)
+        trained = torch.full((*batch, size), -1, dtype=torch.int32)
         self.columns = columns
         self.by_sequence = by_sequence
         self.resident = resident

@@ -132,20 +132,6 @@ class Momentum(Leaving):
         rows.copy_(known[part.index])  # of a row that stays what it has, of one that never left zero
 
 
-class Stale(GrassController):
-    """Scores are norms times the number of steps since a row was last trained."""
-
-    def _select(self, due, groups):
-        for part in due:
-            left = part.__dict__.setdefault("left", torch.full((part.state.size,), -float(self.config.update_interval)))
-            left[part.index] = self.step
-        super()._select(due, groups)
-
-    @staticmethod
-    def rows(part, name, scores, config, step):
-        return _rows(part, name, scores * (step + config.update_interval - part.left).square(), config, step)
-
-
 class Clock(GrassController):
     """A fresh row's first moment is corrected by the row's own age instead of the slice's."""
 
@@ -313,7 +299,7 @@ def arrange(name: str) -> None:
 
     targets._side = side
     GrassConfig.rank_for = rank_for if name in (*DENSITIES, "water_filling") else _rank_for
-    reselect._rows = {"stale": Stale.rows, "observe": WATER.observe}.get(name, _rows)
+    reselect._rows = WATER.observe if name == "observe" else _rows
     optim.GrassController = CONTROLLERS.get(name, GrassController)
     base.MuonAdamW = BASES.get(name, MuonAdamW)  # under the name "muon", see `main`
 
@@ -326,7 +312,6 @@ CONTROLLERS = {
     "mean_only": MeanOnly,
     "last_known": LastKnown,
     "momentum": Momentum,
-    "stale": Stale,
     "clock": Clock,
     "growth_limit": GrowthLimit,
 }

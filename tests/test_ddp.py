@@ -21,6 +21,7 @@ SETTINGS = {
     "all_matrices": {"target_modules": "all-matrices"},
     "drawn": {"selection": "multinomial_norm"},
     "in_turn": {"selection": "cycle", "state_policy": "carry_seeded"},
+    "waiting_counts": {"selection": "multinomial_stale_nr", "state_policy": "carry_seeded"},
     "clipped": {"clip": 0.5},
     "bfloat16": {"bfloat16": True},
     "checkpointing": {"checkpointing": True},

@@ -457,7 +457,7 @@ def test_every_idea_runs_and_changes_something(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     losses = {row["method"]: row["loss"] for row in read_rows(out)}
-    assert len(losses) > 20
+    assert len(losses) > 15
     unchanged = [name for name, loss in losses.items() if loss == losses["none"]]
     assert unchanged == ["none"]
 

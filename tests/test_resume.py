@@ -30,6 +30,7 @@ SETTINGS = [
     "density=0.25,update_interval=4,base=sgd,base.momentum=0.9,scale=0.5,side=auto",
     "density=0.25,update_interval=4,base=adafactor,selection=multinomial_norm2_nr,side=output",
     "density=0.25,update_interval=2,base=adamw_torch,side=input,selection=cycle,state_policy=carry_seeded",
+    "density=0.25,update_interval=2,base=adamw_torch,side=input,selection=multinomial_stale_nr",
 ]
 
 

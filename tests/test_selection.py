@@ -72,7 +72,8 @@ def test_inclusion_probabilities_without_replacement(rule):
 def table_q(rule, scores):
     """The table of DESIGN.md by hand: unbiasedness alone would not see that two rules' q are swapped."""
     norms = [float(s) ** 0.5 for s in scores]
-    power = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm2": 2}[rule.removesuffix("_nr")]
+    powers = {"uniform": 0, "multinomial_norm": 1, "multinomial_stale": 1, "multinomial_norm2": 2}
+    power = powers[rule.removesuffix("_nr")]
     weights = torch.tensor([norm**power for norm in norms], dtype=torch.float64)
     return weights / weights.sum()
 
@@ -178,3 +179,24 @@ def test_a_cycle_gives_every_row_its_turn(size, rank, blocks):
     if rank < size:
         runs = {tuple(tuple(turn(number, *key)) for number in range(3)) for key in [(0, "a"), (1, "a"), (0, "b")]}
         assert len(runs) == 3
+
+
+def test_the_longer_a_row_waits_the_likelier_it_is():
+    """q is norm times staleness: 1 in the slice, one more per turn outside, of a row that never was in it turn + 2."""
+    trained = torch.tensor([4, 3, 0, -1], dtype=torch.int32)
+    scores, draws = torch.tensor([4.0, 1.0, 0.25, 0.0]), 4_000
+    q = torch.tensor([2.0 * 1, 1.0 * 2, 0.5 * 5, 0.0 * 6], dtype=torch.float64)
+    q /= q.sum()
+    counts = torch.zeros(4, dtype=torch.float64)
+    for number in range(draws):
+        random = generator(0, number, "layer")
+        counts[select("multinomial_stale_nr", scores, 4, 1, random, turn=4, trained=trained).index] += 1
+    assert ((counts / draws - q).abs() <= 5 * (q * (1 - q) / draws).sqrt()).all()
+
+
+def test_staleness_of_every_block_is_its_own():
+    trained = torch.tensor([9, 9, 9, 0, 0, 9, 9, 9], dtype=torch.int32) * 10**8
+    for number in range(20):
+        random = generator(0, number, "layer")
+        rows = select("multinomial_stale_nr", torch.ones(8), 8, 2, random, 2, turn=9 * 10**8, trained=trained)
+        assert rows.index.tolist() == [3, 4]

@@ -51,8 +51,20 @@ def micro_losses(step, count):
 
 def choose_as(config):
     """The run's own draws, given the naive run's scores; one entry per draw."""
+    last = {}  # of every target: its rows now, and the turn that each of its rows was last trained in
+
+    def stale(step, name, scores):
+        rank, size = config.rank_for(len(scores)), len(scores)
+        now, turns = last.setdefault(name, ([j * size // rank for j in range(rank)], {}))
+        turns |= dict.fromkeys(now, step // INTERVAL)
+        norms = [float(s) ** 0.5 * (1 + step // INTERVAL - turns.get(row, -1)) for row, s in enumerate(scores)]
+        drawn = select("multinomial_norm_nr", torch.tensor(norms) ** 2, size, rank, generator(config.seed, step, name))
+        last[name] = (drawn.index.tolist(), turns)
+        return Rows(drawn.index, torch.ones(rank))
 
     def choose(step, name, scores):
+        if config.selection == "multinomial_stale_nr":
+            return stale(step, name.removesuffix(".weight"), scores)
         rank = config.rank_for(len(scores))
         if config.selection == "cycle":
             # by hand: the turns of one permutation, over its end to its beginning
@@ -173,6 +185,7 @@ def test_same_trajectory_as_naive_algorithm_1(rule, side, kind, weight_decay, ac
         {"state_policy": "reset", "selection": "multinomial_norm2", "side": "input"},
         {"seed": 3, "selection": "uniform_nr", "side": "input", "stagger": 100},
         {"seed": 2, "selection": "cycle", "side": "input", "stagger": 100},
+        {"selection": "multinomial_stale_nr", "side": "input", "state_policy": "carry_seeded", "stagger": 100},
     ],
     ids=str,
 )

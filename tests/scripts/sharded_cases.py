@@ -143,6 +143,7 @@ def columns_equal_ddp():
     defaults = {"selection": "multinomial_norm_nr", "side": "input", "state_policy": "carry_seeded"}
     assert_equals_ddp(**defaults, scale_warmup=3)
     assert_equals_ddp(row_blocks=dist.get_world_size(), selection="cycle", state_policy="carry_seeded")
+    assert_equals_ddp(row_blocks=dist.get_world_size(), selection="multinomial_stale_nr")
 
 
 def muon_equals_ddp():
