@@ -178,7 +178,9 @@ def select(
             no row was.
     """
     if scores is not None and rule == "multinomial_stale_nr" and trained is not None:
-        scores = scores.double().cpu() * (turn + 1 - trained.double()).square()  # of which q is the root
+        # a run that was resumed with longer intervals has counted more turns before than it does now
+        staleness = (turn + 1 - trained.double()).clamp(min=1)
+        scores = scores.double().cpu() * staleness.square()  # of which q is the root
     parts = []
     for (low, high), (first, last) in zip(bounds(size, blocks), bounds(rank, blocks), strict=True):
         if last > first:

@@ -162,7 +162,9 @@ class Together(nn.Module):
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
-@pytest.mark.parametrize("rule", ["top_r", "multinomial_norm", "multinomial_norm_nr", "uniform"])
+@pytest.mark.parametrize(
+    "rule", ["top_r", "multinomial_norm", "multinomial_norm_nr", "multinomial_stale_nr", "uniform"]
+)
 @pytest.mark.parametrize("state_policy", ["carry", "reset"])
 def test_the_same_trajectory_as_separate_linear_layers(monkeypatch, side, rule, state_policy):
     """Ten steps over several selections, an expert idle now and then."""

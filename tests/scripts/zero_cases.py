@@ -176,6 +176,7 @@ def rows_equal_ddp():
 def columns_equal_ddp():
     assert_equals_ddp(side="input")
     assert_equals_ddp(selection="multinomial_norm_nr", side="input", state_policy="carry_seeded")  # the defaults
+    assert_equals_ddp(selection="multinomial_stale_nr", side="input", state_policy="carry_seeded")
 
 
 def rules_with_replacement_equal_ddp():
