@@ -13,7 +13,7 @@ With ``s_i = ||G_i||^2`` the observed squared norm of row i of m, r rows to choo
 
 `multinomial_stale_nr` is not the paper's: norms times staleness. a_i is 1 for a row in the slice, one more with every
 turn since it left, and for a row that was never in it one more than if it had left in the first turn. Large
-gradients still count most, and no row waits for ever.
+gradients still count, and no row that has one waits for ever.
 
 `cycle` is not the paper's. It draws one permutation of the rows per layer and walks through it, r rows a turn and over
 its end to its beginning, so that after ceil(m / r) turns every row was trained, and no row ever more than one turn

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
 
 # Exact counts, with the 32,000-piece vocabulary and an untied head. The names are the ones of the ReLoRA and
-# GaLore papers: "1b" is their LLaMA-1B of 1.34e9, every other name is within 7.5 % of the count.
+# GaLore papers: "1b" is their LLaMA-1B of 1.34e9, "4m" is 7.5 % below its
+# count, every other name is within 5.5 % of it.
 PARAMETERS = {
     "llama_4m": 4_297_280,
     "llama_9m": 8_995_968,
@@ -44,6 +45,6 @@ def test_parameter_count_matches_the_name(path):
         model = AutoModelForCausalLM.from_config(config)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == PARAMETERS[path.stem]
-    tolerance = 0.35 if path.stem == "llama_1b" else 0.075
+    tolerance = {"llama_1b": 0.35, "llama_4m": 0.075}.get(path.stem, 0.055)
     assert abs(count / nominal(path.stem) - 1) <= tolerance
     assert LlamaConfig.from_json_file(path).to_diff_dict() == config.to_diff_dict()

@@ -200,3 +200,12 @@ def test_staleness_of_every_block_is_its_own():
         random = generator(0, number, "layer")
         rows = select("multinomial_stale_nr", torch.ones(8), 8, 2, random, 2, turn=9 * 10**8, trained=trained)
         assert rows.index.tolist() == [3, 4]
+
+
+def test_a_turn_of_shorter_intervals_counts_as_the_last_one():
+    """Resumed with longer intervals, a run is at a smaller turn than its rows: no row then waited for less than one."""
+    trained, counts = torch.tensor([9, 1], dtype=torch.int32), torch.zeros(2)
+    for number in range(1_000):
+        random = generator(0, number, "layer")
+        counts[select("multinomial_stale_nr", torch.ones(2), 2, 1, random, turn=1, trained=trained).index] += 1
+    assert abs(float(counts[0]) - 500) <= 5 * (1_000 / 4) ** 0.5
