@@ -1,0 +1,234 @@
+"""Ideas of `studies/ideas.py` that change what happens to a slice: its rate, its state, its base optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from grass_hf import warmup
+from grass_hf.controller import GROUP_KEY, GrassController
+
+
+class Shaped(GrassController):
+    """The slices' rate as a function of the steps since their rows came."""
+
+    def factor(self, age: int, interval: int) -> float:
+        raise NotImplementedError
+
+    def _rate_factors(self, layers):
+        interval, found = self.config.update_interval, super()._rate_factors(layers)
+        if self.step <= interval:
+            return found
+        factor = self.factor((self.step - 1) % interval, interval)
+        return found + [warmup.Factor(group, factor) for group in self.optimizer.param_groups if GROUP_KEY in group]
+
+
+class Ramp(Shaped):
+    """A linear rise over ten steps."""
+
+    def factor(self, age, interval):
+        return min(1.0, (age + 1) / 11)
+
+
+class Anneal(Shaped):
+    """A rise over five steps and a linear fall to nearly zero: rows leave without the noise of a high rate."""
+
+    def factor(self, age, interval):
+        return min(1.0, (age + 1) / 6) * (interval - age) / (interval + 1)
+
+
+class Average(GrassController):
+    """What leaves is the mean of the last half of the interval instead of the last step's rows."""
+
+    def _after_step(self):
+        interval = self.config.update_interval
+        age = (self.step - 1) % interval
+        if self.step and age >= interval // 2:
+            taken = age - interval // 2 + 1
+            for part in self.slices:
+                if taken == 1:
+                    part.__dict__["mean"] = part.active.detach().clone()
+                else:
+                    part.mean.lerp_(part.active.detach(), 1 / taken)
+        super()._after_step()
+
+    def _select(self, due, groups):
+        for part in due:
+            if "mean" in part.__dict__ and self.step:
+                part.active.data.copy_(part.__dict__.pop("mean"))
+                part.write_back()
+        super()._select(due, groups)
+
+
+class MeanOnly(GrassController):
+    """A fresh row's second moment is the slice's mean, whatever was observed."""
+
+    def _carry_state(self, part, source, group, seed):
+        super()._carry_state(part, source, group, dataclasses.replace(seed, ratio=None))
+
+
+class Leaving(GrassController):
+    """Knows the rows that a slice had, as `before`, when its state is carried."""
+
+    def _select(self, due, groups):
+        for part in due:
+            part.__dict__["before"] = part.index.clone()
+        super()._select(due, groups)
+
+
+class LastKnown(Leaving, MeanOnly):
+    """A fresh row's second moment is the slice's mean times the ratio that the row had to it when it last left."""
+
+    def _carry_state(self, part, source, group, seed):
+        values = self.optimizer.state.get(part.active, {}).get("exp_avg_sq")
+        if values is None:
+            return
+        other = -1 if part.dim == -2 else -2
+        levels = values.mean(other)
+        super()._carry_state(part, source, group, seed)
+        known = part.__dict__.setdefault("known", torch.full((part.state.size,), math.nan))
+        known[part.__dict__.pop("before")] = levels / levels.mean()
+        ratio = known[part.index]
+        values.mul_(torch.where((source < 0) & ~ratio.isnan(), ratio, 1.0).unsqueeze(other))
+
+
+class Momentum(Leaving):
+    """A row that comes back has the first moment that it left with."""
+
+    def _carry_state(self, part, source, group, seed):
+        values = self.optimizer.state.get(part.active, {}).get("exp_avg")
+        if values is None:
+            return
+        rows = values.movedim(part.dim, 0)
+        known = part.__dict__.setdefault("left_with", rows.new_zeros(part.state.size, rows.shape[1]))
+        known[part.__dict__.pop("before")] = rows
+        super()._carry_state(part, source, group, seed)
+        rows.copy_(known[part.index])  # of a row that stays what it has, of one that never left zero
+
+
+class Parked(Leaving):
+    """A row that comes back has both moments that it left with, as if host memory kept the state of all rows."""
+
+    def _carry_state(self, part, source, group, seed):
+        state = self.optimizer.state.get(part.active, {})
+        parked = part.__dict__.setdefault("parked", {})
+        before, fresh = part.__dict__.pop("before"), source < 0
+        moments = {name: state[name].movedim(part.dim, 0) for name in ("exp_avg", "exp_avg_sq") if name in state}
+        for name, rows in moments.items():
+            parked.setdefault(name, rows.new_full((part.state.size, rows.shape[1]), math.nan))[before] = rows
+        super()._carry_state(part, source, group, seed)
+        for name, rows in moments.items():
+            left_with = parked[name][part.index]
+            rows.copy_(torch.where(fresh.unsqueeze(-1) & ~left_with.isnan(), left_with, rows))
+
+
+class Clock(GrassController):
+    """A fresh row's first moment is corrected by the row's own age instead of the slice's."""
+
+    beta, lasts = 0.9, 30
+
+    def _carry_state(self, part, source, group, seed):
+        super()._carry_state(part, source, group, seed)
+        age = part.__dict__.get("age", torch.full_like(source, self.lasts))
+        part.__dict__["age"] = torch.where(source < 0, 0, age[source.clamp(min=0)])
+
+    def _before_step(self):
+        super()._before_step()
+        for part in self.slices:
+            if "age" in part.__dict__ and bool((part.age < self.lasts).any()):
+                part.__dict__["old"] = part.active.detach().clone()
+
+    def _after_step(self):
+        for part in self.slices:
+            if "old" in part.__dict__:
+                part.age.add_(1)
+                factor = torch.where(part.age <= self.lasts, 1 / (1 - self.beta ** part.age.double()), 1.0).float()
+                old: Tensor = part.__dict__.pop("old")
+                part.active.data.copy_(
+                    old + factor.unsqueeze(-1 if part.dim == -2 else -2) * (part.active.detach() - old)
+                )
+        super()._after_step()
+
+
+class GrowthLimit(GrassController):
+    """The norm of a slice's update is at most 1.01 times that of the step before (Fira, APOLLO)."""
+
+    gamma = 1.01
+
+    def _before_step(self):
+        super()._before_step()
+        for part in self.slices:
+            part.__dict__["old"] = part.active.detach().clone()
+
+    def _after_step(self):
+        for part in self.slices:
+            old: Tensor = part.__dict__.pop("old")
+            change = part.active.detach() - old
+            norm, last = change.norm(), part.__dict__.get("last")
+            if last is not None and norm > self.gamma * last > 0:
+                change *= self.gamma * last / norm
+                norm = self.gamma * last
+                part.active.data.copy_(old + change)
+            part.__dict__["last"] = norm
+        super()._after_step()
+
+
+class PerRow(torch.optim.AdamW):
+    """Of slices one second moment per row of the weight, the mean of its elements': half of AdamW's state."""
+
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+        self.plain = torch.optim.AdamW([torch.zeros(1)], fused=self.defaults["fused"])
+
+    def shared(self, update: Tensor) -> Tensor:
+        return update.square().mean(-1, keepdim=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.plain.state = self.state
+        self.plain.param_groups = [group for group in self.param_groups if GROUP_KEY not in group]
+        self.plain.step()
+        for group in self.param_groups:
+            for param in group["params"] if GROUP_KEY in group else ():
+                self.update(param, group)
+
+    def update(self, param, group):
+        state, grad, (beta1, beta2) = self.state[param], param.grad, group["betas"]
+        square = self.shared(grad)
+        if "exp_avg" not in state:
+            state |= {"age": 0, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(square)}
+        state["age"] += 1
+        mean = state["exp_avg"].lerp_(grad, 1 - beta1) / (1 - beta1 ** state["age"])
+        root = (state["exp_avg_sq"].lerp_(square, 1 - beta2) / (1 - beta2 ** state["age"])).sqrt()
+        param.sub_(group["lr"] * self.trust(param) * mean / (root + group["eps"]))
+
+    def trust(self, param: Tensor) -> float:
+        return 1.0
+
+
+class TrustRatio(PerRow):
+    """AdamW whose rate for a slice grows with the size of its elements, as LAMB's does."""
+
+    def shared(self, update):
+        return update.square()
+
+    def trust(self, param):
+        return float(param.square().mean().sqrt()) / 0.02  # which they begin with
+
+
+BASES = {"per_row": PerRow, "trust_ratio": TrustRatio}
+CONTROLLERS = {
+    "none": GrassController,
+    "ramp": Ramp,
+    "anneal": Anneal,
+    "average": Average,
+    "mean_only": MeanOnly,
+    "last_known": LastKnown,
+    "momentum": Momentum,
+    "parked": Parked,
+    "clock": Clock,
+    "growth_limit": GrowthLimit,
+}
