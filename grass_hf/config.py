@@ -188,7 +188,7 @@ class GrassConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> GrassConfig:
         """Build from a mapping; an unknown key raises a `ValueError` that names the nearest valid one.
 
-        The key ``preset`` names a set of fields ("paper", "default", "max_memory") that the other keys override.
+        The key ``preset`` names a set of fields ("paper", "default", "pretraining", ...) that the other keys override.
         """
         from .presets import filled
 

@@ -19,6 +19,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stagger": 1,
         "target_modules": "all-linear",
     },
+    # Many turns for every row: as long a run as pretraining is, in which norms are no better than chance and turns are.
+    "pretraining": {"selection": "cycle"},
     # Every matrix compressed, on its longer side, and no slice in memory between steps.
     "max_memory": {"resident": False, "side": "auto", "target_modules": "all-matrices"},
 }

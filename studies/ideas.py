@@ -114,8 +114,21 @@ def norms_first(part, name, scores, config, step):
     return (_rows if early else shuffled)(part, name, scores, config, step)
 
 
+def norms_then_cycle(part, name, scores, config, step):
+    """By norms in as many turns as one pass takes, then the package's cycle."""
+    if reselect.turn_of(config, step) >= math.ceil(part.state.size / part.state.rank):
+        config = dataclasses.replace(config, selection="cycle")
+    return _rows(part, name, scores, config, step)
+
+
 WATER = WaterFilling()
-RULES = {"observe": WATER.observe, "in_passes": in_passes, "shuffled": shuffled, "norms_first": norms_first}
+RULES = {
+    "observe": WATER.observe,
+    "in_passes": in_passes,
+    "shuffled": shuffled,
+    "norms_first": norms_first,
+    "norms_then_cycle": norms_then_cycle,
+}
 _side, _rank_for, _rows, _leader = targets._side, GrassConfig.rank_for, reselect._rows, targets._leader
 
 
@@ -152,7 +165,7 @@ def arrange(name: str) -> None:
     base.MuonAdamW = BASES.get(name, MuonAdamW)  # under the name "muon", see `main`
 
 
-IDEAS = (*CONTROLLERS, *BASES, *ROWS_OF, *DENSITIES, *NEURONS, "in_passes", "shuffled", "norms_first", "water_filling")
+IDEAS = (*CONTROLLERS, *BASES, *ROWS_OF, *DENSITIES, *NEURONS, *list(RULES)[1:], "water_filling")
 
 
 def main() -> None:

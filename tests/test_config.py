@@ -85,9 +85,10 @@ def test_presets_are_sets_of_fields_that_others_override():
     paper = GrassConfig.from_dict({"preset": "paper", "update_interval": 50})
     assert (paper.selection, paper.state_policy, paper.side, paper.update_interval) == ("top_r", "reset", "output", 50)
     assert GrassConfig.preset("paper", rank=8).density is None
+    assert GrassConfig.preset("pretraining") == GrassConfig(selection="cycle")
     parsed = parse_optim_args("preset=max_memory,rank=8,side=input,base=adamw_torch", target_modules=["q_proj"])
     assert parsed.config == GrassConfig(rank=8, side="input", resident=False, target_modules=["q_proj"])
-    for name, words in (("papre", "did you mean paper"), ("x", "known are default, max_memory, paper")):
+    for name, words in (("papre", "did you mean paper"), ("x", "known are default, max_memory, paper, pretraining")):
         with pytest.raises(ValueError, match=words):
             GrassConfig.preset(name)
         with pytest.raises(ValueError, match=words):
