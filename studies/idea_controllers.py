@@ -219,7 +219,33 @@ class TrustRatio(PerRow):
         return float(param.square().mean().sqrt()) / 0.02  # which they begin with
 
 
-BASES = {"per_row": PerRow, "trust_ratio": TrustRatio}
+class Scaled(PerRow):
+    """Of a slice only Adam's moments of its projection to 16 dimensions: they say how far each column moves along its
+    gradient, as in APOLLO (arXiv 2412.05270). The state is next to nothing, and dropped at reselection."""
+
+    size, growth = 16, 1.01
+
+    def update(self, param, group):
+        state, grad, (beta1, beta2) = self.state[param], param.grad, group["betas"]
+        rows, columns = grad.shape
+        if "exp_avg" not in state:
+            project = torch.randn(self.size, rows, generator=torch.Generator().manual_seed(0)) / math.sqrt(self.size)
+            moments = {name: grad.new_zeros(self.size, columns) for name in ("exp_avg", "exp_avg_sq")}
+            state |= {"age": 0, "project": project, "norm": math.inf, **moments}
+        state["age"] += 1
+        seen = state["project"] @ grad
+        mean = state["exp_avg"].lerp_(seen, 1 - beta1) / (1 - beta1 ** state["age"])
+        root = (state["exp_avg_sq"].lerp_(seen.square(), 1 - beta2) / (1 - beta2 ** state["age"])).sqrt()
+        # as long as an update of Adam's, whose elements are of size one
+        length = (mean / (root + group["eps"])).norm(dim=0) * math.sqrt(rows / self.size)
+        change = grad * (length / (seen.norm(dim=0) + 1e-8))
+        norm = float(change.norm())
+        change *= min(1.0, self.growth * state["norm"] / max(norm, 1e-30))
+        state["norm"] = min(norm, self.growth * state["norm"])
+        param.sub_(group["lr"] * change)
+
+
+BASES = {"per_row": PerRow, "trust_ratio": TrustRatio, "scaled": Scaled}
 CONTROLLERS = {
     "none": GrassController,
     "ramp": Ramp,

@@ -195,6 +195,8 @@ def main() -> None:
     for name in args.only.split(","):
         kind = "grass" if name in IDEAS else name
         own = settings | ({"base": "muon"} if name in BASES else {})
+        if name == "scaled":  # its state has no row per row
+            own |= {"state_policy": "reset"}
         if kind != "grass":
             own = resolve(kind, {}, study.rank, study.target_modules)
         rates = (args.learning_rate,), (args.multiplier,)
