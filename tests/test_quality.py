@@ -452,7 +452,7 @@ def test_every_idea_runs_and_changes_something(tmp_path):
     """studies/ideas.py, which is not in the package."""
     out = tmp_path / "ideas.jsonl"
     command = [sys.executable, str(ROOT / "studies/ideas.py"), "--study", str(SMOKE), "--json", str(out)]
-    command += ["--training", "max_steps=10", "--settings", "density=0.25,update_interval=2,stagger=1"]
+    command += ["--training", "max_steps=20", "--settings", "density=0.25,update_interval=4,stagger=1"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
