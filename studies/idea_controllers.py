@@ -98,31 +98,24 @@ class LastKnown(Leaving, MeanOnly):
 class Momentum(Leaving):
     """A row that comes back has the first moment that it left with."""
 
+    kept = ("exp_avg",)
+
     def _carry_state(self, part, source, group, seed):
-        values = self.optimizer.state.get(part.active, {}).get("exp_avg")
-        if values is None:
-            return
-        rows = values.movedim(part.dim, 0)
-        known = part.__dict__.setdefault("left_with", rows.new_zeros(part.state.size, rows.shape[1]))
-        known[part.__dict__.pop("before")] = rows
+        state, before = self.optimizer.state.get(part.active, {}), part.__dict__.pop("before")
+        left_with = part.__dict__.setdefault("left_with", {})
+        moments = {name: state[name].movedim(part.dim, 0) for name in self.kept if name in state}
+        for name, rows in moments.items():
+            left_with.setdefault(name, rows.new_full((part.state.size, rows.shape[1]), math.nan))[before] = rows
         super()._carry_state(part, source, group, seed)
-        rows.copy_(known[part.index])  # of a row that stays what it has, of one that never left zero
+        for name, rows in moments.items():
+            known = left_with[name][part.index]  # of a row that stays what it has
+            rows.copy_(torch.where(known.isnan(), rows, known))
 
 
-class Parked(Leaving):
+class Parked(Momentum):
     """A row that comes back has both moments that it left with, as if host memory kept the state of all rows."""
 
-    def _carry_state(self, part, source, group, seed):
-        state = self.optimizer.state.get(part.active, {})
-        parked = part.__dict__.setdefault("parked", {})
-        before, fresh = part.__dict__.pop("before"), source < 0
-        moments = {name: state[name].movedim(part.dim, 0) for name in ("exp_avg", "exp_avg_sq") if name in state}
-        for name, rows in moments.items():
-            parked.setdefault(name, rows.new_full((part.state.size, rows.shape[1]), math.nan))[before] = rows
-        super()._carry_state(part, source, group, seed)
-        for name, rows in moments.items():
-            left_with = parked[name][part.index]
-            rows.copy_(torch.where(fresh.unsqueeze(-1) & ~left_with.isnan(), left_with, rows))
+    kept = ("exp_avg", "exp_avg_sq")
 
 
 class Clock(GrassController):

@@ -7,8 +7,8 @@
     python studies/ideas.py --study studies/defaults.yaml --learning_rate 0.03 --multiplier 0.3
 
 The model, text, schedule and evaluation are those of a study, studies/peers.yaml if no other is named. `none` is the
-package itself, with the same settings. What came of them stands in docs/benchmarks.md. They take all layers to select
-at once (stagger=1).
+package itself, with the same settings. What came of them stands in docs/benchmarks.md. Those that follow the interval
+(ramp, anneal, average) take all layers to select at once (stagger=1).
 """
 
 from __future__ import annotations
@@ -96,10 +96,15 @@ class WaterFilling:
         self.energy = {}
 
 
+def pass_length(part) -> int:
+    """Turns after which every row can have had one."""
+    return math.ceil(part.state.size / part.state.rank)
+
+
 def in_passes(part, name, scores, config, step):
     """Rows that had no turn in this pass through the rows come before those that had one, by norms among themselves."""
-    turn, length = reselect.turn_of(config, step), math.ceil(part.state.size / part.state.rank)
-    waiting = part.state.trained.cpu() <= turn - turn % length
+    turn = reselect.turn_of(config, step)
+    waiting = part.state.trained.cpu() <= turn - turn % pass_length(part)
     return _rows(part, name, torch.where(waiting, 1e24 * scores, scores), config, step)
 
 
@@ -110,20 +115,19 @@ def shuffled(part, name, scores, config, step):
 
 def norms_first(part, name, scores, config, step):
     """By norms in as many turns as one pass takes, then a cycle whose order is drawn anew in every pass."""
-    early = reselect.turn_of(config, step) < math.ceil(part.state.size / part.state.rank)
+    early = reselect.turn_of(config, step) < pass_length(part)
     return (_rows if early else shuffled)(part, name, scores, config, step)
 
 
 def norms_then_cycle(part, name, scores, config, step):
     """By norms in as many turns as one pass takes, then the package's cycle."""
-    if reselect.turn_of(config, step) >= math.ceil(part.state.size / part.state.rank):
+    if reselect.turn_of(config, step) >= pass_length(part):
         config = dataclasses.replace(config, selection="cycle")
     return _rows(part, name, scores, config, step)
 
 
 WATER = WaterFilling()
 RULES = {
-    "observe": WATER.observe,
     "in_passes": in_passes,
     "shuffled": shuffled,
     "norms_first": norms_first,
@@ -160,12 +164,12 @@ def arrange(name: str) -> None:
     # who choose together in these need not read the same input
     convert.SharedColumns = (lambda: None) if name in NEURONS else SharedColumns
     GrassConfig.rank_for = rank_for if name in (*DENSITIES, "water_filling") else _rank_for
-    reselect._rows = RULES.get(name, _rows)
+    reselect._rows = WATER.observe if name == "observe" else RULES.get(name, _rows)
     optim.GrassController = CONTROLLERS.get(name, GrassController)
     base.MuonAdamW = BASES.get(name, MuonAdamW)  # under the name "muon", see `main`
 
 
-IDEAS = (*CONTROLLERS, *BASES, *ROWS_OF, *DENSITIES, *NEURONS, *list(RULES)[1:], "water_filling")
+IDEAS = (*CONTROLLERS, *BASES, *ROWS_OF, *DENSITIES, *NEURONS, *RULES, "water_filling")
 
 
 def main() -> None:
