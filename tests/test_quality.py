@@ -462,6 +462,21 @@ def test_every_idea_runs_and_changes_something(tmp_path):
     assert unchanged == ["none"]
 
 
+@pytest.mark.slow
+def test_mixtures_of_columns_train_and_are_drawn_anew(tmp_path):
+    """studies/sketch.py, which is not in the package."""
+    out = tmp_path / "sketch.jsonl"
+    command = [sys.executable, str(ROOT / "studies/sketch.py"), "--study", str(SMOKE), "--json", str(out)]
+    command += ["--learning_rate", "0.003"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for more in (["--interval", "0"], ["--interval", "2"], ["--mixture", "dense", "--rank", "8"]):
+        done = subprocess.run(command + more, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    fixed, redrawn, dense = read_rows(out)
+    assert fixed["loss"] != redrawn["loss"] and fixed["loss"] < fixed["loss_before"]
+    assert fixed["trainable"] == redrawn["trainable"] > dense["trainable"]
+
+
 @pytest.mark.parametrize(
     "words, sentence",
     [

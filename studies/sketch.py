@@ -1,0 +1,113 @@
+"""Random mixtures of columns instead of columns: LoRA whose `A` is frozen, and drawn anew every so many steps.
+
+    python studies/sketch.py --study studies/peers_tokens.yaml --learning_rate 0.02 --multiplier 0.3 --interval 200
+    python studies/sketch.py --mixture dense --rank 48 --multiplier 0.06
+
+A column of `A` has one entry, 1 or -1, in a row of chance (a count sketch): each of its n/4 rows stands for four
+columns of the weight, which get one change with their signs. It would cost what a quarter of the columns does, and
+needs no scores; but where Grass gathers columns, a mixture reads them all. When `A` is drawn anew the change so far
+goes into the weight, the first moment starts at zero and the second at its mean, as fresh columns' do. `--mixture
+dense` draws normal numbers. What came of it stands in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from grass_hf.bench import quality, quality_run, record
+from grass_hf.bench.quality_methods import resolve
+
+STUDY = Path(__file__).parent / "peers.yaml"
+
+
+class Mixtures(TrainerCallback):
+    """Makes models ready and draws their mixtures.
+
+    Args:
+        kind: "sketch" or "dense".
+        interval: steps after which they are drawn anew; 0: never.
+        rank: rows of A; None for a quarter of its columns.
+    """
+
+    def __init__(self, kind: str, interval: int, rank: int | None):
+        self.kind, self.interval, self.rank = kind, interval, rank
+        self.draws = torch.Generator().manual_seed(1)
+
+    @torch.no_grad()
+    def draw(self, mixture: Tensor) -> None:
+        rank, size = mixture.shape
+        if self.kind == "dense":
+            mixture.copy_(torch.randn(rank, size, generator=self.draws) / math.sqrt(size))
+            return
+        order = torch.randperm(size, generator=self.draws)
+        signs = torch.randint(0, 2, (size,), generator=self.draws).float() * 2 - 1
+        mixture.zero_()[torch.arange(size) % rank, order] = signs
+
+    def ready(self, kind: str, model: nn.Module, settings: dict, names: list[str]) -> tuple[nn.Module, set[int]]:
+        """In place of `quality_methods.make_ready`."""
+        ranks = {name: self.rank or max(1, model.get_submodule(name).in_features // 4) for name in names}
+        targets = [model.get_submodule(name).weight for name in names]
+        model = get_peft_model(model, LoraConfig(target_modules=names, rank_pattern=ranks, alpha_pattern=ranks))
+        model.requires_grad_(True)
+        for weight in targets:
+            weight.requires_grad_(False)
+        for layer in _layers(model):
+            mixture = layer.lora_A["default"].weight.requires_grad_(False)
+            self.draw(mixture)
+        return model, {id(layer.lora_B["default"].weight) for layer in _layers(model)}
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model, optimizer, **others):
+        if not self.interval or state.global_step % self.interval or state.global_step == state.max_steps:
+            return
+        for layer in _layers(model):
+            mixture, change = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            layer.base_layer.weight.add_(change @ mixture)
+            change.zero_()
+            self.draw(mixture)
+            moments = getattr(optimizer, "optimizer", optimizer).state[change]  # accelerate wraps it
+            moments["exp_avg"].zero_()
+            moments["exp_avg_sq"].copy_(moments["exp_avg_sq"].mean(1, keepdim=True).expand_as(change))
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixture", choices=("sketch", "dense"), default="sketch")
+    parser.add_argument("--interval", type=int, default=0, help="steps after which it is drawn anew; 0: never")
+    parser.add_argument("--rank", type=int, help="rows of A; a quarter of its columns if not given")
+    parser.add_argument("--learning_rate", type=float, default=0.03)
+    parser.add_argument("--multiplier", type=float, default=0.08)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=Path("runs/sketch.jsonl"))
+    parser.add_argument("--study", type=Path, default=STUDY)
+    args = parser.parse_args()
+    study = quality.load_study(args.study)
+    mixtures = Mixtures(args.mixture, args.interval, args.rank)
+    trainer = quality_run._trainer
+    quality_run.make_ready = mixtures.ready
+    quality_run._trainer = lambda run, text, callbacks, *rest, **more: trainer(
+        run, text, [mixtures, *callbacks], *rest, **more
+    )
+    settings = resolve("lora", {}, study.rank, study.target_modules)
+    method = quality.Method(args.mixture, "lora", settings, (args.learning_rate,), (args.multiplier,))
+    row = quality_run.run_row(quality.Run(study, method, args.learning_rate, args.multiplier, args.seed))
+    row["settings"] = {"interval": args.interval, "rank": args.rank}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    record.append(args.json, row)
+    print(json.dumps({k: row[k] for k in ("method", "perplexity", "learning_rate", "multiplier", "seed")}))
+
+
+if __name__ == "__main__":
+    main()
