@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -172,6 +173,8 @@ class GrowthLimit(GrassController):
 class PerRow(torch.optim.AdamW):
     """Of slices one second moment per row of the weight, the mean of its elements': half of AdamW's state."""
 
+    needs: ClassVar[dict[str, str]] = {}  # of Grass's settings
+
     def __init__(self, params, **settings):
         super().__init__(params, **settings)
         self.plain = torch.optim.AdamW([torch.zeros(1)], fused=self.defaults["fused"])
@@ -189,14 +192,19 @@ class PerRow(torch.optim.AdamW):
                 self.update(param, group)
 
     def update(self, param, group):
-        state, grad, (beta1, beta2) = self.state[param], param.grad, group["betas"]
-        square = self.shared(grad)
-        if "exp_avg" not in state:
-            state |= {"age": 0, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(square)}
-        state["age"] += 1
-        mean = state["exp_avg"].lerp_(grad, 1 - beta1) / (1 - beta1 ** state["age"])
-        root = (state["exp_avg_sq"].lerp_(square, 1 - beta2) / (1 - beta2 ** state["age"])).sqrt()
+        mean, root = self.moments(self.state[param], param.grad, self.shared(param.grad), group["betas"])
         param.sub_(group["lr"] * self.trust(param) * mean / (root + group["eps"]))
+
+    def moments(self, state, values: Tensor, squares: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """The corrected means of values, and the roots of those of squares, a step later."""
+        if "exp_avg" not in state:
+            state |= {"age": 0, "exp_avg": torch.zeros_like(values), "exp_avg_sq": torch.zeros_like(squares)}
+        state["age"] += 1
+        mean, square = (
+            state[name].lerp_(seen, 1 - beta) / (1 - beta ** state["age"])
+            for name, seen, beta in zip(("exp_avg", "exp_avg_sq"), (values, squares), betas, strict=True)
+        )
+        return mean, square.sqrt()
 
     def trust(self, param: Tensor) -> float:
         return 1.0
@@ -216,19 +224,16 @@ class Scaled(PerRow):
     """Of a slice only Adam's moments of its projection to 16 dimensions: they say how far each column moves along its
     gradient, as in APOLLO (arXiv 2412.05270). The state is next to nothing, and dropped at reselection."""
 
+    needs: ClassVar[dict[str, str]] = {"state_policy": "reset"}  # its state has no row per row
     size, growth = 16, 1.01
 
     def update(self, param, group):
-        state, grad, (beta1, beta2) = self.state[param], param.grad, group["betas"]
-        rows, columns = grad.shape
-        if "exp_avg" not in state:
+        state, grad, rows = self.state[param], param.grad, len(param)
+        if "project" not in state:
             project = torch.randn(self.size, rows, generator=torch.Generator().manual_seed(0)) / math.sqrt(self.size)
-            moments = {name: grad.new_zeros(self.size, columns) for name in ("exp_avg", "exp_avg_sq")}
-            state |= {"age": 0, "project": project, "norm": math.inf, **moments}
-        state["age"] += 1
+            state |= {"project": project, "norm": math.inf}
         seen = state["project"] @ grad
-        mean = state["exp_avg"].lerp_(seen, 1 - beta1) / (1 - beta1 ** state["age"])
-        root = (state["exp_avg_sq"].lerp_(seen.square(), 1 - beta2) / (1 - beta2 ** state["age"])).sqrt()
+        mean, root = self.moments(state, seen, seen.square(), group["betas"])
         # as long as an update of Adam's, whose elements are of size one
         length = (mean / (root + group["eps"])).norm(dim=0) * math.sqrt(rows / self.size)
         change = grad * (length / (seen.norm(dim=0) + 1e-8))

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -172,8 +174,46 @@ def arrange(name: str) -> None:
 IDEAS = (*CONTROLLERS, *BASES, *ROWS_OF, *DENSITIES, *NEURONS, *RULES, "water_filling")
 
 
+def point_parser(description: str, json_path: str, learning_rate: float, multiplier: float) -> argparse.ArgumentParser:
+    """Arguments that say which point of which study is run, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, default=STUDY)
+    parser.add_argument("--learning_rate", type=float, default=learning_rate)
+    parser.add_argument("--multiplier", type=float, default=multiplier)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=Path(json_path))
+    return parser
+
+
+def point(study: quality.Study, name: str, kind: str, settings: dict, args: argparse.Namespace) -> quality.Run:
+    """The run of a method at the point that the arguments name."""
+    method = quality.Method(name, kind, settings, (args.learning_rate,), (args.multiplier,))
+    return quality.Run(study, method, args.learning_rate, args.multiplier, args.seed)
+
+
+def file_row(run: quality.Run, path: Path, prepare: Callable[[], object]) -> None:
+    """Print a run's row, after `prepare` and the run itself if the file has none yet."""
+    row = next((r for r in read_rows(path) if (r["method"], r["key"]) == (run.method.name, run.key)), None)
+    if row is None:
+        prepare()
+        row = run_row(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record.append(path, row)
+    print(json.dumps({k: row[k] for k in ("method", "perplexity", "learning_rate", "multiplier", "seed")}))
+
+
+def prepare(run: quality.Run) -> None:
+    """Have the package follow the idea of a run."""
+    if run.method.name == "water_filling":
+        arrange("observe")
+        run_row(run)
+        WATER.fill(run.method.settings["density"])
+        print(json.dumps({"ranks": WATER.ranks}))
+    arrange(run.method.name)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = point_parser(__doc__, "runs/ideas.jsonl", learning_rate=0.02, multiplier=0.15)
     parser.add_argument("--only", default=",".join(IDEAS), help="names, with commas; peers (lora, say) too")
     parser.add_argument(
         "--settings",
@@ -181,12 +221,7 @@ def main() -> None:
         "stagger=1",
         help="of Grass, as in optim_args",
     )
-    parser.add_argument("--learning_rate", type=float, default=0.02)
-    parser.add_argument("--multiplier", type=float, default=0.15)
     parser.add_argument("--training", default="", help="other TrainingArguments than the study's: adam_beta2=0.95,...")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path("runs/ideas.jsonl"))
-    parser.add_argument("--study", type=Path, default=STUDY)
     args = parser.parse_args()
     study = quality.load_study(args.study)
     pairs = (pair.split("=") for pair in filter(None, args.training.split(",")))
@@ -198,25 +233,11 @@ def main() -> None:
     settings = resolve("grass", settings, study.rank, study.target_modules)
     for name in args.only.split(","):
         kind = "grass" if name in IDEAS else name
-        own = settings | ({"base": "muon"} if name in BASES else {})
-        if name == "scaled":  # its state has no row per row
-            own |= {"state_policy": "reset"}
+        own = settings | ({"base": "muon"} | BASES[name].needs if name in BASES else {})
         if kind != "grass":
             own = resolve(kind, {}, study.rank, study.target_modules)
-        rates = (args.learning_rate,), (args.multiplier,)
-        run = quality.Run(study, quality.Method(name, kind, own, *rates), *(r[0] for r in rates), args.seed)
-        row = next((r for r in read_rows(args.json) if (r["method"], r["key"]) == (name, run.key)), None)
-        if row is None:
-            if name == "water_filling":
-                arrange("observe")
-                run_row(run)
-                WATER.fill(run.method.settings["density"])
-                print(json.dumps({"ranks": WATER.ranks}))
-            arrange(name)
-            row = run_row(run)
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            record.append(args.json, row)
-        print(json.dumps({k: row[k] for k in ("method", "perplexity", "learning_rate", "multiplier", "seed")}))
+        run = point(study, name, kind, own, args)
+        file_row(run, args.json, functools.partial(prepare, run))
 
 
 if __name__ == "__main__":

@@ -12,20 +12,16 @@ dense` draws normal numbers. What came of it stands in docs/benchmarks.md.
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import math
-from pathlib import Path
 
 import torch
+from ideas import file_row, point, point_parser
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from grass_hf.bench import quality, quality_run, record
-from grass_hf.bench.quality_methods import resolve
-
-STUDY = Path(__file__).parent / "peers.yaml"
+from grass_hf.bench import quality, quality_run
 
 
 class Mixtures(TrainerCallback):
@@ -40,6 +36,16 @@ class Mixtures(TrainerCallback):
     def __init__(self, kind: str, interval: int, rank: int | None):
         self.kind, self.interval, self.rank = kind, interval, rank
         self.draws = torch.Generator().manual_seed(1)
+
+    def arrange(self) -> None:
+        """Have runs of a study train mixtures."""
+        trainer = quality_run._trainer
+
+        @functools.wraps(trainer)
+        def drawing(run, text, callbacks, *others, **more):
+            return trainer(run, text, [self, *callbacks], *others, **more)
+
+        quality_run.make_ready, quality_run._trainer = self.ready, drawing
 
     @torch.no_grad()
     def draw(self, mixture: Tensor) -> None:
@@ -83,30 +89,14 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = point_parser(__doc__, "runs/sketch.jsonl", learning_rate=0.03, multiplier=0.08)
     parser.add_argument("--mixture", choices=("sketch", "dense"), default="sketch")
     parser.add_argument("--interval", type=int, default=0, help="steps after which it is drawn anew; 0: never")
     parser.add_argument("--rank", type=int, help="rows of A; a quarter of its columns if not given")
-    parser.add_argument("--learning_rate", type=float, default=0.03)
-    parser.add_argument("--multiplier", type=float, default=0.08)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path("runs/sketch.jsonl"))
-    parser.add_argument("--study", type=Path, default=STUDY)
     args = parser.parse_args()
-    study = quality.load_study(args.study)
-    mixtures = Mixtures(args.mixture, args.interval, args.rank)
-    trainer = quality_run._trainer
-    quality_run.make_ready = mixtures.ready
-    quality_run._trainer = lambda run, text, callbacks, *rest, **more: trainer(
-        run, text, [mixtures, *callbacks], *rest, **more
-    )
-    settings = resolve("lora", {}, study.rank, study.target_modules)
-    method = quality.Method(args.mixture, "lora", settings, (args.learning_rate,), (args.multiplier,))
-    row = quality_run.run_row(quality.Run(study, method, args.learning_rate, args.multiplier, args.seed))
-    row["settings"] = {"interval": args.interval, "rank": args.rank}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    record.append(args.json, row)
-    print(json.dumps({k: row[k] for k in ("method", "perplexity", "learning_rate", "multiplier", "seed")}))
+    settings = {"mixture": args.mixture, "interval": args.interval, "rank": args.rank}
+    run = point(quality.load_study(args.study), args.mixture, "lora", settings, args)
+    file_row(run, args.json, Mixtures(*settings.values()).arrange)
 
 
 if __name__ == "__main__":

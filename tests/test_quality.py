@@ -447,36 +447,6 @@ def until(done, seconds=120):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-def test_every_idea_runs_and_changes_something(tmp_path):
-    """studies/ideas.py, which is not in the package."""
-    out = tmp_path / "ideas.jsonl"
-    command = [sys.executable, str(ROOT / "studies/ideas.py"), "--study", str(SMOKE), "--json", str(out)]
-    command += ["--training", "max_steps=20", "--settings", "density=0.25,update_interval=4,stagger=1"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    losses = {row["method"]: row["loss"] for row in read_rows(out)}
-    assert len(losses) > 15
-    unchanged = [name for name, loss in losses.items() if loss == losses["none"]]
-    assert unchanged == ["none"]
-
-
-@pytest.mark.slow
-def test_mixtures_of_columns_train_and_are_drawn_anew(tmp_path):
-    """studies/sketch.py, which is not in the package."""
-    out = tmp_path / "sketch.jsonl"
-    command = [sys.executable, str(ROOT / "studies/sketch.py"), "--study", str(SMOKE), "--json", str(out)]
-    command += ["--learning_rate", "0.003"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for more in (["--interval", "0"], ["--interval", "2"], ["--mixture", "dense", "--rank", "8"]):
-        done = subprocess.run(command + more, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-    fixed, redrawn, dense = read_rows(out)
-    assert fixed["loss"] != redrawn["loss"] and fixed["loss"] < fixed["loss_before"]
-    assert fixed["trainable"] == redrawn["trainable"] > dense["trainable"]
-
-
 @pytest.mark.parametrize(
     "words, sentence",
     [
