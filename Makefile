@@ -10,7 +10,7 @@ OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_prec
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo finetune test test-slow test-dist stress mutate test-oldest support-table quality bench bench-smoke bench-speed \
+.PHONY: help venv demo finetune test test-slow test-dist stress mutate test-oldest test-newest support-table quality bench bench-smoke bench-speed \
 	bench-net bench-memory proof-13b proof-7b proof-13b-int8 docs clean
 
 help: ## List the commands
@@ -58,6 +58,11 @@ test-oldest: ## Run the tests of the method on the oldest supported versions (.v
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet -c constraints/oldest.txt -e . pytest
 	cd tests && ../.venv-oldest/bin/python -m pytest -m "not slow and not dist" $(OLDEST)
+
+test-newest: ## Run the tests on the newest versions that the package index has (.venv-newest; large downloads)
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-newest/bin/python -m pytest -m "not slow and not dist" -n $(TEST_WORKERS) --dist worksteal
 
 support-table: $(VENV)/.stamp-dev ## Try every model of the matrix and write docs/support.md
 	$(BIN)/python scripts/support_table.py

@@ -75,7 +75,7 @@ def estimate_memory(
     batch: int = 1,
     sequence: int = 256,
     dtype: str | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | int = False,
     loss: Loss | None = None,
     world_size: int = 1,
     engine: str = "ddp",
@@ -93,7 +93,7 @@ def estimate_memory(
         batch: sequences per step.
         sequence: tokens per sequence, none of them padding.
         dtype: of the parameters, "bfloat16" say; None keeps the model's.
-        gradient_checkpointing: recompute layers in backward, without reentry.
+        gradient_checkpointing: recompute layers in backward, without reentry: True for all, n for every n-th one.
         loss: the scalar loss of a model; None means a causal language model of transformers on random tokens.
         world_size: processes that train together; the estimate is one rank's, and `batch` is too.
         engine: how they do, if there are several: "ddp", "fsdp2" (both simulated), "zero1", "zero2" or "zero3".
@@ -108,7 +108,8 @@ def estimate_memory(
     config = config or GrassConfig()
     check_method(method)
     check_engine(engine, world_size, method)
-    for name, value in (("batch", batch), ("sequence", sequence)):
+    every = gradient_checkpointing or 1
+    for name, value in (("batch", batch), ("sequence", sequence), ("gradient_checkpointing", every)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive whole number: give 1 or more.")
     if dtype is not None and dtype not in _DTYPES:

@@ -7,6 +7,7 @@ those that observe and select rows: forward, backward and optimizer step each, a
 from __future__ import annotations
 
 import gc
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -60,6 +61,32 @@ class Breakdown:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+def enable_checkpointing(model: nn.Module, every: bool | int = True, **options: Any) -> None:
+    """Let a model of transformers recompute layers in backward, without reentry.
+
+    Args:
+        model: of any version of transformers; version 6 drops the name `gradient_checkpointing_enable`.
+        every: True for all of its layers, n for every n-th one, as `every_n_layers` of the Trainer.
+        options: further ones of `torch.utils.checkpoint.checkpoint`.
+
+    Raises:
+        ValueError: the model or its version of transformers cannot.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", getattr(model, "gradient_checkpointing_enable", None))
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
+        raise ValueError(
+            f"gradient_checkpointing={every}, but {type(model).__name__} has none: leave it out, or lower batch "
+            "or sequence."
+        )
+    every = int(every)
+    if every > 1 and "every_n_layers" not in inspect.signature(enable).parameters:
+        raise ValueError(
+            f"gradient_checkpointing={every}, but {type(model).__name__} here has it for all layers only: install a "
+            "later transformers, or give True."
+        )
+    enable({"use_reentrant": False, **options}, **({"every_n_layers": every} if every > 1 else {}))
+
+
 class Simulation:
     """Training steps of one model under a counter; of fake tensors or of real ones.
 
@@ -79,21 +106,14 @@ class Simulation:
         live: LiveBytes,
         model: nn.Module,
         loss: Loss,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
         engine: Engine | None = None,
     ):
         self.live, self.model, self.loss, self.engine = live, model.train(), loss, engine or Engine()
         self.transient: dict[str, int] = {}
         if gradient_checkpointing:
-            enable = getattr(model, "gradient_checkpointing_enable", None)
-            if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
-                raise ValueError(
-                    f"gradient_checkpointing=True, but {type(model).__name__} has none: leave it out, or lower batch "
-                    "or sequence."
-                )
             # the second context is entered where a layer is recomputed
-            contexts = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), live.forward())}
-            enable(gradient_checkpointing_kwargs=contexts)
+            enable_checkpointing(model, gradient_checkpointing, context_fn=lambda: (nullcontext(), live.forward()))
 
     def run(
         self, method: str, config: GrassConfig, optimizer: type[torch.optim.Optimizer], args: Mapping[str, Any]

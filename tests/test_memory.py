@@ -36,7 +36,7 @@ def real_peaks(model, config, batch, sequence, checkpointing, steps=3):
     """Peaks in bytes of real training steps, the first with an empty optimizer."""
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=int(checkpointing))
     convert_to_grass(model, config)
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-4, fused=True)
     tokens = torch.randint(model.config.vocab_size, (batch, sequence))
@@ -92,6 +92,7 @@ SETTINGS = {
         16,
         False,
     ),
+    "small, every second layer recomputed": (lambda: small_llama(4), {"rank": 24}, torch.float32, 2, 64, 2),
     "small, int8 weights": (
         small_llama,
         {"rank": 24, "side": "output", "weight_dtype": "int8"},
@@ -293,6 +294,7 @@ class Branches(torch.nn.Module):
         (Branches, {}, "no language model of transformers: give loss="),
         (Branches, {"loss": lambda m: m(torch.ones(4, 8)).sum()}, "decides by the values of tensors"),
         (Branches, {"loss": lambda m: 0, "gradient_checkpointing": True}, "Branches has none: leave it out"),
+        (tiny_llama, {"gradient_checkpointing": -2}, "gradient_checkpointing=-2 is not a positive whole number"),
     ],
 )
 def test_mistakes_get_a_sentence(model, options, sentence):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,25 @@ def test_yaml_values_have_the_types_of_the_fields(tmp_path):
     assert recipe.training.report_to == ["tensorboard", "wandb"]
     assert recipe.grass.scale == 0.5 and recipe.grass.target_modules == ("q_proj",)
     assert recipe.data.column_names == {"text": "text"}
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_both_names_of_checkpointing_are_taken(name, tmp_path):
+    said = files.pretraining(tmp_path)
+    said["training"].pop("gradient_checkpointing", None)
+    said["training"] |= {name: True, f"{name}_kwargs": {"every_n_layers": 2}}
+    path = files.write(tmp_path, said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        training = load_recipe(path).training
+        off = load_recipe(path, ["--gradient_checkpointing", "false"]).training
+        also = load_recipe(path, ["--activation_checkpointing", "false"]).training
+    assert training.gradient_checkpointing is True
+    assert training.gradient_checkpointing_kwargs == {"every_n_layers": 2}
+    assert off.gradient_checkpointing is also.gradient_checkpointing is False
+    said["training"] |= {"gradient_checkpointing": True, "activation_checkpointing": True}
+    with pytest.raises(ValueError, match="two names of one field"):
+        load_recipe(files.write(tmp_path, said))
 
 
 def test_dry_run_prints_a_recipe_that_means_the_same(tmp_path, monkeypatch, capsys):

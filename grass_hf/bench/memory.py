@@ -41,6 +41,7 @@ from ..engines import for_shards, shard
 from ..live import plain_tensors
 from ..memory import MemoryEstimate, estimate_memory
 from ..optim import grass_optimizer
+from ..simulate import enable_checkpointing
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 # Steps 0 and 2 of three observe; the optimizer's state is there from the first on.
@@ -211,7 +212,7 @@ def train(case: Case, device: str, counting: bool = False) -> list[int]:
         model = case.model().train()
         tokens = torch.randint(case.vocabulary, (case.batch, case.sequence))
     if case.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     sharded = case.ranks > 1 and case.engine == "fsdp2"
     convert_to_grass(model, for_shards(case.config(), model, case.ranks) if sharded else case.config())
     called = model

@@ -148,6 +148,7 @@ def estimate(recipe: Recipe, prepared: Prepared) -> MemoryEstimate:
     dtype = dtype_of(recipe.model, prepared.config)
     batch = training.per_device_train_batch_size * (2 if recipe.task == "dpo" else 1)
     kind, adapters = type(prepared.config), None
+    checkpointing = training.gradient_checkpointing_kwargs or {}
     if recipe.lora is not None:
         targets = recipe.lora.lora_target_modules or "all-linear"
         adapters = GrassConfig(rank=recipe.lora.lora_r, target_modules=targets, slice_dtype="float32")
@@ -164,7 +165,7 @@ def estimate(recipe: Recipe, prepared: Prepared) -> MemoryEstimate:
         optimizer_args={key: value for key, value in options.items() if key != "params"},
         batch=batch,
         sequence=recipe.data.sequence_length,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=training.gradient_checkpointing and checkpointing.get("every_n_layers", 1),
         loss=_loss(recipe, batch),
     )
 

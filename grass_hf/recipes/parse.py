@@ -26,6 +26,11 @@ from .schema import TASKS, DataSection, EvaluationSection, LoraSection, ModelSec
 
 SECTIONS = ("model", "data", "grass", "lora", "training", "evaluation")
 _OPTIONAL = ("grass", "lora")  # absent is not the same as empty
+# What later versions of transformers call otherwise: a recipe may say either, whichever is installed.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 # A flag of one replaces what the file says of the other.
 _ALTERNATIVES = {
     "rank": ("density",),
@@ -34,6 +39,8 @@ _ALTERNATIVES = {
     "config_name": ("model_name_or_path",),
     "tokenizer_name": ("tokenizer_vocab_size",),
     "tokenizer_vocab_size": ("tokenizer_name",),
+    **{old: (new,) for old, new in _RENAMED.items()},
+    **{new: (old,) for old, new in _RENAMED.items()},
 }
 _KINDS = {
     "model": ModelSection,
@@ -63,6 +70,8 @@ def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] =
     kinds = {**_KINDS, "training": training_class(_task(document, flags))}
     fields = {section: {f.name for f in dataclasses.fields(kind) if f.init} for section, kind in kinds.items()}
     fields["grass"].add("preset")
+    installed = frozenset(fields["training"])
+    fields["training"].update(*_RENAMED.items())
     _check_names(document, fields, path)
     given: dict[str, Any] = {s: dict(document.get(s) or {}) for s in SECTIONS if s in document or s not in _OPTIONAL}
     for section, field, words in _flags(flags, fields):
@@ -70,6 +79,7 @@ def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] =
             for other in _ALTERNATIVES.get(field, ()):
                 given.get(section, {}).pop(other, None)
             given.setdefault(section, {})[field] = None if words == ("null",) else words
+    _use_installed_names(given["training"], installed)
     if not grass:
         given.pop("grass", None)
     sections = {s: _parse(kinds[s], given[s], s) for s in ("model", "data", "training", "evaluation")}
@@ -175,6 +185,15 @@ def _unknown(name: str, section: str, fields: Mapping[str, set[str]]) -> str:
     if owners:
         return f"{name} is a field of `{owners[0]}`, not of `{section}`: move it there."
     return unknown_key(name, fields[section], f"a field of {section}")
+
+
+def _use_installed_names(values: dict[str, Any], installed: Iterable[str]) -> None:
+    for old, new in _RENAMED.items():
+        if old in values and new in values:
+            raise ValueError(f"training.{old} and training.{new} are two names of one field: keep one.")
+        other, name = (old, new) if new in installed else (new, old)
+        if other in values:
+            values[name] = values.pop(other)
 
 
 def _flags(flags: Iterable[str], fields: Mapping[str, set[str]]) -> Iterable[tuple[str, str, tuple[str, ...]]]:
