@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
+from grass_hf.simulate import enable_checkpointing
 
 GIB = 2**30
 # What the figures in docs/memory.md were measured with, whatever the defaults are.
@@ -181,7 +182,7 @@ def prove(args: argparse.Namespace, way: Way) -> None:
     model = fill(empty_model(config), random_values(config.initializer_range), way.store)
     count = sum(p.numel() for p in model.parameters())
     say(f"{count:,} parameters made in {time.perf_counter() - started:.0f} s")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
     convert_to_grass(model, settings)
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=args.lr, fused=True)
     taken = train(model, optimizer, texts, args.steps)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
 from grass_hf.bench.counting import CountCollectives
 from grass_hf.convert import grass_slices
+from grass_hf.simulate import enable_checkpointing
 
 STEPS = 8
 SETTINGS = {"density": 0.25, "update_interval": 3, "selection": "top_r", "side": "output", "state_policy": "carry"}
@@ -36,7 +37,7 @@ def _run(accumulate=1, clip=None, bfloat16=False, checkpointing=False, ddp=None,
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = tiny_llama()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     convert_to_grass(model, GrassConfig(**{**SETTINGS, **config}))
     wrapped = DistributedDataParallel(model, **(ddp or {}))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)

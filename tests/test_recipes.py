@@ -309,6 +309,16 @@ def test_validate_says_what_would_happen(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_validate_counts_the_layers_that_are_recomputed(tmp_path, monkeypatch, capsys):
+    path, found = files.write(tmp_path, files.pretraining(tmp_path)), tmp_path / "found.json"
+    peaks = []
+    for flags in (["true"], ["true", "--gradient_checkpointing_kwargs", '{"every_n_layers": 2}'], ["false"]):
+        words = ("--json", found, "--per_device_train_batch_size", "32", "--gradient_checkpointing", *flags)
+        assert files.grass(monkeypatch, "validate", path, *words) == 0
+        peaks.append(json.loads(found.read_text())["memory"]["peak"])
+    assert peaks[0] < peaks[1] < peaks[2]
+
+
 def test_validate_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
     path = files.write(tmp_path, files.pretraining(tmp_path))
     assert files.grass(monkeypatch, "validate", path, "--budget", "20kB") == 2
