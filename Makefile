@@ -11,7 +11,7 @@ RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo finetune test test-slow test-dist stress mutate test-oldest test-newest support-table quality bench bench-smoke bench-speed \
-	bench-net bench-memory proof-13b proof-7b proof-13b-int8 docs clean
+	bench-net bench-memory proof-13b proof-7b proof-13b-int8 proof-gpu docs clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -101,6 +101,9 @@ proof-13b-int8: $(VENV)/.stamp-proof ## Simulate LLaMA-13B with int8 weights on 
 	$(BIN)/grass-hf estimate llama_13b --rank 128 --side output --weight-dtype int8 --targets all-matrices \
 		--gradient-checkpointing --within 22.5GiB --json runs/proof_13b_int8_simulated.json
 	$(BIN)/python scripts/proof_13b_int8.py --json runs/proof_13b_int8.json
+
+proof-gpu: $(VENV)/.stamp-proof ## Train LLaMA-13B in bfloat16 on a GPU that is made as small as one of 40 GB
+	$(BIN)/python scripts/proof_gpu.py --json runs/proof_gpu.jsonl
 
 # mistral-common wants an older numpy than everybody else, and only the tokenizer's file in it is read.
 $(VENV)/.stamp-proof: $(METADATA) | $(VENV)/.stamp-dev

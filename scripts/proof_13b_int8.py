@@ -9,7 +9,7 @@ is written shard by shard (`save_plain`), read again and quantised weight by wei
 
 from pathlib import Path
 
-from proving import Way, parser, prove
+from proving import Way, prove, small_machine_parser
 from torch import Tensor, nn
 
 from grass_hf import convert_to_grass, save_plain
@@ -42,4 +42,4 @@ WAY = Way(
 )
 
 if __name__ == "__main__":
-    prove(parser(__doc__, **DEFAULTS).parse_args(), WAY)
+    prove(small_machine_parser(__doc__, **DEFAULTS).parse_args(), WAY)

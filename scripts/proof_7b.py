@@ -9,7 +9,7 @@ a second copy of the weights, a full gradient, a full optimizer state.
 
 from pathlib import Path
 
-from proving import Way, parser, prove
+from proving import Way, prove, small_machine_parser
 
 from grass_hf import restore_model
 
@@ -30,4 +30,4 @@ WAY = Way(
 )
 
 if __name__ == "__main__":
-    prove(parser(__doc__, **DEFAULTS).parse_args(), WAY)
+    prove(small_machine_parser(__doc__, **DEFAULTS).parse_args(), WAY)

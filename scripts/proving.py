@@ -1,4 +1,5 @@
-"""What the proofs that train a large model on a small machine have in common: `proof_7b.py`, `proof_13b_int8.py`.
+"""What the proofs that train a large model on a small machine have in common: `proof_7b.py`, `proof_13b_int8.py`, and
+`proof_gpu.py`, which makes a GPU as small as another.
 
 A model is made without memory and filled parameter by parameter, with random numbers or from a checkpoint; the peak of
 resident memory is Linux's own (VmHWM), the interpreter and its libraries included. `prove` is the course of a proof,
@@ -39,6 +40,7 @@ Store = Callable[[nn.Module, str, Tensor], nn.Parameter]
 
 
 def parser(about: str, **defaults) -> argparse.ArgumentParser:
+    """Flags that all proofs have."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--config")
     made.add_argument("--steps", type=int)
@@ -47,9 +49,16 @@ def parser(about: str, **defaults) -> argparse.ArgumentParser:
     made.add_argument("--rank", type=int)
     made.add_argument("--interval", type=int, help="steps between two selections of rows")
     made.add_argument("--lr", type=float)
+    made.add_argument("--json", type=Path, help="write the figures to this file")
+    made.set_defaults(**defaults)
+    return made
+
+
+def small_machine_parser(about: str, **defaults) -> argparse.ArgumentParser:
+    """Flags of `prove`."""
+    made = parser(about, **defaults)
     made.add_argument("--budget", type=float, help="GiB that the peak must stay below")
     made.add_argument("--output", type=Path, help="the checkpoint, deleted at the end")
-    made.add_argument("--json", type=Path, help="write the figures to this file")
     made.set_defaults(**defaults)
     return made
 
@@ -76,20 +85,20 @@ def _plain(module: nn.Module, leaf: str, weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight)
 
 
-def fill(model: nn.Module, values: Values, store: Store = _plain) -> nn.Module:
+def fill(model: nn.Module, values: Values, store: Store = _plain, device: str = "cpu") -> nn.Module:
     """Give every parameter memory and values, one after the other."""
     for prefix, module in model.named_modules():
         for leaf, param in list(module._parameters.items()):
             if param is not None:
-                made = torch.empty(param.shape, dtype=param.dtype)
+                made = torch.empty(param.shape, dtype=param.dtype, device=device)
                 values(f"{prefix}.{leaf}", made)
                 module._parameters[leaf] = store(module, f"{prefix}.{leaf}", made)
     return model
 
 
-def random_values(std: float, seed: int = 0) -> Values:
-    draws = torch.Generator().manual_seed(seed)
-    block = torch.empty(BLOCK)
+def random_values(std: float, seed: int = 0, device: str = "cpu") -> Values:
+    draws = torch.Generator(device).manual_seed(seed)
+    block = torch.empty(BLOCK, device=device)
 
     def values(name: str, weight: Tensor) -> None:
         if weight.dim() == 1:
@@ -132,10 +141,10 @@ def training_texts(count: int, tokens: int, vocabulary: int) -> Tensor:
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, texts: Tensor, steps: int) -> list[dict[str, float]]:
     """Take steps on the texts in turn; loss and seconds of each, and whether it observed and selected rows."""
-    taken = []
+    taken, controller = [], getattr(optimizer, "grass", None)
     model.train()
     for step in range(steps):
-        begun, observes = time.perf_counter(), bool(optimizer.grass.due)
+        begun, observes = time.perf_counter(), controller is not None and bool(controller.due)
         tokens = texts[step % len(texts)][None]
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()

@@ -144,6 +144,8 @@ def test_help_teaches(words, mentions):
         (["autoload", "maybe"], "maybe"),
         (["bench", "speed", "--dtype", "int3"], "dtype='int3' is not known"),
         (["bench", "speed", "--side", "top", "--dtype", "float32"], "side='top' is not known"),
+        (["bench", "speed", "--method", "grass", "--method", "galor"], "--method 'galor'"),
+        (["bench", "speed", "--method", "adamw"], "--method adamw: name grass, and what it is compared with"),
         (["brew"], "brew"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -154,28 +156,24 @@ def test_mistakes_get_a_sentence_and_exit_code_2(words, sentence):
     assert sentence in result.stderr and "Traceback" not in result.stderr
 
 
+SMALL = ["--layers", 1, "--hidden", 64, "--vocabulary", 64, "--rank", 16, "--batch", 1, "--sequence", 16, "--rounds", 2]
+
+
 def test_bench_speed_prints_ratios_and_files_a_row(tmp_path):
-    small = [
-        "--layers",
-        "1",
-        "--hidden",
-        "64",
-        "--rank",
-        "16",
-        "--batch",
-        "1",
-        "--sequence",
-        "16",
-        "--rounds",
-        "2",
-    ]
-    result = grass("bench", "speed", *small, "--dtype", "float32", "--json", tmp_path / "rows" / "speed.json")
+    methods = ["adamw", "grass", "frozen", "galore", "apollo", "lora"]
+    words = [word for name in methods for word in ("--method", name)]
+    file = tmp_path / "rows" / "speed.json"
+    result = grass("bench", "speed", *SMALL, *words, "--dtype", "float32", "--json", file)
     assert result.returncode == 0, result.stderr
-    assert "Grass / frozen" in result.stdout
-    row = json.loads((tmp_path / "rows" / "speed.json").read_text())
-    assert row["setting"]["rank"] == 16 and len(row["seconds"]["grass"]) == 2
-    assert row["grass_over"]["adamw"] == pytest.approx(row["median"]["grass"] / row["median"]["adamw"])
-    assert row["device"] and row["versions"]["torch"]
+    assert "Grass / it" in result.stdout and all(f" {name} " in result.stdout for name in methods)
+    row = json.loads(file.read_text())
+    assert row["setting"]["rank"] == 16 and row["setting"]["methods"] == methods
+    assert {name: len(times) for name, times in row["seconds"].items()} == dict.fromkeys(methods, 2)
+    assert set(row["reselecting"]) == {"grass", "galore", "apollo"}
+    for name in methods:
+        assert row["grass_over"][name] == pytest.approx(row["median"]["grass"] / row["median"][name])
+    assert row["peak_bytes"] == {}  # there is no allocator to ask on a CPU
+    assert row["device"] and row["versions"]["torch"] and row["versions"]["galore-torch"]
 
 
 def test_unpack_says_what_is_known_and_writes_nothing(tmp_path):

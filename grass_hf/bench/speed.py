@@ -1,12 +1,16 @@
-"""``grass-hf bench speed``: seconds per training step of fused AdamW, Grass and the frozen limit.
+"""``grass-hf bench speed``: seconds per training step of fused AdamW, Grass, the frozen limit, and Grass's peers.
 
 The frozen limit trains everything that Grass trains except the target matrices: it still back-propagates through
-them, so no method that trains them can be faster. All three are stepped in every round of one run, because the speed
-of a shared machine drifts, in changing order, and medians are compared.
+them, so no method that trains them can be faster. All methods are stepped in every round of one run, because the speed
+of a shared machine drifts, in changing order, and medians are compared. No counted step of a round selects or
+projects; the one after the last round does, of every method that has such steps, and is timed by itself.
 
 [Note: memory kept] On a CPU the C library gives much of a step's memory back to the system after the step and takes it
 again, page by page, in the next; which method pays for it depends on what was stepped before. The allocators of
 accelerators keep their memory, and so does this bench, for all methods alike (`keep_memory`).
+
+[Note: own peaks] On a GPU all methods' models are in memory together, so the peak of one is what its step adds to what
+was there before it, and what it holds between its steps.
 """
 
 from __future__ import annotations
@@ -14,24 +18,31 @@ from __future__ import annotations
 import ctypes
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from ..config import GrassConfig
+from ..config import GrassConfig, unknown_key
 from ..convert import convert_to_grass
 from ..optim import grass_optimizer
-from ..targets import plan
+from .quality_methods import KINDS, check_installed, make_ready, resolve, target_names, trainer_flags
 
 METHODS = ("adamw", "grass", "frozen")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed: a LLaMA, a batch and a rank. Defaults are the acceptance setting."""
+    """What is timed: a LLaMA, a batch and a rank. Defaults are the acceptance setting.
+
+    Attributes:
+        methods: names of `quality_methods.KINDS`.
+        compiled: forward and backward by torch.compile, of every method.
+    """
 
     rank: int = 128
     side: str = "auto"
@@ -42,6 +53,13 @@ class Setting:
     sequence: int = 256
     rounds: int = 18
     warmup: int = 2
+    methods: tuple[str, ...] = METHODS
+    compiled: bool = False
+
+    @property
+    def gap(self) -> int:
+        """Steps between two that select or project: the first is of the warm-up, the second after all rounds."""
+        return self.warmup + self.rounds
 
 
 # glibc's mallopt: never give memory back, take more of it at a time, no mappings of their own for large blocks.
@@ -57,6 +75,20 @@ def keep_memory() -> bool:
     return all([mallopt(option, value) == 1 for option, value in _MALLOPT.items()])
 
 
+def check(setting: Setting) -> None:
+    """Refuse methods that are not known or not installed.
+
+    Raises:
+        ValueError: with a sentence.
+    """
+    for method in setting.methods:
+        if method not in KINDS:
+            raise ValueError(f"--method {unknown_key(method, KINDS, 'a method that can be timed')}")
+        check_installed(method)
+    if "grass" not in setting.methods or len(set(setting.methods)) < len(setting.methods):
+        raise ValueError(f"--method {', '.join(setting.methods)}: name grass, and what it is compared with, once each.")
+
+
 def slowdown(dtype: torch.dtype, device: str) -> float:
     """How many times slower than float32 this device multiplies matrices in `dtype`: far above 1 means emulated."""
 
@@ -69,11 +101,19 @@ def slowdown(dtype: torch.dtype, device: str) -> float:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per step, a list per method, in one dtype; `observing` is Grass on a step that observes."""
+    """What was found in one dtype, by method.
+
+    Attributes:
+        dtype: of the weights.
+        seconds: of every counted step.
+        reselecting: seconds of a step that selects or projects; of methods that have such steps.
+        peaks: bytes at the peak of any step, on a GPU; see [Note: own peaks].
+    """
 
     dtype: str
     seconds: dict[str, list[float]]
-    observing: float
+    reselecting: dict[str, float]
+    peaks: dict[str, int]
 
     def median(self, method: str) -> float:
         return statistics.median(self.seconds[method])
@@ -82,22 +122,56 @@ class Timing:
         return self.median(method) / self.median(other)
 
 
+def orders(methods: tuple[str, ...]) -> list[list[str]]:
+    """Orders in which each method comes after each other one equally often, since a step leaves caches and the
+    allocator as it left them: a square of Williams, and the same backwards."""
+    count = len(methods)
+    first = [(place + 1) // 2 if place % 2 else -place // 2 for place in range(count)]
+    square = [[methods[(place + shift) % count] for place in first] for shift in range(count)]
+    return square + [order[::-1] for order in square]
+
+
 def measure(setting: Setting, dtype: torch.dtype, device: str) -> Iterator[Timing | int]:
     """Time all methods in turn; yields the number of each finished round, then the `Timing`."""
-    steps = {method: _make_step(method, setting, dtype, device) for method in METHODS}
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    observing = 0.0
-    # A step leaves caches and the allocator as it left them, so each method comes after each other one equally often.
-    orders = itertools.cycle(itertools.permutations(METHODS))
-    for number, order in zip(range(setting.warmup + setting.rounds), orders, strict=False):
+    runs = {method: _Run(method, setting, dtype, device) for method in setting.methods}
+    seconds: dict[str, list[float]] = {method: [] for method in runs}
+    for number, order in zip(range(setting.gap), itertools.cycle(orders(setting.methods)), strict=False):
         for method in order:
-            elapsed = _timed(steps[method], device)
+            elapsed = runs[method].step()
             if number >= setting.warmup:
                 seconds[method].append(elapsed)
-            elif method == "grass" and number == 0:
-                observing = elapsed  # with the process's warm-up in it, so an upper bound
         yield number + 1
-    yield Timing(str(dtype).removeprefix("torch."), seconds, observing)
+    reselecting = {method: run.step() for method, run in runs.items() if KINDS[method].gap}
+    peaks = {method: run.peak for method, run in runs.items() if device == "cuda"}
+    yield Timing(str(dtype).removeprefix("torch."), seconds, reselecting, peaks)
+
+
+class _Run:
+    """The model of a method and what it holds.
+
+    Attributes:
+        peak: bytes of the GPU's memory; see [Note: own peaks].
+    """
+
+    def __init__(self, method: str, setting: Setting, dtype: torch.dtype, device: str):
+        self.device, self.held, self.peak = device, 0, 0
+        before = self._allocated()
+        self._step = _make_step(method, setting, dtype, device)
+        self.held = self._allocated() - before
+
+    def step(self) -> float:
+        """Take a training step; its seconds."""
+        before = self._allocated()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elapsed = _timed(self._step, self.device)
+        if self.device == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() - before + self.held)
+        self.held += self._allocated() - before
+        return elapsed
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.device == "cuda" else 0
 
 
 def _make_step(method: str, setting: Setting, dtype: torch.dtype, device: str) -> Callable[[], None]:
@@ -111,25 +185,40 @@ def _make_step(method: str, setting: Setting, dtype: torch.dtype, device: str) -
         max_position_embeddings=max(1024, setting.sequence),
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).to(device=device, dtype=dtype)
-    # no counted step selects; the one before them takes the rows that docs/speed.md was measured with
-    grass = GrassConfig(rank=setting.rank, side=setting.side, selection="top_r", update_interval=10**9, stagger=1)
-    settings = {"lr": 1e-4, "weight_decay": 0.1, "fused": True}
-    if method == "grass":
-        optimizer = grass_optimizer(convert_to_grass(model, grass), torch.optim.AdamW, **settings)
-    else:
-        if method == "frozen":
-            for target in plan(model, grass).targets:
-                target.module.weight.requires_grad_(False)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **settings)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    model, optimizer = _make_ready(method, model, setting)
+    forward = torch.compile(model) if setting.compiled else model
     tokens = torch.randint(setting.vocabulary, (setting.batch, setting.sequence), device=device)
 
     def step() -> None:
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        forward(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def _make_ready(method: str, model: nn.Module, setting: Setting) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model as a method trains it, and the optimizer; of peers the one that the Trainer makes."""
+    options = {"lr": 1e-4, "weight_decay": 0.1}
+    if method == "grass":
+        # the first step takes the rows that docs/speed.md was measured with
+        grass = GrassConfig(
+            rank=setting.rank, side=setting.side, selection="top_r", update_interval=setting.gap, stagger=1
+        )
+        model = convert_to_grass(model, grass)
+        return model, grass_optimizer(model, torch.optim.AdamW, fused=True, **options)
+    gap = {KINDS[method].gap: setting.gap} if KINDS[method].gap else {}
+    settings = resolve(method, gap, setting.rank, "all-linear")
+    names = target_names(model, "all-linear")
+    model, _ = make_ready(method, model, settings, names)
+    words = trainer_flags(method, settings, names)
+    flags = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    arguments = TrainingArguments(output_dir=tempfile.gettempdir(), report_to="none", learning_rate=1e-4, **flags)
+    made, more = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    trained = more.pop("params", [param for param in model.parameters() if param.requires_grad])
+    return model, made(trained, **{**options, **more})
 
 
 def _timed(step: Callable[[], None], device: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,40 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..bench import memory, record, speed
+from ..bench.quality_methods import PACKAGES
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # A dtype that multiplies this many times slower than float32 is emulated; timings in it say nothing.
 _EMULATED = 4.0
+# The last column of the table of speeds, by device.
+_PEAK = {"cpu": (), "cuda": ("peak MiB",)}
 
 
 def run_speed(
     *, dtypes: list[str], device: str, slow_dtypes: bool, keep_memory: bool, json: Path | None, **setting: Any
 ) -> None:
-    """Time every dtype, print one table of medians and ratios, append one row per dtype to `json`."""
+    """Time every dtype, print one table of medians and ratios, append one row per dtype to `json`.
+
+    Raises:
+        ValueError: a dtype or a method is not known, or a method's package is missing.
+    """
     for name in dtypes:
         if name not in _DTYPES:
             raise ValueError(f"dtype={name!r} is not known: choose one of {', '.join(_DTYPES)}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     setting = speed.Setting(**setting)
+    speed.check(setting)
     kept = keep_memory and device == "cpu" and speed.keep_memory()
     console = Console()
     console.print(
         f"LLaMA {setting.layers} layers x {setting.hidden}, {setting.batch * setting.sequence} tokens a step, "
-        f"r = {setting.rank}, side={setting.side}, on {record.machine()['device']}"
+        f"r = {setting.rank}, side={setting.side}, {'compiled, ' * setting.compiled}on {record.machine()['device']}"
     )
     table = Table()
-    for heading in ("dtype", "AdamW", "Grass", "frozen limit", "Grass / frozen", "Grass / AdamW"):
+    for heading in ("dtype", "method"):
+        table.add_column(heading)
+    for heading in ("ms a step", "tokens/s", "Grass / it", "ms, selecting or projecting", *_PEAK[device]):
         table.add_column(heading, justify="right")
-    rounds = setting.warmup + setting.rounds
     for name in dtypes:
         dtype = getattr(torch, name)
         factor = speed.slowdown(dtype, device)
@@ -47,15 +57,14 @@ def run_speed(
             )
             continue
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(f"{name}: rounds of AdamW, Grass, frozen", total=rounds)
+            task = progress.add_task(f"{name}: rounds of {', '.join(setting.methods)}", total=setting.gap)
             for result in speed.measure(setting, dtype, device):
                 if isinstance(result, speed.Timing):
                     timing = result
                 else:
                     progress.update(task, completed=result)
-        ratios = {other: timing.ratio("grass", other) for other in ("frozen", "adamw")}
-        medians = {method: timing.median(method) for method in speed.METHODS}
-        table.add_row(name, *(f"{medians[m]:.3f} s" for m in speed.METHODS), *(f"{r:.3f}" for r in ratios.values()))
+        for method in setting.methods:
+            table.add_row(name, *_cells(timing, method, setting))
         if json is not None:
             row = {
                 "bench": "speed",
@@ -63,12 +72,27 @@ def run_speed(
                 "setting": dataclasses.asdict(setting),
                 "memory_kept": kept,
                 "seconds": timing.seconds,
+                "reselecting": timing.reselecting,
+                "peak_bytes": timing.peaks,
             }
-            row |= {"median": medians, "grass_over": ratios}
-            record.append(json, row | record.machine())
+            row["median"] = {method: timing.median(method) for method in setting.methods}
+            row["grass_over"] = {method: timing.ratio("grass", method) for method in setting.methods}
+            record.append(json, row | record.machine(*PACKAGES))
     if table.row_count:
         console.print(table)
         console.print(f"medians of {setting.rounds} steps each, taken in turn")
+
+
+def _cells(timing: speed.Timing, method: str, setting: speed.Setting) -> Iterator[str]:
+    """A method's line of the table, from its name on."""
+    seconds = timing.median(method)
+    yield method
+    yield f"{seconds * 1e3:.1f}"
+    yield f"{setting.batch * setting.sequence / seconds:,.0f}"
+    yield f"{timing.ratio('grass', method):.3f}"
+    yield f"{timing.reselecting[method] * 1e3:.1f}" if method in timing.reselecting else "-"
+    if method in timing.peaks:
+        yield f"{timing.peaks[method] / 2**20:,.0f}"
 
 
 # How close an estimate has to be, as a share of what was counted, and of what the system saw.

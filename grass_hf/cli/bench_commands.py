@@ -17,16 +17,27 @@ def speed(
     hidden: int = typer.Option(768, help="Its width; the feed-forward layer is 8/3 as wide.", min=64),
     batch: int = typer.Option(4, help="Sequences per step.", min=1),
     sequence: int = typer.Option(256, help="Tokens per sequence.", min=1),
+    vocabulary: int = typer.Option(32000, help="Its tokens.", min=2),
     rounds: int = typer.Option(18, help="Counted steps of every method, after two that are not.", min=1),
+    method: list[str] = typer.Option(
+        ["adamw", "grass", "frozen"],
+        help="Give it once for each of adamw, adamw8bit, grass, galore, apollo, lora, dora, frozen.",
+    ),
+    compiled: bool = typer.Option(False, "--compile", help="Forward and backward of every method by torch.compile."),
     device: str = typer.Option("", help="cpu or cuda; empty takes cuda where there is one."),
     slow_dtypes: bool = typer.Option(False, help="Time a dtype even where this CPU has no fast matmul for it."),
     keep_memory: bool = typer.Option(True, help="On a CPU, keep freed memory in the process, as GPU allocators do."),
     json: Path | None = JSON,
 ) -> None:
-    """Seconds per training step: fused AdamW, Grass, and the frozen limit.
+    """Seconds per training step: fused AdamW, Grass, the frozen limit, and peers by --method.
+
+    For example, with pip install 'grass-hf[peers]':
+
+        grass-hf bench speed --method adamw --method grass --method galore --method apollo --method lora
 
     The frozen limit trains everything but the target matrices, so nothing that trains them can be faster. The
-    three are stepped in turn within one run, and ratios of medians are printed.
+    methods are stepped in turn within one run, and medians and their ratios are printed; a step in which all layers
+    select rows, or project anew, is timed by itself. On a GPU each method's peak of memory is printed too.
     """
     from .bench import run_speed
 
@@ -42,7 +53,10 @@ def speed(
         hidden=hidden,
         batch=batch,
         sequence=sequence,
+        vocabulary=vocabulary,
         rounds=rounds,
+        methods=tuple(method),
+        compiled=compiled,
     )
 
 
