@@ -134,6 +134,7 @@ class Slice(Exchange, nn.Module):
     def _extras(self) -> dict[str, Tensor | bool | None]:
         if not torch.compiler.is_compiling():
             self.drop_stale_norms()
+            self._move_norms()
             distributed.refuse_join()
         return {"multiplier": self.rho, "norms": self.norms, "by_sequence": self.by_sequence}
 
@@ -143,7 +144,7 @@ class Slice(Exchange, nn.Module):
         self.active.grass_keeps_grad = self.rank_part is local_part and not distributed.is_sharded(self.active)
         dtype = accumulation_dtype(self.weight.dtype)
         shape = (*self.index.shape[:-1], self.state.size)
-        self.norms = torch.zeros(shape, dtype=dtype, device=self.weight.device, requires_grad=True)
+        self.norms = torch.zeros(shape, dtype=dtype, device=self.index.device, requires_grad=True)
 
     def end_observation(self) -> Tensor:
         """Stop observing; the squared norms (..., size), zero if no backward reached the layer."""
@@ -156,6 +157,20 @@ class Slice(Exchange, nn.Module):
             return
         if self.active.grad is None:
             self.norms.grad = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slice:
+        super()._apply(fn, recurse)
+        self._move_norms()
+        return self
+
+    def _move_norms(self) -> None:
+        """Have norms that are observed where the slice is: a model may move, and no parameter of it are they."""
+        norms, device = self.norms, self.index.device
+        if norms is None or norms.device == device:
+            return
+        self.observe()
+        if norms.grad is not None and not norms.is_meta:
+            self.norms.grad = norms.grad.to(device)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
         # A plain checkpoint has no slice, and the one in a converted model's state dict may belong to another

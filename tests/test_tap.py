@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import tiny_llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -346,3 +347,16 @@ def test_compiled_fullgraph_never_recompiles_at_reselection(options):
 def test_compiled_with_inductor():
     torch._dynamo.reset()
     assert llama_steps("inductor") == pytest.approx(llama_steps(None), abs=1e-4)
+
+
+def test_observed_norms_move_with_the_model():
+    """accelerate moves a model whose optimizer has been made; tests/test_gpu.py trains such a one."""
+    model = convert_to_grass(tiny_llama(), GrassConfig(density=0.25))
+    grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+    before = {part: part.norms for part in grass_slices(model) if part.norms is not None}
+    assert before and all(norms.grad is not None for norms in before.values())
+    model.to("meta")
+    for part, norms in before.items():
+        assert part.norms.is_meta and part.norms.requires_grad and part.norms.shape == norms.shape
+        assert part.norms.grad.is_meta
