@@ -27,9 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# How much of G exists at one time while norms are computed: so many rows or columns, along its longer side. Large
-# enough for full matmul speed, and far below the m x n gradient that must not exist.
-NORM_BLOCK = 256
+from .norms import NORM_BLOCK, accumulation_dtype, squared_norms
 
 
 def tap(
@@ -91,37 +89,6 @@ def embedding_tap(
     return _EmbeddingTap.apply(y, ids, active, index, multiplier, norms, padding, by_sequence)
 
 
-def squared_norms(a: Tensor, b: Tensor, block: int = NORM_BLOCK) -> Tensor:
-    """Squared norms of the rows of ``a^T b`` without forming it.
-
-    Args:
-        a: (T, p).
-        b: (T, q).
-        block: rows (columns, where q > p) of the product that exist at a time.
-
-    Returns:
-        (p,), in float64 for float64 inputs, else in float32.
-    """
-    return norms_by_rows(a, b, block) if a.shape[1] >= b.shape[1] else norms_by_columns(a, b, block)
-
-
-def norms_by_rows(a: Tensor, b: Tensor, block: int) -> Tensor:
-    """`squared_norms` with so many rows of the product at a time."""
-    dtype = accumulation_dtype(a.dtype)
-    # contiguous, because a CPU multiplies a strided block of half precision fifty times slower
-    parts = (part.contiguous() for part in a.split(block, dim=1))
-    return torch.cat([torch.mm(part.t(), b).to(dtype).square().sum(dim=1) for part in parts])
-
-
-def norms_by_columns(a: Tensor, b: Tensor, block: int) -> Tensor:
-    """`squared_norms` with so many columns of the product at a time."""
-    dtype = accumulation_dtype(a.dtype)
-    total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
-    for part in b.split(block, dim=1):
-        total += torch.mm(a.t(), part.contiguous()).to(dtype).square().sum(dim=1)
-    return total
-
-
 def embedding_squared_norms(dy: Tensor, ids: Tensor, padding: int, block: int = NORM_BLOCK) -> Tensor:
     """Squared norms of the columns of a table's gradient, from at most T of its V rows at a time.
 
@@ -140,11 +107,6 @@ def embedding_squared_norms(dy: Tensor, ids: Tensor, padding: int, block: int = 
     row = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
     dy = dy[order].masked_fill((ids == padding)[:, None], 0.0).to(accumulation_dtype(dy.dtype))
     return torch.cat([_sum_rows(part, row, len(row)).square().sum(dim=0) for part in dy.split(block, dim=1)])
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which norms and multipliers are kept: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _sum_rows(values: Tensor, row: Tensor, rows: int, padding: int = -1) -> Tensor:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Rows of a weight that are converted to float32 at a time, to multiply decay into a half-precision weight.
 _DECAY_BLOCK = 256
+# Elements of it on a GPU; see `_rows_at_a_time`.
+_DECAY_ELEMENTS = 2**24
 
 
 @dataclass
@@ -114,8 +116,16 @@ class Part:
             self.weight.mul_(factor)
             return
         draws = seeded(seed + self.place + ".decay", self.weight.device)
-        for rows in self.weight.flatten(0, -2).split(_DECAY_BLOCK):
+        for rows in self.weight.flatten(0, -2).split(_rows_at_a_time(self.weight)):
             rows.copy_(round_stochastically(rows.float() * factor, self.weight.dtype, draws))
+
+
+def _rows_at_a_time(weight: Tensor) -> int:
+    """Rows that are decayed in one go, with temporary copies of them: few on a CPU, in whose caches they stay; more on
+    a GPU, where a block of a large weight would be done sooner than the next is launched."""
+    if weight.device.type == "cpu":
+        return _DECAY_BLOCK
+    return max(_DECAY_BLOCK, _DECAY_ELEMENTS // weight.shape[-1])
 
 
 class Int8Part(Part):

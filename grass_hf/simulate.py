@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from . import functional, int8, selection
+from . import functional, int8, norms, selection
 from .config import GrassConfig
 from .convert import grass_slices, is_converted
 from .engines import Engine
@@ -210,7 +210,7 @@ class Simulation:
         return (param for param in self.model.parameters() if param.requires_grad)
 
 
-def _norms_of_the_last_blocks(a: Tensor, b: Tensor, block: int = functional.NORM_BLOCK) -> Tensor:
+def _norms_of_the_last_blocks(a: Tensor, b: Tensor, block: int = norms.NORM_BLOCK) -> Tensor:
     """`functional.squared_norms` as far as memory goes.
 
     A whole block and what is left of another run, and what dozens of earlier ones leave behind is there.
@@ -219,9 +219,9 @@ def _norms_of_the_last_blocks(a: Tensor, b: Tensor, block: int = functional.NORM
     longer = a if by_rows else b
     earlier = max(0, -(-longer.shape[1] // block) - 2) * block
     if not by_rows:
-        return functional.norms_by_columns(a, b[:, earlier:], block)
-    norms = torch.empty(earlier, dtype=functional.accumulation_dtype(a.dtype), device=a.device)
-    return torch.cat([norms, functional.norms_by_rows(a[:, earlier:], b, block)])
+        return norms.norms_by_columns(a, b[:, earlier:], block)
+    done = torch.empty(earlier, dtype=norms.accumulation_dtype(a.dtype), device=a.device)
+    return torch.cat([done, norms.norms_by_rows(a[:, earlier:], b, block)])
 
 
 def causal_loss(model: nn.Module, batch: int, sequence: int) -> Loss:

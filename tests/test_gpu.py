@@ -322,7 +322,7 @@ def test_resuming_is_exact(deterministic, tmp_path, options, dtype):
 
 @pytest.mark.parametrize("count", [500, 5000])  # torch has one kernel for few tokens and another for many
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_gradient_of_an_embedding_is_exact_and_the_same_twice(count, dtype):
+def test_the_gradient_of_an_embedding_is_exact_and_the_same_twice(deterministic, count, dtype):
     """In bfloat16 sums of many tokens are exact only where torch's kernel adds in float32, as CUDA's do."""
     draws = torch.Generator().manual_seed(0)
     ids = torch.randint(40, (count,), generator=draws)

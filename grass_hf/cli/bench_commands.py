@@ -14,7 +14,7 @@ def speed(
     side: str = typer.Option("auto", help="Selected side: output, input, or auto, which makes the smallest slices."),
     dtype: list[str] = typer.Option(["float32", "bfloat16"], help="Weights' dtype; give it twice for two."),
     layers: int = typer.Option(12, help="Layers of the LLaMA.", min=1),
-    hidden: int = typer.Option(768, help="Its width; the feed-forward layer is 8/3 as wide.", min=64),
+    hidden: int = typer.Option(768, help="Its width; the feed-forward layer is 8/3 as wide, in 256s.", min=64),
     batch: int = typer.Option(4, help="Sequences per step.", min=1),
     sequence: int = typer.Option(256, help="Tokens per sequence.", min=1),
     vocabulary: int = typer.Option(32000, help="Its tokens.", min=2),
