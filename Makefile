@@ -10,7 +10,7 @@ OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_prec
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo finetune test test-slow test-dist stress mutate test-oldest test-newest support-table quality bench bench-smoke bench-speed \
+.PHONY: help venv demo finetune test test-slow test-dist stress mutate test-oldest test-newest test-gpu support-table quality bench bench-smoke bench-speed \
 	bench-net bench-memory proof-13b proof-7b proof-13b-int8 proof-gpu docs clean
 
 help: ## List the commands
@@ -101,6 +101,9 @@ proof-13b-int8: $(VENV)/.stamp-proof ## Simulate LLaMA-13B with int8 weights on 
 	$(BIN)/grass-hf estimate llama_13b --rank 128 --side output --weight-dtype int8 --targets all-matrices \
 		--gradient-checkpointing --within 22.5GiB --json runs/proof_13b_int8_simulated.json
 	$(BIN)/python scripts/proof_13b_int8.py --json runs/proof_13b_int8.json
+
+test-gpu: $(VENV)/.stamp-dev ## Run the tests that need a GPU (torch of the development environment is a CPU's on machines without one)
+	$(BIN)/pytest tests/test_gpu.py -m "slow or not slow"
 
 proof-gpu: $(VENV)/.stamp-proof ## Train LLaMA-13B in bfloat16 on a GPU that is made as small as one of 40 GB
 	$(BIN)/python scripts/proof_gpu.py --json runs/proof_gpu.jsonl

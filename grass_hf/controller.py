@@ -230,13 +230,14 @@ class GrassController:
     def look_ahead(self) -> None:
         """Let the layers that are due after the coming step observe its backward passes."""
         until = math.inf if self.config.select_until is None else self.config.select_until
+        scored = selection.needs_scores(self.config.selection)
         for layer in self.slices:
             state = layer.state
             if self.step % self.config.update_interval == state.phase and self.step < until:
                 self.due.add(state.name)
-            if state.name in self.due and selection.needs_scores(self.config.selection):
+            if scored and state.name in self.due:
                 layer.observe()
-            else:
+            elif layer.norms is not None:
                 layer.norms = None
 
     # -- what an engine with a step of its own does in its own way ----------------------------------------------

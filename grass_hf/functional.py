@@ -110,8 +110,8 @@ def embedding_squared_norms(dy: Tensor, ids: Tensor, padding: int, block: int = 
 
 
 def _sum_rows(values: Tensor, row: Tensor, rows: int, padding: int = -1) -> Tensor:
-    """(rows, d): the sums of `values` (T, d) by row number; torch's own backward of an embedding, which is the
-    deterministic way to do it on every device."""
+    """(rows, d): the sums of `values` (T, d) by row number; torch's own backward of an embedding. On a GPU
+    it is deterministic for thousands of tokens only under `torch.use_deterministic_algorithms(True)`."""
     return torch.ops.aten.embedding_dense_backward(values, row, rows, padding, False)
 
 

@@ -165,8 +165,8 @@ class Slice(Exchange, nn.Module):
 
     def _move_norms(self) -> None:
         """Have norms that are observed where the slice is: a model may move, and no parameter of it are they."""
-        norms, device = self.norms, self.index.device
-        if norms is None or norms.device == device:
+        norms = self.norms
+        if norms is None or norms.device == (device := self.index.device):
             return
         self.observe()
         if norms.grad is not None and not norms.is_meta:
