@@ -103,7 +103,7 @@ proof-13b-int8: $(VENV)/.stamp-proof ## Simulate LLaMA-13B with int8 weights on 
 	$(BIN)/python scripts/proof_13b_int8.py --json runs/proof_13b_int8.json
 
 test-gpu: $(VENV)/.stamp-dev ## Run the tests that need a GPU (torch of the development environment is a CPU's on machines without one)
-	$(BIN)/pytest tests/test_gpu.py -m "slow or not slow"
+	$(BIN)/pytest tests/test_gpu.py tests/test_gpu_parts.py -m "slow or not slow"
 
 proof-gpu: $(VENV)/.stamp-proof ## Train LLaMA-13B in bfloat16 on a GPU that is made as small as one of 40 GB
 	$(BIN)/python scripts/proof_gpu.py --json runs/proof_gpu.jsonl
