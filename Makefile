@@ -64,6 +64,9 @@ test-newest: ## Run the tests on the newest versions that the package index has 
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
 	.venv-newest/bin/python -m pytest -m "not slow and not dist" -n $(TEST_WORKERS) --dist worksteal
 
+test-gpu: $(VENV)/.stamp-dev ## Run the tests that need a GPU (torch of the development environment is a CPU's on machines without one)
+	$(BIN)/pytest tests/test_gpu.py tests/test_gpu_parts.py -m "slow or not slow"
+
 support-table: $(VENV)/.stamp-dev ## Try every model of the matrix and write docs/support.md
 	$(BIN)/python scripts/support_table.py
 
@@ -101,9 +104,6 @@ proof-13b-int8: $(VENV)/.stamp-proof ## Simulate LLaMA-13B with int8 weights on 
 	$(BIN)/grass-hf estimate llama_13b --rank 128 --side output --weight-dtype int8 --targets all-matrices \
 		--gradient-checkpointing --within 22.5GiB --json runs/proof_13b_int8_simulated.json
 	$(BIN)/python scripts/proof_13b_int8.py --json runs/proof_13b_int8.json
-
-test-gpu: $(VENV)/.stamp-dev ## Run the tests that need a GPU (torch of the development environment is a CPU's on machines without one)
-	$(BIN)/pytest tests/test_gpu.py tests/test_gpu_parts.py -m "slow or not slow"
 
 proof-gpu: $(VENV)/.stamp-proof ## Train LLaMA-13B in bfloat16 on a GPU that is made as small as one of 40 GB
 	$(BIN)/python scripts/proof_gpu.py --json runs/proof_gpu.jsonl
