@@ -27,8 +27,8 @@ def squared_norms(a: Tensor, b: Tensor, block: int | None = None) -> Tensor:
 
 
 def norm_block(count: int, device: torch.device) -> int:
-    """Rows or columns of G, of so many, that exist at one time: on a GPU an eighth of them or 1024, since a smaller
-    block would be done sooner than the next is launched."""
+    """Rows or columns of G, of so many, that exist at one time: on a GPU an eighth of them, but at most 1024, since a
+    smaller block would be done sooner than the next is launched."""
     return NORM_BLOCK if device.type == "cpu" else max(NORM_BLOCK, min(4 * NORM_BLOCK, count // 8))
 
 

@@ -28,12 +28,12 @@ def run_speed(
     """Time every dtype, print one table of medians and ratios, append one row per dtype to `json`.
 
     Raises:
-        ValueError: a dtype or a method is not known, or a method's package is missing.
+        ValueError: a dtype, a device or a method is not known or not there.
     """
     for name in dtypes:
         if name not in _DTYPES:
             raise ValueError(f"dtype={name!r} is not known: choose one of {', '.join(_DTYPES)}.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(device)
     setting = speed.Setting(**setting)
     speed.check(setting)
     kept = keep_memory and device == "cpu" and speed.keep_memory()
@@ -83,6 +83,15 @@ def run_speed(
         console.print(f"medians of {setting.rounds} steps each, taken in turn")
 
 
+def _device(name: str) -> str:
+    """A device by its name, or the one that there is."""
+    if name not in ("", "cpu", "cuda"):
+        raise ValueError(f"--device {name!r} is not known: give cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, and torch sees no GPU: give --device cpu.")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _cells(timing: speed.Timing, method: str, setting: speed.Setting) -> Iterator[str]:
     """A method's line of the table, from its name on."""
     seconds = timing.median(method)
@@ -106,9 +115,7 @@ def run_memory(*, cases: str, device: str, json: Path | None) -> None:
         ValueError: a case is not known, or an estimate is further off than it may be.
     """
     chosen = _cases(cases)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, and torch sees no GPU: give --device cpu.")
+    device = _device(device)
     console, table = Console(), Table(title=f"peaks in MiB, on {record.machine()['device']}", title_justify="left")
     table.add_column("case")
     for heading in ("estimate", "counted", "off by", "allocated" if device == "cuda" else "resident", "off by"):
