@@ -64,7 +64,7 @@ test-newest: ## Run the tests on the newest versions that the package index has 
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
 	.venv-newest/bin/python -m pytest -m "not slow and not dist" -n $(TEST_WORKERS) --dist worksteal
 
-test-gpu: $(VENV)/.stamp-dev ## Run the tests that need a GPU (torch of the development environment is a CPU's on machines without one)
+test-gpu: $(VENV)/.stamp-dev ## Run the tests that need a GPU
 	$(BIN)/pytest tests/test_gpu.py tests/test_gpu_parts.py -m "slow or not slow"
 
 support-table: $(VENV)/.stamp-dev ## Try every model of the matrix and write docs/support.md

@@ -9,11 +9,9 @@ is written shard by shard (`save_plain`), read again and quantised weight by wei
 
 from pathlib import Path
 
-from proving import Way, prove, small_machine_parser
-from torch import Tensor, nn
+from proving import Way, in_int8, prove, small_machine_parser
 
 from grass_hf import convert_to_grass, save_plain
-from grass_hf.int8 import quantize
 
 DEFAULTS = {
     "config": "configs/llama_13b.json",
@@ -25,12 +23,6 @@ DEFAULTS = {
     "budget": 20.0,
     "output": Path("runs/proof_13b_int8"),
 }
-
-
-def in_int8(module: nn.Module, name: str, weight: Tensor) -> nn.Parameter:
-    """What a parameter is stored as: linear layers in int8, but for the output head."""
-    linear = isinstance(module, nn.Linear) and not name.startswith("lm_head")
-    return quantize(weight) if linear else nn.Parameter(weight)
 
 
 WAY = Way(

@@ -13,13 +13,25 @@ import time
 from statistics import mean, median
 
 import torch
-from proving import GIB, ROWS, empty_model, fill, loss_of, parser, random_values, say, train, training_texts
+from proving import (
+    GIB,
+    ROWS,
+    empty_model,
+    fill,
+    in_int8,
+    loss_of,
+    parser,
+    plain,
+    random_values,
+    say,
+    train,
+    training_texts,
+)
 from torch import nn
 from transformers import AutoConfig
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
 from grass_hf.bench import record
-from grass_hf.int8 import quantize
 from grass_hf.simulate import enable_checkpointing
 
 DEFAULTS = {
@@ -50,11 +62,7 @@ def limited(gigabytes: float) -> int:
 
 def made(args: argparse.Namespace, config) -> nn.Module:
     """The model on the GPU; int8 weights are quantised as soon as they have been made."""
-
-    def store(module: nn.Module, name: str, weight: torch.Tensor) -> nn.Parameter:
-        linear = isinstance(module, nn.Linear) and not name.startswith("lm_head")
-        return quantize(weight) if linear and args.int8 else nn.Parameter(weight)
-
+    store = in_int8 if args.int8 else plain
     model = fill(empty_model(config), random_values(config.initializer_range, device=DEVICE), store, DEVICE)
     model.model.rotary_emb.to(DEVICE)
     if args.checkpointing:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
+from grass_hf.int8 import quantize
 from grass_hf.simulate import enable_checkpointing
 
 GIB = 2**30
@@ -81,11 +82,17 @@ def empty_model(config: PretrainedConfig) -> nn.Module:
     return model
 
 
-def _plain(module: nn.Module, leaf: str, weight: Tensor) -> nn.Parameter:
+def plain(module: nn.Module, leaf: str, weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight)
 
 
-def fill(model: nn.Module, values: Values, store: Store = _plain, device: str = "cpu") -> nn.Module:
+def in_int8(module: nn.Module, name: str, weight: Tensor) -> nn.Parameter:
+    """What a parameter is stored as: linear layers in int8, but for the output head."""
+    linear = isinstance(module, nn.Linear) and not name.startswith("lm_head")
+    return quantize(weight) if linear else nn.Parameter(weight)
+
+
+def fill(model: nn.Module, values: Values, store: Store = plain, device: str = "cpu") -> nn.Module:
     """Give every parameter memory and values, one after the other."""
     for prefix, module in model.named_modules():
         for leaf, param in list(module._parameters.items()):
@@ -178,7 +185,7 @@ class Way:
     settings: dict[str, Any]
     end: Callable[[nn.Module, torch.optim.Optimizer], None]
     save: Callable[[nn.Module, Path], None]
-    store: Store = _plain
+    store: Store = plain
     load: Callable[[nn.Module, GrassConfig], nn.Module] = lambda model, settings: model
 
 

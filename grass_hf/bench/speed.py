@@ -222,10 +222,10 @@ def _make_ready(method: str, model: nn.Module, setting: Setting) -> tuple[nn.Mod
             param.data = param.data.to(dtype)
     words = trainer_flags(method, settings, names)
     flags = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
-    arguments = TrainingArguments(output_dir=tempfile.gettempdir(), report_to="none", learning_rate=1e-4, **flags)
+    arguments = TrainingArguments(output_dir=tempfile.gettempdir(), report_to="none", **flags)
     made, more = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     trained = more.pop("params", [param for param in model.parameters() if param.requires_grad])
-    return model, made(trained, **{**options, **more})
+    return model, made(trained, **{**more, **options})
 
 
 def _timed(step: Callable[[], None], device: str) -> float:
