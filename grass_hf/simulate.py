@@ -62,7 +62,7 @@ class Breakdown:
 
 
 def enable_checkpointing(model: nn.Module, every: bool | int = True, **options: Any) -> None:
-    """Let a model of transformers recompute layers in backward, without reentry.
+    """Let a model of transformers recompute layers in backward, without reentry unless `use_reentrant=True`.
 
     Args:
         model: of any version of transformers; version 6 drops the name `gradient_checkpointing_enable`.

@@ -21,6 +21,7 @@ from grass_hf.convert import grass_slices
 from grass_hf.functional import tap
 from grass_hf.rounding import round_stochastically
 from grass_hf.selection import seeded
+from grass_hf.simulate import enable_checkpointing
 
 pytestmark = needs_device
 
@@ -66,7 +67,7 @@ def test_clipping_accumulation_and_checkpointing_as_on_the_cpu(side, reentrant):
     theirs = walk("cpu", exact_llama(), **settings)
     model = exact_llama()
     if reentrant is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        enable_checkpointing(model, use_reentrant=reentrant)
     assert_same_walk(walk(DEVICE, model, **settings), theirs)
 
 

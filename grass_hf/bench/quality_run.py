@@ -147,7 +147,6 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_second": len(follow.seconds) * tokens_a_step / seconds if seconds else None,
         "workers": workers,
-        "commit": record.commit(),
     }
     return row | record.machine(*PACKAGES)
 

@@ -17,9 +17,10 @@ _PACKAGES = ("grass-hf", "torch", "transformers", "accelerate")
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """The device and the versions that a figure depends on; of more packages too."""
+    """The commit, the device and the versions that a figure depends on; of more packages too."""
     cuda = torch.cuda.is_available()
     return {
+        "commit": _commit(),
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -29,7 +30,15 @@ def machine(*packages: str) -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
+def append(path: str | os.PathLike, row: dict[str, Any]) -> None:
+    """Append a row to a JSON-lines file, made with its folder if it does not exist."""
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+def _commit() -> str | None:
     """The commit of the code that runs, with "+" behind it if files differ from it; None outside a checkout."""
     root = Path(__file__).parents[2]
     words = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
@@ -38,14 +47,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return said if (root / ".git").exists() else None
-
-
-def append(path: str | os.PathLike, row: dict[str, Any]) -> None:
-    """Append a row to a JSON-lines file, made with its folder if it does not exist."""
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(row) + "\n")
 
 
 def _version(name: str) -> str | None:

@@ -29,6 +29,7 @@ import deepspeed  # isort: skip
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
 from grass_hf.convert import grass_slices
 from grass_hf.integrations.zero import ZeroController
+from grass_hf.simulate import enable_checkpointing
 
 # DeepSpeed would compile a collective of its own for processes on one machine; gloo will do.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -216,7 +217,7 @@ def gradient_checkpointing_equals_ddp():
 
         def build(reentrant=reentrant):
             model = tiny_llama()
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(model, use_reentrant=reentrant)
             return model
 
         assert_equals_ddp(build=build, stages=(2, 3))
