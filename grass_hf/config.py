@@ -77,7 +77,7 @@ class GrassConfig:
             columns, by the sum of their scores, and keep them for backward once.
         scale: alpha, the multiplier of the learning rate of the slices.
         scale_warmup: optimizer steps in which `scale` rises linearly from zero: for training from random weights
-            (docs/benchmarks.md).
+            (docs/quality.md).
         target_modules: "all-linear" (every linear layer, Conv1D and expert but the output head), "all-matrices"
             (embeddings and output head too), a list of name suffixes, or a regular expression matched against the
             full module name: PEFT's semantics. Of embeddings and output heads feature columns are selected,

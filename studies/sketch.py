@@ -7,7 +7,7 @@ A column of `A` has one entry, 1 or -1, in a row of chance (a count sketch): eac
 columns of the weight, which get one change with their signs. It would cost what a quarter of the columns does, and
 needs no scores; but where Grass gathers columns, a mixture reads them all. When `A` is drawn anew the change so far
 goes into the weight, the first moment starts at zero and the second at its mean, as fresh columns' do. `--mixture
-dense` draws normal numbers. What came of it stands in docs/benchmarks.md.
+dense` draws normal numbers. What came of it stands in docs/quality.md.
 """
 
 from __future__ import annotations
