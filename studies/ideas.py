@@ -7,8 +7,8 @@
     python studies/ideas.py --study studies/defaults.yaml --learning_rate 0.03 --multiplier 0.3
 
 The model, text, schedule and evaluation are those of a study, studies/peers.yaml if no other is named. `none` is the
-package itself, with the same settings. What came of them stands in docs/quality.md and docs/settings.md. Those that follow the interval
-(ramp, anneal, average) take all layers to select at once (stagger=1).
+package itself, with the same settings. What came of them stands in docs/quality.md and docs/settings.md. Those that
+follow the interval (ramp, anneal, average) take all layers to select at once (stagger=1).
 """
 
 from __future__ import annotations
