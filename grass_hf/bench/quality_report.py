@@ -166,8 +166,9 @@ def _setting(rows: Sequence[Row], command: str) -> list[str]:
     dates = sorted(row["date"] for row in rows)
     tokens, untrained = max(row["tokens"] for row in rows), math.exp(first["loss_before"])
     commits = ", ".join(json.loads(value) or "unknown" for value in said["commit"])
+    studies = ", ".join(f"`{name}`" for name in sorted({row["study"] for row in rows}))
     lines = [
-        f"* `{command}`, rows of study `{first['study']}`",
+        f"* `{command}`, rows of study {studies}",
         f"* model {json.dumps(first['document']['model'])}, text {json.dumps(first['document']['data'])}",
         f"* training {json.dumps(training)}: {tokens:,} tokens a run",
         f"* held-out documents: {first['evaluated_tokens']:,} tokens, perplexity {untrained:.0f} untrained",
