@@ -356,8 +356,9 @@ def test_the_table_says_what_the_rows_say(document, tmp_path):
     for row in older[::2]:
         row["settings"].pop("select_until", None)
     assert [entry.points.keys() for entry in entries(older)] == [entry.points.keys() for entry in entries(made)]
-    shared = [row | {"workers": 2} for row in made]
-    assert "| 1.0 | - | - |" in write_report(shared, tmp_path, "two", "c")[0].read_text()
+    shared = [row | {"workers": 2} for row in made[1:]] + [made[0] | {"workers": 2, "study": "r"}]
+    text = write_report(shared, tmp_path, "two", "c")[0].read_text()
+    assert "| 1.0 | - | - |" in text and "rows of study `r`, `s`" in text
     with pytest.raises(ValueError, match="differ in text"):
         entries([*made, made[0] | {"text": "another"}])
     with pytest.raises(ValueError, match="no rows"):
