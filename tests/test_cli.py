@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from grass_hf.bench import record
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = "tests/scripts/run_clm_tiny.py"
 FLAGS = [
@@ -175,6 +177,7 @@ def test_bench_speed_prints_ratios_and_files_a_row(tmp_path):
         assert row["grass_over"][name] == pytest.approx(row["median"]["grass"] / row["median"][name])
     assert row["peak_bytes"] == {}  # there is no allocator to ask on a CPU
     assert row["device"] and row["versions"]["torch"] and row["versions"]["galore-torch"]
+    assert row["commit"] == record.machine()["commit"]  # None where there is no checkout
 
 
 def test_unpack_says_what_is_known_and_writes_nothing(tmp_path):
