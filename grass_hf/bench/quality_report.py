@@ -159,14 +159,13 @@ def _perplexity(loss: float) -> str:
 def _setting(rows: Sequence[Row], command: str) -> list[str]:
     first = rows[0]
     training = first["document"]["training"]
-    said = {
-        name: sorted({json.dumps(row[name]) for row in rows}) for name in ("commit", "device", "versions", "workers")
-    }
+    names = ("study", "commit", "device", "versions", "workers")
+    said = {name: sorted({json.dumps(row[name]) for row in rows}) for name in names}
     seeds = sorted({row["seed"] for row in rows})
     dates = sorted(row["date"] for row in rows)
     tokens, untrained = max(row["tokens"] for row in rows), math.exp(first["loss_before"])
     commits = ", ".join(json.loads(value) or "unknown" for value in said["commit"])
-    studies = ", ".join(f"`{name}`" for name in sorted({row["study"] for row in rows}))
+    studies = ", ".join(f"`{json.loads(value)}`" for value in said["study"])
     lines = [
         f"* `{command}`, rows of study {studies}",
         f"* model {json.dumps(first['document']['model'])}, text {json.dumps(first['document']['data'])}",

@@ -18,16 +18,20 @@ _PACKAGES = ("grass-hf", "torch", "transformers", "accelerate")
 
 def machine(*packages: str) -> dict[str, Any]:
     """The commit, the device and the versions that a figure depends on; of more packages too."""
-    cuda = torch.cuda.is_available()
     return {
         "commit": _commit(),
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "device": device(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in (*_PACKAGES, *packages)},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def device() -> str:
+    """The name of the GPU, or of the CPU where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
 
 
 def append(path: str | os.PathLike, row: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def run_speed(
     console = Console()
     console.print(
         f"LLaMA {setting.layers} layers x {setting.hidden}, {setting.batch * setting.sequence} tokens a step, "
-        f"r = {setting.rank}, side={setting.side}, {'compiled, ' * setting.compiled}on {record.machine()['device']}"
+        f"r = {setting.rank}, side={setting.side}, {'compiled, ' * setting.compiled}on {record.device()}"
     )
     table = Table()
     for heading in ("dtype", "method"):
@@ -116,7 +116,7 @@ def run_memory(*, cases: str, device: str, json: Path | None) -> None:
     """
     chosen = _cases(cases)
     device = _device(device)
-    console, table = Console(), Table(title=f"peaks in MiB, on {record.machine()['device']}", title_justify="left")
+    console, table = Console(), Table(title=f"peaks in MiB, on {record.device()}", title_justify="left")
     table.add_column("case")
     for heading in ("estimate", "counted", "off by", "allocated" if device == "cuda" else "resident", "off by"):
         table.add_column(heading, justify="right")
