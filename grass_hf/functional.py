@@ -227,7 +227,8 @@ def take_columns(values: Tensor, index: Tensor) -> Tensor:
     """``values[..., index]`` of (..., d): a gather, which reads any strides without a copy of them all and is several
     times faster than `index_select` along a last dimension of half precision on a CPU."""
     index = index.expand(*values.shape[:-1], index.shape[0])
-    if values.element_size() == 2:  # as bits, because of floating-point halves a CPU makes a float32 copy on the way
+    if values.element_size() == 2 and values.device.type == "cpu":
+        # as bits, because of floating-point halves a CPU makes a float32 copy on the way
         return values.view(torch.int16).gather(-1, index).view(values.dtype)
     return values.gather(-1, index)
 

@@ -6,7 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from grass_hf import MuonAdamW
 from grass_hf.bench import speed
 
 SMALL = {"layers": 1, "hidden": 64, "vocabulary": 64, "batch": 1, "sequence": 8, "rank": 16, "rounds": 3}
@@ -44,6 +46,14 @@ def test_methods_take_turns_and_every_round_is_counted():
     assert numbers == list(range(1, setting.gap + 1))
     assert {method: len(times) for method, times in timing.seconds.items()} == dict.fromkeys(setting.methods, 3)
     assert set(timing.reselecting) == {"grass"} and not timing.peaks
+
+
+@pytest.mark.parametrize("base, cls", [("adamw_torch_fused", torch.optim.AdamW), ("muon", MuonAdamW)])
+def test_grass_runs_over_the_base_that_is_named(base, cls):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    _, optimizer = speed._make_ready("grass", model, speed.Setting(**SMALL, base=base))
+    assert type(optimizer) is cls and optimizer.defaults["fused"] and optimizer.defaults["lr"] == 1e-4
 
 
 @pytest.mark.parametrize("count", range(2, 8))

@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from ..config import GrassConfig, unknown_key
 from ..convert import convert_to_grass
+from ..integrations.base import base_class_and_kwargs, check_base
 from ..optim import grass_optimizer
 from .quality_methods import KINDS, check_installed, make_ready, resolve, target_names, trainer_flags
 
@@ -43,6 +44,7 @@ class Setting:
 
     Attributes:
         methods: names of `quality_methods.KINDS`.
+        base: Grass's base optimizer, a Trainer name or "muon".
         compiled: forward and backward by torch.compile, of every method.
     """
 
@@ -56,6 +58,7 @@ class Setting:
     rounds: int = 18
     warmup: int = 2
     methods: tuple[str, ...] = METHODS
+    base: str = "adamw_torch_fused"
     compiled: bool = False
 
     @property
@@ -78,7 +81,7 @@ def keep_memory() -> bool:
 
 
 def check(setting: Setting) -> None:
-    """Refuse methods that are not known or not installed.
+    """Refuse methods that are not known or not installed, and a base optimizer that is not known.
 
     Raises:
         ValueError: with a sentence.
@@ -89,6 +92,7 @@ def check(setting: Setting) -> None:
         check_installed(method)
     if "grass" not in setting.methods or len(set(setting.methods)) < len(setting.methods):
         raise ValueError(f"--method {', '.join(setting.methods)}: name grass, and what it is compared with, once each.")
+    check_base(setting.base, "--base")
 
 
 def slowdown(dtype: torch.dtype, device: str) -> float:
@@ -210,7 +214,9 @@ def _make_ready(method: str, model: nn.Module, setting: Setting) -> tuple[nn.Mod
             rank=setting.rank, side=setting.side, selection="top_r", update_interval=setting.gap, stagger=1
         )
         model = convert_to_grass(model, grass)
-        return model, grass_optimizer(model, torch.optim.AdamW, fused=True, **options)
+        factory = Trainer.get_optimizer_cls_and_kwargs
+        made, more = base_class_and_kwargs(_arguments(), setting.base, {}, factory)
+        return model, grass_optimizer(model, made, **{**more, **options})
     gap = {KINDS[method].gap: setting.gap} if KINDS[method].gap else {}
     settings = resolve(method, gap, setting.rank, "all-linear")
     names = target_names(model, "all-linear")
@@ -222,10 +228,13 @@ def _make_ready(method: str, model: nn.Module, setting: Setting) -> tuple[nn.Mod
             param.data = param.data.to(dtype)
     words = trainer_flags(method, settings, names)
     flags = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
-    arguments = TrainingArguments(output_dir=tempfile.gettempdir(), report_to="none", **flags)
-    made, more = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    made, more = Trainer.get_optimizer_cls_and_kwargs(_arguments(**flags), model)
     trained = more.pop("params", [param for param in model.parameters() if param.requires_grad])
     return model, made(trained, **{**more, **options})
+
+
+def _arguments(**flags: str) -> TrainingArguments:
+    return TrainingArguments(output_dir=tempfile.gettempdir(), report_to="none", **flags)
 
 
 def _timed(step: Callable[[], None], device: str) -> float:

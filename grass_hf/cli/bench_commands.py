@@ -23,6 +23,7 @@ def speed(
         ["adamw", "grass", "frozen"],
         help="Give it once for each of adamw, adamw8bit, grass, galore, apollo, lora, dora, frozen.",
     ),
+    base: str = typer.Option("adamw_torch_fused", help="Base optimizer of Grass: a Trainer name, or muon."),
     compiled: bool = typer.Option(False, "--compile", help="Forward and backward of every method by torch.compile."),
     device: str = typer.Option("", help="cpu or cuda; empty takes cuda where there is one."),
     slow_dtypes: bool = typer.Option(False, help="Time a dtype even where this CPU has no fast matmul for it."),
@@ -56,6 +57,7 @@ def speed(
         vocabulary=vocabulary,
         rounds=rounds,
         methods=tuple(method),
+        base=base,
         compiled=compiled,
     )
 
