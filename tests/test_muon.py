@@ -1,4 +1,8 @@
-"""Muon over the slices and AdamW over the rest: what the two of PyTorch do, in one optimizer."""
+"""Muon over the slices and AdamW over the rest: what the two of PyTorch do, in one optimizer and in batches."""
+
+import itertools
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -7,11 +11,17 @@ from model_matrix import build
 from test_experts import needs_interface
 from torch import nn
 
-from grass_hf import GrassCallback, GrassConfig, MuonAdamW, convert_to_grass, estimate_memory, grass_optimizer
+from grass_hf import GrassCallback, GrassConfig, MuonAdamW, convert_to_grass, estimate_memory, grass_optimizer, muon
 from grass_hf.convert import grass_slices
 
-if not hasattr(torch.optim, "Muon"):
-    pytest.skip("torch before 2.9 has no Muon", allow_module_level=True)
+needs_pytorchs = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+
+
+@contextmanager
+def float32_products():
+    """PyTorch's Muon with the products that ours has on a CPU."""
+    with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+        yield
 
 
 def gradients(model, step):
@@ -20,6 +30,7 @@ def gradients(model, step):
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 
+@needs_pytorchs
 def test_rank_m_is_muon_beside_adamw():
     ours, theirs = tiny_llama(), tiny_llama()
     convert_to_grass(ours, GrassConfig(density=1.0, update_interval=3))
@@ -27,37 +38,41 @@ def test_rank_m_is_muon_beside_adamw():
     hidden = [p for name, p in theirs.named_parameters() if "_proj" in name]
     rest = [p for name, p in theirs.named_parameters() if "_proj" not in name]
     assert len(hidden) == 14
-    muon = torch.optim.Muon(hidden, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    pytorchs = torch.optim.Muon(hidden, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1)
     for step in range(8):
         for model in (ours, theirs):
             gradients(model, step)
-        for each in (optimizer, muon, adamw):
-            each.step()
+        for each in (optimizer, pytorchs, adamw):
+            with float32_products():
+                each.step()
     assert_same_weights(ours, theirs, atol=1e-6)
     assert not torch.equal(theirs.model.layers[0].mlp.up_proj.weight, tiny_llama().model.layers[0].mlp.up_proj.weight)
 
 
-def test_a_step_of_a_slice_is_muons_own():
+@needs_pytorchs
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("adjustment", ["match_rms_adamw", "original", None])
+def test_a_step_of_a_slice_is_muons_own(nesterov, adjustment):
     """At rank < m, after other rows were selected."""
+    options = {"momentum": 0.9, "ns_steps": 4, "nesterov": nesterov, "adjust_lr_fn": adjustment}
     model = tiny_llama()
     convert_to_grass(model, GrassConfig(density=0.5, update_interval=3, stagger=1, selection="cycle"))
-    optimizer = grass_optimizer(model, MuonAdamW, lr=0.01, momentum=0.9, ns_steps=4)
+    optimizer = grass_optimizer(model, MuonAdamW, lr=0.01, **options)
     for step in range(5):
         gradients(model, step)
         optimizer.step()
     copies = {part.state.name: nn.Parameter(part.active.detach().clone()) for part in grass_slices(model)}
-    muon = torch.optim.Muon(
-        copies.values(), lr=0.01, momentum=0.9, ns_steps=4, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-    )
+    pytorchs = torch.optim.Muon(copies.values(), lr=0.01, weight_decay=0.01, **options)
     gradients(model, 5)
     for part in grass_slices(model):
         state = optimizer.state[part.active]
         assert {key for key in state if not key.startswith("grass")} == {"momentum_buffer"}
-        muon.state[copies[part.state.name]] = {"momentum_buffer": state["momentum_buffer"].clone()}
+        pytorchs.state[copies[part.state.name]] = {"momentum_buffer": state["momentum_buffer"].clone()}
         copies[part.state.name].grad = part.active.grad.clone()
     assert optimizer.grass.step % 3, "a step on which nothing is selected"
-    muon.step()
+    with float32_products():
+        pytorchs.step()
     optimizer.step()
     for part in grass_slices(model):
         torch.testing.assert_close(part.active, copies[part.state.name], rtol=0, atol=1e-6)
@@ -157,24 +172,86 @@ def test_the_estimate_counts_its_state():
 
 
 @needs_interface
-def test_experts_are_refused():
+@needs_pytorchs
+def test_every_expert_is_a_matrix():
     model = build("mixtral")
     convert_to_grass(model, GrassConfig(density=0.5))
-    assert any(part.active.dim() == 3 for part in grass_slices(model))
-    with pytest.raises(ValueError, match="experts: leave experts out by exclude_modules"):
-        grass_optimizer(model, MuonAdamW, lr=0.01)
+    optimizer = grass_optimizer(model, MuonAdamW, lr=0.01, weight_decay=0.01)
+    experts = [part for part in grass_slices(model) if part.active.dim() == 3]
+    assert experts
+    gradients(model, 0)
+    copies = [[nn.Parameter(each.clone()) for each in part.active.detach()] for part in experts]
+    for part, parameters in zip(experts, copies, strict=True):
+        for parameter, grad in zip(parameters, part.active.grad, strict=True):
+            parameter.grad = grad.clone()
+    pytorchs = torch.optim.Muon(itertools.chain(*copies), lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    with float32_products():
+        pytorchs.step()
+    optimizer.step()
+    for part, parameters in zip(experts, copies, strict=True):
+        torch.testing.assert_close(part.active, torch.stack(list(parameters)), rtol=0, atol=1e-6)
 
 
-def test_what_it_cannot_do_is_said(monkeypatch):
+def test_batches_are_of_one_shape_and_bounded_and_change_nothing(monkeypatch):
+    models = []
+    for limit in (muon.BATCH_BYTES, 1):
+        monkeypatch.setattr(muon, "BATCH_BYTES", limit)
+        model = tiny_llama()
+        convert_to_grass(model, GrassConfig(density=0.5))
+        optimizer, sizes = grass_optimizer(model, MuonAdamW, lr=0.01), []
+        original = optimizer._step_batch
+
+        def spy(batch, group, original=original, sizes=sizes):
+            assert len({param.shape for param in batch}) == 1
+            sizes.append(len(batch))
+            original(batch, group)
+
+        optimizer._step_batch = spy
+        for step in range(3):
+            gradients(model, step)
+            optimizer.step()
+        slices = sum(1 for _ in grass_slices(model))
+        assert sum(sizes) == 3 * slices and (max(sizes) == 1 if limit == 1 else len(sizes) < slices)
+        models.append(model)
+    assert_same_weights(*models, atol=1e-6)
+
+
+def test_updates_are_orthogonal_and_of_adamws_size():
+    """Singular values are around one, and a root mean square of 0.2 is what the factor makes of them."""
+    values = torch.randn(3, 32, 96, generator=torch.Generator().manual_seed(0))
+    for matrices in (values, values.mT):
+        singular = torch.linalg.svdvals(muon.orthogonalised(matrices, 5))
+        assert singular.min() > 0.3 and singular.max() < 1.3
+        factor = muon._size_factor(*matrices.shape[-2:], "match_rms_adamw")
+        size = (factor * muon.orthogonalised(matrices, 5)).square().mean().sqrt()
+        assert size == pytest.approx(0.2, rel=0.2)
+
+
+def test_products_are_in_what_the_device_multiplies_well(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    found = {dtype: muon.product_dtype(dtype, cpu) for dtype in (torch.bfloat16, torch.float32, torch.float64)}
+    assert found == {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, found=supported: found)
+        assert muon.product_dtype(torch.float32, gpu) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"momentum": -1.0}, {"momentum": 1.0}, {"ns_steps": 0}, {"ns_steps": 2.5}, {"adjust_lr_fn": "rms"}],
+    ids=str,
+)
+def test_what_it_cannot_do_is_said(options):
     model = tiny_llama()
     convert_to_grass(model, GrassConfig(density=0.5))
-    with pytest.raises(ValueError, match="momentum"):
-        grass_optimizer(model, MuonAdamW, lr=0.01, momentum=-1.0)
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r} is "):
+        grass_optimizer(model, MuonAdamW, lr=0.01, **options)
+
+
+def test_without_slices_it_takes_no_step():
     with pytest.raises(ValueError, match="no slices to orthogonalise"):
         MuonAdamW(tiny_llama().parameters(), lr=0.01).step()
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(ValueError, match=r"has no Muon: install torch 2\.9"):
-        grass_optimizer(model, MuonAdamW, lr=0.01)
 
 
 def test_zero_is_refused():

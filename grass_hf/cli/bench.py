@@ -40,7 +40,8 @@ def run_speed(
     console = Console()
     console.print(
         f"LLaMA {setting.layers} layers x {setting.hidden}, {setting.batch * setting.sequence} tokens a step, "
-        f"r = {setting.rank}, side={setting.side}, base={setting.base}, {'compiled, ' * setting.compiled}on {record.device()}"
+        f"r = {setting.rank}, side={setting.side}, base={setting.base}, {'compiled, ' * setting.compiled}"
+        f"on {record.device()}"
     )
     table = Table()
     for heading in ("dtype", "method"):
