@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+import model_matrix
 import torch
 import torch.distributed as dist
 from helpers import VOCABULARY, leave, tiny_llama
@@ -91,8 +92,12 @@ def train(model, optimizer, steps, accumulate=1, wrapped=None) -> list[float]:
     return losses
 
 
-def prepare(sharded: bool, dtype=torch.float32, tied=False, options=None, muon=None, **settings):
-    model = llama(dtype, tie_word_embeddings=tied)
+def mixtral(dtype=torch.float32, **options) -> nn.Module:
+    return model_matrix.build("mixtral").to(dtype)
+
+
+def prepare(sharded: bool, dtype=torch.float32, tied=False, options=None, muon=None, build=llama, **settings):
+    model = build(dtype, tie_word_embeddings=tied)
     convert_to_grass(model, GrassConfig(**{**SETTINGS, **settings}))
     wrapped = None
     if sharded:
@@ -149,6 +154,11 @@ def columns_equal_ddp():
 def muon_equals_ddp():
     assert_equals_ddp(side="input", muon={})
     assert_equals_ddp(row_blocks=dist.get_world_size(), muon={})
+
+
+def experts_equal_ddp():
+    assert_equals_ddp(side="input", build=mixtral)
+    assert_equals_ddp(side="input", build=mixtral, muon={})
 
 
 def all_matrices_equal_ddp():
