@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from typing import ClassVar
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from grass_hf import MuonAdamW, warmup
+from grass_hf import warmup
 from grass_hf.controller import GROUP_KEY, GrassController
 
 
@@ -244,30 +243,7 @@ class Scaled(PerRow):
         param.sub_(group["lr"] * change)
 
 
-class MuonFloat32(MuonAdamW):
-    """Muon whose products are in float32: PyTorch's are in bfloat16, for which a CPU without such arithmetic takes
-    several to fifty times as long."""
-
-    needs: ClassVar[dict[str, str]] = {}
-
-    def step(self, closure=None):
-        with mock.patch.object(torch.optim._muon, "_zeropower_via_newtonschulz", orthogonalised):
-            return super().step(closure)
-
-
-def orthogonalised(values: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """PyTorch's Newton-Schulz iteration, in the dtype of the values."""
-    a, b, c = coefficients
-    tall = values.shape[0] > values.shape[1]
-    x = values.t() if tall else values
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.t()
-        x = x.addmm(gram.addmm(gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.t() if tall else x
-
-
-BASES = {"per_row": PerRow, "trust_ratio": TrustRatio, "scaled": Scaled, "muon_float32": MuonFloat32}
+BASES = {"per_row": PerRow, "trust_ratio": TrustRatio, "scaled": Scaled}
 CONTROLLERS = {
     "none": GrassController,
     "ramp": Ramp,

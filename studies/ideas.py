@@ -228,8 +228,11 @@ def main() -> None:
     changed = {name: yaml.safe_load(value) for name, value in pairs}
     document = {**study.document, "training": {**study.document["training"], **changed}}
     study = dataclasses.replace(study, document=document)
-    settings = parse_optim_args(args.settings).config.to_dict()
+    asked = parse_optim_args(args.settings)
+    settings = asked.config.to_dict()
     del settings["scale"]
+    if asked.base is not None:
+        settings["base"] = asked.base
     settings = resolve("grass", settings, study.rank, study.target_modules)
     for name in args.only.split(","):
         kind = "grass" if name in IDEAS else name

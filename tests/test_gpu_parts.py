@@ -1,5 +1,6 @@
 """What a GPU could do differently: embeddings, int8, experts, bitsandbytes, memory, waiting for the device."""
 
+import gc
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from helpers import tiny_llama
 from on_gpu import DEVICE, ON_CPU, needs_cuda, needs_device, train, walk
 from torch import nn
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, int8
+from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer, int8, muon
 from grass_hf.convert import grass_slices
 from grass_hf.functional import embedding_tap
 from grass_hf.grouped import grouped_linear
@@ -153,11 +154,20 @@ def test_bitsandbytes_state_follows_its_rows(side, name):
         assert not value.index_select(layer.dim, fresh).any()
 
 
+@pytest.mark.parametrize("shape", [(5, 64, 256), (5, 256, 64)])
+def test_muons_products_in_bfloat16_are_good_to_its_digits(shape):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact = muon.orthogonalised(values.double(), 5)
+    ours = muon.orthogonalised(values.to(DEVICE, torch.bfloat16), 5).cpu().double()
+    assert (ours - exact).norm() < 0.03 * exact.norm()
+
+
 # -- memory and waiting --------------------------------------------------------------------------------------------
 
 
 def peak_of(call):
     """Bytes that a call holds at its peak beyond those that were held before it."""
+    gc.collect()  # models of earlier tests that are freed during the call would hide what it takes
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -218,15 +228,16 @@ def waits_of(call):
 
 
 @needs_cuda
+@pytest.mark.parametrize("base", [torch.optim.AdamW, MuonAdamW])
 @pytest.mark.parametrize("side", ["output", "input"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_does_not_wait_for_the_device_and_a_step_waits_once(side, dtype):
+def test_backward_does_not_wait_for_the_device_and_a_step_waits_once(side, dtype, base):
     """Whether gradients are finite, however many layers there are; a step that selects waits for norms besides."""
     waits = []
     for depth in (1, 5):
         model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(depth))).to(DEVICE, dtype)
         convert_to_grass(model, GrassConfig(rank=16, side=side, update_interval=4, stagger=1))
-        optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+        optimizer = grass_optimizer(model, base, lr=1e-3, weight_decay=0.1)
         x = torch.randn(8, 64, device=DEVICE, dtype=dtype)
         for step in range(6):
             observing = model[0].weight_slice.norms is not None

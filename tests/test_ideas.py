@@ -6,10 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import tiny_llama
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
 from grass_hf.bench.quality_rows import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -32,32 +29,6 @@ def test_every_idea_runs_and_changes_something(tmp_path):
     assert len(losses) > 15
     unchanged = [name for name, loss in losses.items() if loss == losses["none"]]
     assert unchanged == ["none"]
-
-
-def test_muon_in_float32_is_pytorchs_formula_and_takes_its_place_for_a_step(monkeypatch):
-    muon = pytest.importorskip("torch.optim._muon", reason="torch before 2.9 has no Muon")
-    monkeypatch.syspath_prepend(ROOT / "studies")
-    from idea_controllers import MuonFloat32, orthogonalised
-
-    coefficients = (muon.DEFAULT_A, muon.DEFAULT_B, muon.DEFAULT_C)
-    for shape in ((8, 24), (24, 8)):
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        ours = orthogonalised(values, coefficients, 5, muon.EPS)
-        theirs = muon._zeropower_via_newtonschulz(values, coefficients, 5, muon.EPS)
-        assert ours.dtype == torch.float32 and theirs.dtype == torch.bfloat16
-        assert (ours - theirs).norm() < 0.02 * ours.norm()  # bfloat16's digits, five times over
-    model = tiny_llama()
-    convert_to_grass(model, GrassConfig(density=0.5))
-    optimizer = grass_optimizer(model, MuonFloat32, lr=1e-3)
-    ids = torch.arange(8)[None]
-
-    def never(*args):
-        raise AssertionError("PyTorch's own was called")
-
-    monkeypatch.setattr(muon, "_zeropower_via_newtonschulz", never)
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    assert muon._zeropower_via_newtonschulz is never  # put back
 
 
 @pytest.mark.slow
