@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import FIELD_TYPES, GrassConfig, parse_field, unknown_key
+from .presets import with_base
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def parse_optim_args(text: str | None, **defaults: Any) -> OptimArgs:
     """
     values: dict[str, Any] = dict(defaults)
     seen: set[str] = set()
-    base, base_args = None, {}
+    base_args = {}
     for part in filter(None, (p.strip() for p in (text or "").split(","))):
         key, equals, value = (s.strip() for s in part.partition("="))
         if not equals or not key or not value:
@@ -37,11 +38,9 @@ def parse_optim_args(text: str | None, **defaults: Any) -> OptimArgs:
         if key in seen:
             raise ValueError(f"optim_args: {key} is given twice: keep one.")
         seen.add(key)
-        if key == "base":
-            base = value
-        elif key.startswith("base."):
+        if key.startswith("base."):
             base_args[key.removeprefix("base.")] = value
-        elif key == "preset":
+        elif key in ("base", "preset"):
             values[key] = value
         elif key in FIELD_TYPES:
             values[key] = parse_field(key, value)
@@ -50,4 +49,5 @@ def parse_optim_args(text: str | None, **defaults: Any) -> OptimArgs:
     if "rank" in seen or "density" in seen:  # the string's choice replaces a default of the other
         for name in {"rank", "density"} - seen:
             values.pop(name, None)
-    return OptimArgs(GrassConfig.from_dict(values), base, base_args)
+    fields, base = with_base(values)
+    return OptimArgs(GrassConfig.from_dict(fields), base, base_args)

@@ -1,4 +1,8 @@
-"""Named sets of settings: a name stands for fields of `GrassConfig`, and fields given beside it override them."""
+"""Named sets of settings: a name stands for fields of `GrassConfig`, and fields given beside it override them.
+
+Where settings are said as text or YAML, ``base`` stands among them, the name of the optimizer that steps over the
+slices.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Many turns for every row: as long a run as pretraining is, in which norms are no better than chance and turns are.
     "pretraining": {"selection": "cycle"},
+    # As much optimizer state as AdamW has of a quarter: what trained best from random weights (docs/quality.md).
+    "muon": {"density": 0.5, "base": "muon"},
     # Every matrix compressed, on its longer side, and no slice in memory between steps.
     "max_memory": {"resident": False, "side": "auto", "target_modules": "all-matrices"},
 }
@@ -30,15 +36,28 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a config, with those of the preset that the key ``preset`` names.
 
     Raises:
-        ValueError: there is no such preset; the sentence names the nearest.
+        ValueError: there is no such preset; the sentence names the nearest. Or a base optimizer is named, which a
+            config does not hold.
     """
+    fields, base = with_base(values)
+    if base is not None:
+        said = f"preset={values['preset']!r}" if "base" not in values else f"base={base!r}"
+        raise ValueError(
+            f"{said} names the optimizer that steps over the slices, which a GrassConfig does not hold: say so in "
+            "optim_args or in a recipe, or give GrassConfig the fields and grass_optimizer(model, ...) the class."
+        )
+    return fields
+
+
+def with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The same fields, and the base optimizer's name if ``base`` or the preset says one."""
     given = dict(values)
     name = given.pop("preset", None)
-    if name is None:
-        return given
-    if name not in PRESETS:
-        raise ValueError(f"preset={unknown_key(str(name), PRESETS, 'a preset')}")
-    preset = dict(PRESETS[name])
-    if given.get("rank") is not None:  # it replaces the preset's other way of saying the same
-        preset.pop("density", None)
-    return preset | given
+    if name is not None:
+        if name not in PRESETS:
+            raise ValueError(f"preset={unknown_key(str(name), PRESETS, 'a preset')}")
+        preset = dict(PRESETS[name])
+        if given.get("rank") is not None:  # it replaces the preset's other way of saying the same
+            preset.pop("density", None)
+        given = preset | given
+    return given, given.pop("base", None)

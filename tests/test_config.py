@@ -88,11 +88,25 @@ def test_presets_are_sets_of_fields_that_others_override():
     assert GrassConfig.preset("pretraining") == GrassConfig(selection="cycle")
     parsed = parse_optim_args("preset=max_memory,rank=8,side=input,base=adamw_torch", target_modules=["q_proj"])
     assert parsed.config == GrassConfig(rank=8, side="input", resident=False, target_modules=["q_proj"])
-    for name, words in (("papre", "did you mean paper"), ("x", "known are default, max_memory, paper, pretraining")):
+    for name, words in (
+        ("papre", "did you mean paper"),
+        ("x", "known are default, max_memory, muon, paper, pretraining"),
+    ):
         with pytest.raises(ValueError, match=words):
             GrassConfig.preset(name)
         with pytest.raises(ValueError, match=words):
             parse_optim_args(f"preset={name}")
+
+
+def test_a_preset_may_name_a_base_optimizer_too():
+    parsed = parse_optim_args("preset=muon")
+    assert (parsed.config, parsed.base) == (GrassConfig(density=0.5), "muon")
+    parsed = parse_optim_args("preset=muon,rank=8,base=adamw_torch")
+    assert (parsed.config, parsed.base) == (GrassConfig(rank=8), "adamw_torch")
+    # which a config alone would not follow
+    for values, said in (({"preset": "muon"}, "preset='muon'"), ({"base": "sgd"}, "base='sgd'")):
+        with pytest.raises(ValueError, match=f"^{said} names the optimizer .* a GrassConfig does not hold"):
+            GrassConfig.from_dict(values)
 
 
 def test_defaults_and_those_of_the_paper():

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 pytest.importorskip("datasets")
 
+from grass_hf import MuonAdamW
 from grass_hf.convert import grass_slices
+from grass_hf.recipes import runner
 from grass_hf.recipes.models import load_model
 from grass_hf.recipes.parse import load_recipe
 from grass_hf.recipes.runner import train
@@ -63,6 +65,19 @@ def test_pretraining_leaves_a_plain_model_a_log_and_a_report(tmp_path, monkeypat
     assert "--overwrite" in capsys.readouterr().err
     assert files.grass(monkeypatch, "train", path, "--overwrite", "--max_steps", "1", "--no-grass") == 0
     assert "grass/coverage" not in (tmp_path / "out" / "training.jsonl").read_text()
+
+
+@pytest.mark.parametrize("task", ["pretraining", "finetuning", "classification", "preferences"])
+def test_the_base_optimizer_of_the_section_grass_steps(tmp_path, monkeypatch, task):
+    recipe, made = getattr(files, task)(tmp_path), []
+    recipe["grass"]["base"] = "muon"
+    recipe["training"]["max_steps"] = 2
+    build = runner.build_trainer
+    monkeypatch.setattr(runner, "build_trainer", lambda *args: made.append(build(*args)) or made[0])
+    run(tmp_path, recipe)
+    optimizer = getattr(made[0].optimizer, "optimizer", made[0].optimizer)
+    assert type(optimizer) is MuonAdamW and optimizer.grass.step == 2
+    assert ", muon, 2 steps" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("task", ["pretraining", "finetuning", "classification", "preferences"])

@@ -12,6 +12,7 @@ import yaml
 
 pytest.importorskip("datasets")
 
+from grass_hf import GrassConfig
 from grass_hf.recipes import layouts
 from grass_hf.recipes.encode import chat_encoder
 from grass_hf.recipes.metrics import f1, perplexity
@@ -43,6 +44,18 @@ def test_flags_replace_what_the_file_says(tmp_path):
     preset = load_recipe(path, ["--preset", "max_memory", "--side", "input"]).grass
     assert not preset.resident and preset.side == "input"
     assert load_recipe(path, ["--prompts", "null"]).evaluation.prompts in (None, [])
+
+
+def test_the_section_grass_may_name_the_base_optimizer(tmp_path):
+    said = files.pretraining(tmp_path)
+    said["grass"] = {"preset": "muon", "update_interval": 5}
+    path = files.write(tmp_path, said)
+    recipe = load_recipe(path)
+    assert (recipe.base, recipe.grass) == ("muon", GrassConfig(density=0.5, update_interval=5))
+    assert load_recipe(path, ["--base", "sgd"]).base == "sgd"
+    for flags in (["--base", "null", "--preset", "null"], ["--no-grass"]):
+        plain = load_recipe(path, [] if flags == ["--no-grass"] else flags, grass=flags != ["--no-grass"])
+        assert plain.base == plain.training.optim
 
 
 def test_yaml_values_have_the_types_of_the_fields(tmp_path):
@@ -268,6 +281,8 @@ def test_a_file_that_is_no_recipe(text, mentions, tmp_path, monkeypatch, capsys)
         (["--grass.rnk", "1"], "did you mean rank?"),
         (["--gras.rank", "1"], "did you mean grass?"),
         (["--preset", "papre"], "did you mean paper?"),
+        (["--base", "muonn"], "grass.base: 'muonn' is not an optimizer of the installed Trainer: did you mean muon?"),
+        (["--base", "lomo"], "grass.base=lomo updates weights during backward"),
         (["--max_steps", "x"], "training.max_steps: invalid int value: 'x'"),
         (["three"], "'three' is no flag"),
     ],

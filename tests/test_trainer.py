@@ -17,11 +17,13 @@ from grass_hf import (
     GrassCallback,
     GrassConfig,
     GrassOptimizerFactory,
+    MuonAdamW,
     convert_to_grass,
     grass_optimizer,
     restore_model,
 )
 from grass_hf.convert import grass_slices, is_converted
+from grass_hf.optim_args import parse_optim_args
 from grass_hf.presets import PRESETS
 
 CONFIG = GrassConfig(density=0.25, update_interval=3)
@@ -420,9 +422,10 @@ def test_two_processes_under_ddp(tmp_path, rule):
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_preset_trains(tmp_path, preset):
-    job = trainer(tmp_path, optim_args=f"preset={preset},update_interval=2,base=adamw_torch", max_steps=5)
+    said = parse_optim_args(f"preset={preset},update_interval=2")
+    job = trainer(tmp_path, optim_args=f"preset={preset},update_interval=2", max_steps=5)
     job.train()
-    config = job.model.grass.config
-    assert config == GrassConfig.preset(preset, update_interval=2)
+    assert job.model.grass.config == said.config
+    assert type(job.optimizer.optimizer) is (MuonAdamW if preset == "muon" else torch.optim.AdamW)
     assert job.optimizer.optimizer.grass.step == 5 and job.optimizer.optimizer.grass.metrics()["grass/coverage"] > 0.25
     assert all(part.is_released for part in grass_slices(job.model)) is (preset == "max_memory")

@@ -34,6 +34,7 @@ from .. import warmup
 from ..config import GrassConfig, unknown_key
 from ..controller import GROUP_KEY
 from ..integrations.base import check_base
+from ..presets import with_base
 from ..targets import plan
 
 
@@ -91,10 +92,11 @@ def resolve(kind: str, settings: Mapping[str, Any], rank: int, targets: Any) -> 
     if kind == "grass":
         if "scale" in settings:
             raise ValueError("grass: scale is what the study's multipliers set: leave it out of the settings.")
-        made = _config({"target_modules": targets, **settings}).to_dict()
-        if "base" in settings:
-            check_base(str(settings["base"]), "grass: base")
-            made["base"] = settings["base"]
+        fields, base = with_base({"target_modules": targets, **settings})
+        made = GrassConfig.from_dict(fields).to_dict()
+        if base is not None:
+            check_base(str(base), "grass: base")
+            made["base"] = base
         return made
     known = KINDS[kind].settings
     for name in settings:
@@ -123,12 +125,8 @@ def check_installed(kind: str) -> None:
 def grass_config(settings: Mapping[str, Any], multiplier: float, target_warmup: int = 0) -> GrassConfig:
     """The settings of a Grass run; see [Note: two rates]."""
     rates = {"scale": float(multiplier)} | ({"scale_warmup": target_warmup} if target_warmup else {})
-    return _config({**settings, **rates})
-
-
-def _config(settings: Mapping[str, Any]) -> GrassConfig:
-    """Settings without the base optimizer's name, which is none of the config."""
-    return GrassConfig.from_dict({name: value for name, value in settings.items() if name != "base"})
+    fields, _ = with_base({**settings, **rates})
+    return GrassConfig.from_dict(fields)
 
 
 def target_names(model: nn.Module, targets: Any) -> list[str]:

@@ -144,7 +144,7 @@ def estimate(recipe: Recipe, prepared: Prepared) -> MemoryEstimate:
         ValueError: it cannot be estimated.
     """
     training = recipe.training
-    cls, options = base_class_and_kwargs(training, training.optim.value, {}, Trainer.get_optimizer_cls_and_kwargs)
+    cls, options = base_class_and_kwargs(training, recipe.base, {}, Trainer.get_optimizer_cls_and_kwargs)
     dtype = dtype_of(recipe.model, prepared.config)
     batch = training.per_device_train_batch_size * (2 if recipe.task == "dpo" else 1)
     kind, adapters = type(prepared.config), None

@@ -19,9 +19,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..config import GrassConfig, parse_field, unknown_key
-from ..integrations.base import check_base
-from ..integrations.registration import NAME
+from ..config import GrassConfig, unknown_key
+from .grass_section import WORDS, base_of, read_grass
 from .schema import TASKS, DataSection, EvaluationSection, LoraSection, ModelSection, Recipe, choose
 
 SECTIONS = ("model", "data", "grass", "lora", "training", "evaluation")
@@ -69,7 +68,7 @@ def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] =
     """`load_recipe` for what a file holds."""
     kinds = {**_KINDS, "training": training_class(_task(document, flags))}
     fields = {section: {f.name for f in dataclasses.fields(kind) if f.init} for section, kind in kinds.items()}
-    fields["grass"].add("preset")
+    fields["grass"].update(WORDS)
     installed = frozenset(fields["training"])
     fields["training"].update(*_RENAMED.items())
     _check_names(document, fields, path)
@@ -83,15 +82,15 @@ def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] =
     if not grass:
         given.pop("grass", None)
     sections = {s: _parse(kinds[s], given[s], s) for s in ("model", "data", "training", "evaluation")}
-    config = _grass(given["grass"]) if "grass" in given else None
+    config, base = read_grass(given["grass"]) if "grass" in given else (None, None)
     lora = _parse(LoraSection, given["lora"], "lora") if "lora" in given else None
     if config is not None and lora is not None:
         raise ValueError("grass and lora are two ways to train: leave one section out (--no-grass drops `grass`).")
     task = _task(document, flags)
-    _check_base(sections["training"], config)
+    base = base_of(sections["training"], config, base)
     _connect(task, sections["data"], sections["training"], given["training"])
     shown = {"task": task, **{s: given[s] for s in SECTIONS if s in given}}
-    return Recipe(path, task, grass=config, lora=lora, given=shown, **sections)
+    return Recipe(path, task, grass=config, base=base, lora=lora, given=shown, **sections)
 
 
 def training_class(task: str) -> type[TrainingArguments]:
@@ -258,32 +257,6 @@ def _parse(kind: type, values: Mapping[str, Any], section: str) -> Any:
 
 def _word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-
-
-def _grass(values: Mapping[str, Any]) -> GrassConfig:
-    said = {}
-    for name, value in values.items():
-        if isinstance(value, tuple):  # the words of a flag
-            value = value[0] if len(value) == 1 else list(value)
-        # YAML reads 1e-3 as a string
-        text = isinstance(value, str) and name != "preset"
-        said[name] = parse_field(name, value, "grass") if text else value
-    try:
-        return GrassConfig.from_dict(said)
-    except ValueError as error:
-        raise ValueError(f"grass: {error}") from error
-
-
-def _check_base(training: TrainingArguments, config: GrassConfig | None) -> None:
-    if config is None:
-        return
-    optim = str(getattr(training.optim, "value", training.optim))
-    if optim == NAME:
-        raise ValueError(
-            "training.optim=grass beside a section `grass`: name the base optimizer there (adamw_torch, say), the "
-            "section says the rest."
-        )
-    check_base(optim, "training.optim")
 
 
 def _connect(task: str, data: DataSection, training: TrainingArguments, given: Mapping[str, Any]) -> None:

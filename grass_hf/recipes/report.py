@@ -111,7 +111,7 @@ def render(run: Run, start: StartReport | None) -> str:
     body = [
         f"<h1>{text(recipe.title)}</h1>",
         f'<p class="sub">{text(recipe.task)} of {text(recipe.model.name)} on {text(str(recipe.data.dataset))}: '
-        f"{text(recipe.method)}, {text(str(settings.optim.value))}, {run.results['steps']:,} steps of {batch} "
+        f"{text(recipe.method)}, {text(recipe.base)}, {run.results['steps']:,} steps of {batch} "
         "examples</p>",
         _cards(run.results),
     ]

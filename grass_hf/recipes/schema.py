@@ -210,8 +210,9 @@ class Recipe:
         task: one of `TASKS`.
         model, data, evaluation: the sections.
         grass: settings of Grass, or None: everything is trained in full by ``training.optim``.
+        base: Trainer name of the optimizer that steps, or "muon": ``grass.base``, else ``training.optim``.
         lora: adapters that are trained instead, or None.
-        training: arguments of the task's trainer; their ``optim`` is the base optimizer.
+        training: arguments of the task's trainer.
         given: per section, what file and flags set, for printing.
     """
 
@@ -220,6 +221,7 @@ class Recipe:
     model: ModelSection
     data: DataSection
     grass: GrassConfig | None
+    base: str
     lora: LoraSection | None
     training: TrainingArguments
     evaluation: EvaluationSection

@@ -19,6 +19,7 @@ from transformers import (
     default_data_collator,
 )
 
+from ..integrations.base import base_class_and_kwargs
 from ..integrations.trainer import GrassCallback
 from ..integrations.trl import head_is_target, plain_head_trainer
 from . import metrics
@@ -135,6 +136,15 @@ def build_trainer(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) ->
     Raises:
         ValueError: the settings do not fit model or engine.
     """
+    trainer, training = _trainer_of_task(recipe, prepared, model), recipe.training
+    if recipe.base != training.optim:
+        # an argument of the Trainer, which not all of TRL's pass on
+        factory = Trainer.get_optimizer_cls_and_kwargs
+        trainer.optimizer_cls_and_kwargs = base_class_and_kwargs(training, recipe.base, {}, factory)
+    return trainer
+
+
+def _trainer_of_task(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) -> Trainer:
     evaluation, training = recipe.evaluation, recipe.training
     callbacks: list[Any] = [] if recipe.grass is None else [GrassCallback(recipe.grass)]
     if recipe.task in ("pretraining", "sft"):

@@ -1,0 +1,57 @@
+"""A recipe's section `grass`: the settings of Grass, and the optimizer that steps over the slices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..config import GrassConfig, parse_field
+from ..integrations.base import check_base
+from ..integrations.registration import NAME
+from ..presets import with_base
+
+# What may stand in the section beside the fields of `GrassConfig`.
+WORDS = ("preset", "base")
+
+
+def read_grass(values: Mapping[str, Any]) -> tuple[GrassConfig, str | None]:
+    """The settings, and the base optimizer's name if ``base`` or the preset says one.
+
+    Args:
+        values: of the section; of a flag, the tuple of its words.
+
+    Raises:
+        ValueError: a value is not valid.
+    """
+    said = {}
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            value = value[0] if len(value) == 1 else list(value)
+        # YAML reads 1e-3 as a string
+        text = isinstance(value, str) and name not in WORDS
+        said[name] = parse_field(name, value, "grass") if text else value
+    try:
+        fields, base = with_base(said)
+        return GrassConfig.from_dict(fields), None if base is None else str(base)
+    except ValueError as error:
+        raise ValueError(f"grass: {error}") from error
+
+
+def base_of(training: TrainingArguments, config: GrassConfig | None, base: str | None) -> str:
+    """Name of the optimizer that steps: the section's ``base``, else ``training.optim``.
+
+    Raises:
+        ValueError: it cannot step over slices.
+    """
+    optim = str(getattr(training.optim, "value", training.optim))
+    if config is None:
+        return optim
+    if optim == NAME:
+        raise ValueError(
+            "training.optim=grass beside a section `grass`: name the base optimizer there (adamw_torch, say), the "
+            "section says the rest."
+        )
+    check_base(base or optim, "training.optim" if base is None else "grass.base")
+    return base or optim
