@@ -30,7 +30,7 @@ from .distributed import local
 from .functional import accumulation_dtype
 
 # Of slices that are orthogonalised at a time: enough work for each launch, little beside a model.
-BATCH_BYTES = 32 * 2**20
+BATCH_BYTES = 64 * 2**20
 # The quintic of Jordan's post, whose slope at zero is as large as can be while singular values stay around one.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
