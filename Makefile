@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints/dev.txt
 METADATA := setup.cfg pyproject.toml constraints/dev.txt
 OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_precision.py test_input_side.py \
-	test_models.py test_resume.py test_targets.py
+	test_models.py test_muon.py test_resume.py test_targets.py
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help

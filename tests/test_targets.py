@@ -83,8 +83,6 @@ def test_start_report_counts_the_bytes_that_a_step_makes(base):
     model = tiny_llama()
     full = 4 * sum(p.numel() for p in model.parameters())
     convert_to_grass(model, GrassConfig(density=0.25))
-    if base == "Muon" and not hasattr(torch.optim, base):
-        pytest.skip("torch before 2.9 has no Muon")
     optimizer = grass_optimizer(model, MuonAdamW if base == "Muon" else getattr(torch.optim, base), lr=1e-3)
     report = start_report(model, optimizer)
     tokens = torch.randint(VOCABULARY, (2, 8))
