@@ -21,7 +21,6 @@ one call per step, otherwise the second moment of the micro-batch gradients (doc
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -115,16 +114,13 @@ def _sum_rows(values: Tensor, row: Tensor, rows: int, padding: int = -1) -> Tens
     return torch.ops.aten.embedding_dense_backward(values, row, rows, padding, False)
 
 
-_unsafe_view = torch.ops.aten._unsafe_view.default
-
-
 def alias(y: Tensor) -> Tensor:
     """A tensor over the same memory for a `Function` to return, which models may go on to modify in place.
 
     A view of an input could not be modified; declaring the input dirty would cost a copy in backward where it is a
     view itself, as the output of a linear layer with bias is.
     """
-    return y.view_as(y) if torch.compiler.is_compiling() else _unsafe_view(y, y.shape)
+    return y.view_as(y) if torch.compiler.is_compiling() else torch.unsafe_chunk(y, 1)[0]
 
 
 class _Tap(torch.autograd.Function):
@@ -147,15 +143,18 @@ class _Tap(torch.autograd.Function):
         ctx.active_dtype = active.dtype
         if side == "input" and not ctx.observe:
             # all that backward needs: activation memory falls to r/n
-            x = take_columns(x, index).to(y.dtype) if columns is None else columns
+            x, index = take_columns(x, index).to(y.dtype) if columns is None else columns, None
         ctx.save_for_backward(x, index, multiplier)
         return alias(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
-        # A backward called inside an autocast region would autocast these products too; ordinary layers' does not.
-        on = torch.is_autocast_enabled(dy.device.type)
-        with torch.autocast(dy.device.type, enabled=False) if on else nullcontext():
+        device = dy.device.type
+        if torch.is_autocast_enabled(device):
+            # A backward called in its region would autocast these products too; ordinary layers' does not.
+            with torch.autocast(device, enabled=False):
+                grad, norms2 = _slice_gradient(ctx, dy)
+        else:
             grad, norms2 = _slice_gradient(ctx, dy)
         return dy, None, grad, None, None, norms2, None, None, None, None
 

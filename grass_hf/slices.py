@@ -112,11 +112,11 @@ class Slice(Exchange, nn.Module):
         """`functional.tap` for a product ``y`` of this weight, which this use of it may see transposed."""
         if not torch.is_grad_enabled():
             return y
-        extras = self._extras()
+        extras, index = self._extras(), self.index
         side = "output" if self.dim == selected_dim("output", transposed) else "input"
         if self.columns is not None and self.norms is None and not torch.compiler.is_compiling():
-            extras["columns"] = self.columns.gather(x, self.index, y.dtype)
-        return functional.tap(y, x, self.active, self.index, side=side, transposed=transposed, **extras)
+            extras["columns"] = self.columns.gather(x, index, y.dtype)
+        return functional.tap(y, x, self.active, index, side=side, transposed=transposed, **extras)
 
     def embedding_tap(self, y: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
         """`functional.embedding_tap` for rows of this weight."""
@@ -133,8 +133,9 @@ class Slice(Exchange, nn.Module):
 
     def _extras(self) -> dict[str, Tensor | bool | None]:
         if not torch.compiler.is_compiling():
-            self.drop_stale_norms()
-            self._move_norms()
+            if self.norms is not None:
+                self.drop_stale_norms()
+                self._move_norms()
             distributed.refuse_join()
         return {"multiplier": self.rho, "norms": self.norms, "by_sequence": self.by_sequence}
 
