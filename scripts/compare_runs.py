@@ -25,9 +25,11 @@ def parsed() -> argparse.Namespace:
 def method(recipe: dict) -> str:
     if recipe.get("lora"):
         return f"LoRA, r = {recipe['lora']['lora_r']}"
-    if recipe.get("grass"):
-        return f"Grass, {recipe['grass']['density']:g} of all rows, K = {recipe['grass']['update_interval']}"
-    return "trained in full, AdamW"
+    if (said := recipe.get("grass")) is None:
+        return "trained in full, AdamW"
+    share = f"r = {said['rank']}" if said.get("rank") else f"{said['density']:g} of all rows"
+    base = f", {said['base']}" if said.get("base") else ""
+    return f"Grass, {share}, K = {said['update_interval']}{base}"
 
 
 def row(file: Path, metric: str) -> dict:

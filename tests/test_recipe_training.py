@@ -74,7 +74,8 @@ def test_the_base_optimizer_of_the_section_grass_steps(tmp_path, monkeypatch, ta
     recipe["training"]["max_steps"] = 2
     build = runner.build_trainer
     monkeypatch.setattr(runner, "build_trainer", lambda *args: made.append(build(*args)) or made[0])
-    run(tmp_path, recipe)
+    run(tmp_path, recipe, json_file=tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text())["recipe"]["grass"]["base"] == "muon"
     optimizer = getattr(made[0].optimizer, "optimizer", made[0].optimizer)
     assert type(optimizer) is MuonAdamW and optimizer.grass.step == 2
     assert ", muon, 2 steps" in (tmp_path / "out" / "report.html").read_text()

@@ -96,12 +96,14 @@ def test_both_names_of_checkpointing_are_taken(name, tmp_path):
 
 def test_dry_run_prints_a_recipe_that_means_the_same(tmp_path, monkeypatch, capsys):
     path = files.write(tmp_path, files.pretraining(tmp_path))
-    assert files.grass(monkeypatch, "train", path, "--dry-run", "--rank", "4") == 0
+    flags = ["--rank", "4", "--base", "muon"]
+    assert files.grass(monkeypatch, "train", path, "--dry-run", *flags) == 0
     printed = capsys.readouterr().out
     (tmp_path / "again.yaml").write_text(printed)
-    first, again = load_recipe(path, ["--rank", "4"]), load_recipe(tmp_path / "again.yaml")
-    assert (again.grass, again.data, again.model, again.evaluation) == (
+    first, again = load_recipe(path, flags), load_recipe(tmp_path / "again.yaml")
+    assert (again.grass, again.base, again.data, again.model, again.evaluation) == (
         first.grass,
+        "muon",
         first.data,
         first.model,
         first.evaluation,

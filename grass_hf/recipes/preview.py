@@ -16,6 +16,7 @@ from .tasks import Prepared
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe with its defaults; of `training` what file and flags set, and what differs from the defaults."""
     training, shown = recipe.training, {}
+    base = {} if recipe.base == training.optim else {"base": recipe.base}
     # the precision is given, or the defaults of TRL's would ask for a GPU
     given = {name: getattr(training, name) for name in ("output_dir", "use_cpu", "bf16", "fp16")}
     with warnings.catch_warnings():
@@ -33,7 +34,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         "task": recipe.task,
         "model": dataclasses.asdict(recipe.model),
         "data": {f.name: getattr(recipe.data, f.name) for f in dataclasses.fields(recipe.data)},
-        **({} if recipe.grass is None else {"grass": recipe.grass.to_dict()}),
+        **({} if recipe.grass is None else {"grass": recipe.grass.to_dict() | base}),
         **({} if recipe.lora is None else {"lora": dataclasses.asdict(recipe.lora)}),
         "training": shown,
         "evaluation": dataclasses.asdict(recipe.evaluation),
