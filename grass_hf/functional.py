@@ -21,6 +21,7 @@ one call per step, otherwise the second moment of the micro-batch gradients (doc
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -149,12 +150,9 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
-        device = dy.device.type
-        if torch.is_autocast_enabled(device):
-            # A backward called in its region would autocast these products too; ordinary layers' does not.
-            with torch.autocast(device, enabled=False):
-                grad, norms2 = _slice_gradient(ctx, dy)
-        else:
+        # A backward called inside an autocast region would autocast these products too; ordinary layers' does not.
+        on = torch.is_autocast_enabled(dy.device.type)
+        with torch.autocast(dy.device.type, enabled=False) if on else nullcontext():
             grad, norms2 = _slice_gradient(ctx, dy)
         return dy, None, grad, None, None, norms2, None, None, None, None
 

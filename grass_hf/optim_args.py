@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import FIELD_TYPES, GrassConfig, parse_field, unknown_key
-from .presets import with_base
+from .presets import config_and_base
 
 
 @dataclass(frozen=True)
@@ -49,5 +49,4 @@ def parse_optim_args(text: str | None, **defaults: Any) -> OptimArgs:
     if "rank" in seen or "density" in seen:  # the string's choice replaces a default of the other
         for name in {"rank", "density"} - seen:
             values.pop(name, None)
-    fields, base = with_base(values)
-    return OptimArgs(GrassConfig.from_dict(fields), base, base_args)
+    return OptimArgs(*config_and_base(values), base_args)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import unknown_key
+from .config import GrassConfig, unknown_key
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},  # the defaults of GrassConfig, which are not Algorithm 1's
@@ -39,7 +39,7 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: there is no such preset; the sentence names the nearest. Or a base optimizer is named, which a
             config does not hold.
     """
-    fields, base = with_base(values)
+    fields, base = _with_base(values)
     if base is not None:
         said = f"preset={values['preset']!r}" if "base" not in values else f"base={base!r}"
         raise ValueError(
@@ -49,8 +49,17 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The same fields, and the base optimizer's name if ``base`` or the preset says one."""
+def config_and_base(values: Mapping[str, Any]) -> tuple[GrassConfig, str | None]:
+    """The config, and the base optimizer's name if ``base`` or the preset says one.
+
+    Raises:
+        ValueError: as `GrassConfig.from_dict`.
+    """
+    fields, base = _with_base(values)
+    return GrassConfig.from_dict(fields), base
+
+
+def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     given = dict(values)
     name = given.pop("preset", None)
     if name is not None:

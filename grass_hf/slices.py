@@ -133,9 +133,8 @@ class Slice(Exchange, nn.Module):
 
     def _extras(self) -> dict[str, Tensor | bool | None]:
         if not torch.compiler.is_compiling():
-            if self.norms is not None:
-                self.drop_stale_norms()
-                self._move_norms()
+            self.drop_stale_norms()
+            self._move_norms()
             distributed.refuse_join()
         return {"multiplier": self.rho, "norms": self.norms, "by_sequence": self.by_sequence}
 

@@ -53,8 +53,7 @@ def test_the_section_grass_may_name_the_base_optimizer(tmp_path):
     recipe = load_recipe(path)
     assert (recipe.base, recipe.grass) == ("muon", GrassConfig(density=0.5, update_interval=5))
     assert load_recipe(path, ["--base", "sgd"]).base == "sgd"
-    for flags in (["--base", "null", "--preset", "null"], ["--no-grass"]):
-        plain = load_recipe(path, [] if flags == ["--no-grass"] else flags, grass=flags != ["--no-grass"])
+    for plain in (load_recipe(path, ["--base", "null", "--preset", "null"]), load_recipe(path, grass=False)):
         assert plain.base == plain.training.optim
 
 

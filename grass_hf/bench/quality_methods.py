@@ -34,7 +34,7 @@ from .. import warmup
 from ..config import GrassConfig, unknown_key
 from ..controller import GROUP_KEY
 from ..integrations.base import check_base
-from ..presets import with_base
+from ..presets import config_and_base
 from ..targets import plan
 
 
@@ -92,8 +92,8 @@ def resolve(kind: str, settings: Mapping[str, Any], rank: int, targets: Any) -> 
     if kind == "grass":
         if "scale" in settings:
             raise ValueError("grass: scale is what the study's multipliers set: leave it out of the settings.")
-        fields, base = with_base({"target_modules": targets, **settings})
-        made = GrassConfig.from_dict(fields).to_dict()
+        config, base = config_and_base({"target_modules": targets, **settings})
+        made = config.to_dict()
         if base is not None:
             check_base(str(base), "grass: base")
             made["base"] = base
@@ -125,8 +125,7 @@ def check_installed(kind: str) -> None:
 def grass_config(settings: Mapping[str, Any], multiplier: float, target_warmup: int = 0) -> GrassConfig:
     """The settings of a Grass run; see [Note: two rates]."""
     rates = {"scale": float(multiplier)} | ({"scale_warmup": target_warmup} if target_warmup else {})
-    fields, _ = with_base({**settings, **rates})
-    return GrassConfig.from_dict(fields)
+    return config_and_base({**settings, **rates})[0]
 
 
 def target_names(model: nn.Module, targets: Any) -> list[str]:

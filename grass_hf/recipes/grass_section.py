@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from ..config import GrassConfig, parse_field
 from ..integrations.base import check_base
 from ..integrations.registration import NAME
-from ..presets import with_base
+from ..presets import config_and_base
 
 # What may stand in the section beside the fields of `GrassConfig`.
 WORDS = ("preset", "base")
@@ -33,8 +33,7 @@ def read_grass(values: Mapping[str, Any]) -> tuple[GrassConfig, str | None]:
         text = isinstance(value, str) and name not in WORDS
         said[name] = parse_field(name, value, "grass") if text else value
     try:
-        fields, base = with_base(said)
-        return GrassConfig.from_dict(fields), None if base is None else str(base)
+        return config_and_base(said)
     except ValueError as error:
         raise ValueError(f"grass: {error}") from error
 
@@ -53,5 +52,6 @@ def base_of(training: TrainingArguments, config: GrassConfig | None, base: str |
             "training.optim=grass beside a section `grass`: name the base optimizer there (adamw_torch, say), the "
             "section says the rest."
         )
-    check_base(base or optim, "training.optim" if base is None else "grass.base")
-    return base or optim
+    name = optim if base is None else str(base)
+    check_base(name, "training.optim" if base is None else "grass.base")
+    return name

@@ -92,7 +92,8 @@ def train(model, optimizer, steps, accumulate=1, wrapped=None) -> list[float]:
     return losses
 
 
-def mixtral(dtype=torch.float32, **options) -> nn.Module:
+def mixtral(dtype=torch.float32, tie_word_embeddings=False) -> nn.Module:
+    assert not tie_word_embeddings
     return model_matrix.build("mixtral").to(dtype)
 
 
@@ -157,6 +158,8 @@ def muon_equals_ddp():
 
 
 def experts_equal_ddp():
+    model, *_ = prepare(True, build=mixtral, side="input")
+    assert any(part.active.dim() == 3 for part in grass_slices(model))
     assert_equals_ddp(side="input", build=mixtral)
     assert_equals_ddp(side="input", build=mixtral, muon={})
 
