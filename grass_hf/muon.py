@@ -107,7 +107,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """A step of slices that have the same shape, (p, q) or (E, p, q)."""
         grads = [param.grad for param in batch]
         means = [self._mean(param) for param in batch]
-        if batch[0].dim() > 2:  # every expert is whole on one rank, so there is nothing to add up over ranks
+        if batch[0].dim() > 2:  # experts are whole on a rank; a DTensor of unevenly many would have to move
             batch, grads, means = ([local(tensor) for tensor in tensors] for tensors in (batch, grads, means))
         torch._foreach_lerp_(means, grads, 1.0 - group["momentum"])
         updates = torch._foreach_lerp(grads, means, group["momentum"]) if group["nesterov"] else means
