@@ -7,13 +7,13 @@ key stops with the nearest valid one, because the Trainer itself would ignore it
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-import types
-import typing
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from . import fields
 
 # The names of DESIGN's table; their maths is in `grass_hf.selection`.
 # Rules that draw with replacement, so that their slices carry multipliers, and the others.
@@ -64,6 +64,9 @@ class GrassConfig:
             selected side is smaller is trained in full as an ordinary parameter.
         density: the same as a share of the selected side, in (0, 1]; give `rank` or `density`, not both.
             With neither, 0.25 (the paper's r = d/4).
+        rank_pattern: ranks of some layers instead of `rank`, ``{"(q|k|v|o)_proj": 96}``. A key is a regular expression
+            for the module's name or the end of it after a dot, and the first that matches counts: PEFT's semantics.
+        density_pattern: the same for `density`, ``{".*self_attn.*": 0.5}``.
         update_interval: optimizer steps K between two selections of rows; the paper uses 200.
         select_until: optimizer steps after which no layer selects any more; None selects until the end.
         selection: how rows are chosen from the row norms of the gradient, see `grass_hf.selection`. By default drawn
@@ -108,6 +111,9 @@ class GrassConfig:
 
     rank: int | None = None
     density: float | None = None
+    # a dict has no hash
+    rank_pattern: dict[str, int] | None = dataclasses.field(default=None, hash=False)
+    density_pattern: dict[str, float] | None = dataclasses.field(default=None, hash=False)
     update_interval: int = 200
     select_until: int | None = None
     selection: str = "multinomial_norm_nr"
@@ -134,21 +140,20 @@ class GrassConfig:
             if isinstance(value, (list, set, tuple)):
                 # A set has no order of its own; sorted, two equal configs compare equal.
                 object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set) else value))
+        for name in ("rank_pattern", "density_pattern"):
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, dict(value) or None)
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), FIELD_TYPES[field.name])
+            fields.check_type(field.name, getattr(self, field.name), FIELD_TYPES[field.name])
         if self.rank is not None and self.density is not None:
             raise ValueError(
                 f"rank={self.rank} and density={self.density} were both given: they set the same thing, keep one."
             )
         if self.rank is None and self.density is None:
             object.__setattr__(self, "density", DEFAULT_DENSITY)
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(
-                f"rank={self.rank} is not a positive number of rows: give 1 or more, for example a quarter of the "
-                "hidden size, or use density=0.25."
-            )
-        if self.density is not None and not 0.0 < self.density <= 1.0:
-            raise ValueError(f"density={self.density} is not a share in (0, 1]: 0.25 trains a quarter at a time.")
+        _check_rank("rank", self.rank)
+        _check_density("density", self.density)
+        self._check_patterns()
         for name, (least, problem) in _LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name}={value} is {problem}.")
@@ -156,7 +161,7 @@ class GrassConfig:
             raise ValueError(f"scale={self.scale} is not a positive number: 1.0 gives the slices the learning rate.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) is not None:
-                _check_choice(name, getattr(self, name), choices)
+                fields.check_choice(name, getattr(self, name), choices)
         if not self.resident and self.selection in WITH_REPLACEMENT:
             raise ValueError(
                 f"resident=False reloads slices from the weights, and selection={self.selection!r} trains multiples of "
@@ -173,11 +178,44 @@ class GrassConfig:
         if not self.target_modules:
             raise ValueError('target_modules is empty: give "all-linear", a list of suffixes or a regular expression.')
 
-    def rank_for(self, size: int) -> int:
-        """Number of rows to train of a side with `size` rows; may exceed `size` when `rank` does."""
+    def _check_patterns(self) -> None:
+        for name, other, check in (("rank", "density", _check_rank), ("density", "rank", _check_density)):
+            values = getattr(self, f"{name}_pattern") or {}
+            if values and (beside := getattr(self, other)) is not None:
+                raise ValueError(
+                    f"{name}_pattern was given beside {other}={beside}: give {other}_pattern, or {name} for the rest."
+                )
+            for key, value in values.items():
+                shown = f"{name}_pattern[{key!r}]"
+                fields.check_type(shown, value, FIELD_TYPES[name][:1])
+                check(shown, value)
+                try:
+                    re.compile(key)
+                except re.error as error:
+                    raise ValueError(f"{name}_pattern={key!r} is not a valid regular expression ({error}).") from error
+
+    @property
+    def pattern(self) -> dict[str, int] | dict[str, float]:
+        """`rank_pattern` or `density_pattern`, whichever was given."""
+        return self.rank_pattern or self.density_pattern or {}
+
+    def pattern_key(self, name: str) -> str | None:
+        """The key of the pattern that says the rank of the module `name`, or None."""
+        return next((key for key in self.pattern if re.match(rf"(.*\.)?({key})$", name)), None)
+
+    def rank_for(self, size: int, name: str = "") -> int:
+        """Number of rows to train of a side with `size` rows, of the module `name`; may exceed `size` when `rank`
+        does."""
+        key = self.pattern_key(name)
         if self.rank is not None:
-            return self.rank
-        return max(1, round(self.density * size))
+            return self.rank if key is None else self.pattern[key]
+        return max(1, round((self.density if key is None else self.pattern[key]) * size))
+
+    @property
+    def shown_rank(self) -> str:
+        """The rank, or the density, as titles say it."""
+        shown = f"density {self.density}" if self.rank is None else f"r = {self.rank}"
+        return shown + "".join(f", {value} of {key}" for key, value in self.pattern.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, so that it loads under ``weights_only=True`` and as JSON or YAML."""
@@ -195,7 +233,7 @@ class GrassConfig:
         values = filled(values)
         for key in values:
             if key not in FIELD_TYPES:
-                raise ValueError(unknown_key(key, [*FIELD_TYPES, "preset"], "a setting of Grass"))
+                raise ValueError(fields.unknown_key(key, [*FIELD_TYPES, "preset"], "a setting of Grass"))
         return cls(**values)
 
     @classmethod
@@ -229,71 +267,22 @@ class GrassConfig:
         return parse_optim_args(text).config
 
 
-def unknown_key(key: str, known: Iterable[str], what: str) -> str:
-    """The sentence for a key that nothing reads, with the nearest known one."""
-    known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
-    return f"{key!r} is not {what}: {hint}"
+def _check_rank(name: str, rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise ValueError(
+            f"{name}={rank} is not a positive number of rows: give 1 or more, for example a quarter of the hidden "
+            "size, or use density=0.25."
+        )
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(choices)}."
-        raise ValueError(f"{name}={value!r} is not known: {hint}")
+def _check_density(name: str, density: float | None) -> None:
+    if density is not None and not 0.0 < density <= 1.0:
+        raise ValueError(f"{name}={density} is not a share in (0, 1]: 0.25 trains a quarter at a time.")
 
 
-def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
-    if isinstance(value, bool) and bool not in kinds:
-        ok = False
-    elif isinstance(value, int) and float in kinds:
-        ok = True
-    elif isinstance(value, tuple):
-        ok = tuple in kinds and all(isinstance(item, str) for item in value)
-    else:
-        ok = isinstance(value, kinds)
-    if not ok:
-        wanted = " or ".join(_KIND_NAMES[k] for k in kinds if k is not type(None))
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__}: {name} takes {wanted}.")
+FIELD_TYPES = fields.kinds_of(GrassConfig)
 
 
 def parse_field(name: str, text: str, where: str = "optim_args") -> Any:
     """The value of a field of `GrassConfig` that is written as text; `where` is named in errors."""
-    kinds = FIELD_TYPES[name]
-    if text.lower() in ("none", "null") and type(None) in kinds:
-        return None
-    if bool in kinds:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{where}: {name}={text!r} is not true or false.")
-        return text.lower() == "true"
-    if tuple in kinds and ";" in text:
-        return tuple(filter(None, text.split(";")))
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(text)
-            except ValueError:
-                raise ValueError(f"{where}: {name}={text!r} is not {_KIND_NAMES[kind]}.") from None
-    return text
-
-
-_KIND_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    bool: "true or false",
-    tuple: "a list",
-}
-
-
-def _field_types() -> dict[str, tuple[type, ...]]:
-    """Plain classes that each field accepts, read off the annotations."""
-    kinds = {}
-    for name, hint in typing.get_type_hints(GrassConfig).items():
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        kinds[name] = tuple(typing.get_origin(option) or option for option in options)
-    return kinds
-
-
-FIELD_TYPES = _field_types()
+    return fields.parse(name, text, FIELD_TYPES[name], where)

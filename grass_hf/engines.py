@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from . import controller
-from .config import GrassConfig, unknown_key
+from .config import GrassConfig
+from .fields import unknown_key
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 # Methods whose optimizers or stand-ins take whole gradients and parameters, or run no operation that is simulated.

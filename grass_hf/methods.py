@@ -22,8 +22,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from .config import GrassConfig, unknown_key
+from .config import GrassConfig
 from .convert import convert_to_grass, slice_dtype
+from .fields import unknown_key
 from .optim import grass_optimizer
 from .targets import Target, plan
 

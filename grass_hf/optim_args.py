@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .config import FIELD_TYPES, GrassConfig, parse_field, unknown_key
+from .config import FIELD_TYPES, GrassConfig, parse_field
+from .fields import unknown_key
 from .presets import config_and_base
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import experts
-from .config import GrassConfig, unknown_key
+from .config import GrassConfig
+from .fields import unknown_key
 from .modules import kind_of
 
 # What the two named patterns take, by the names of `modules.Kind`.

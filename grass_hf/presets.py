@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import GrassConfig, unknown_key
+from .config import GrassConfig
+from .fields import unknown_key
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},  # the defaults of GrassConfig, which are not Algorithm 1's
@@ -68,5 +69,6 @@ def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         preset = dict(PRESETS[name])
         if given.get("rank") is not None:  # it replaces the preset's other way of saying the same
             preset.pop("density", None)
+            preset.pop("density_pattern", None)
         given = preset | given
     return given, given.pop("base", None)

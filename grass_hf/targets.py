@@ -88,14 +88,14 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
         transposed = kind_of(use.module).transposed
         side = _side(sharing, heads, config, transposed)
         size = shape_of(use.weight)[-2 if (side == "output") != transposed else -1]
-        rank = config.rank_for(size)
+        rank = config.rank_for(size, use.name)
         if rank > size:
             left_out[use.name] = f"its {side} side has {size} rows, fewer than rank={rank}: trained in full"
             too_small.append(size)
             continue
         sharers = tuple(other.module for other in sharing[1:])
         placed = (use.module, use.parameter, sharers, side, transposed, size, rank)
-        leader = _leader(use, side, targets) if config.share_index else use.name
+        leader = _leader(use, side, rank, targets) if config.share_index else use.name
         selects_rows = (side == "output") != transposed and len(shape_of(use.weight)) == 2
         blocks = config.row_blocks if selects_rows else 1
         if not fits(size, rank, blocks):
@@ -105,6 +105,7 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
             )
         targets.append(Target(use.name, *placed, leader, blocks))
     if targets:
+        _check_pattern(model, config, targets)
         return Plan(targets, left_out)
     if too_small:
         raise ValueError(
@@ -118,15 +119,30 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
     )
 
 
-def _leader(use: Use, side: str, earlier: list[Target]) -> str:
-    """Name of the first sibling of a linear layer that selects columns of the same input."""
+def _check_pattern(model: nn.Module, config: GrassConfig, targets: list[Target]) -> None:
+    """Stop if a key of `rank_pattern` or `density_pattern` says nothing about any target."""
+    unread = set(config.pattern) - {config.pattern_key(target.name) for target in targets}
+    for key in config.pattern:
+        if key in unread:
+            field = "rank_pattern" if config.rank_pattern else "density_pattern"
+            examples = ", ".join(dict.fromkeys(target.name.rpartition(".")[2] for target in targets))
+            raise ValueError(
+                f"{field}: {key!r} is the first to match none of the targets of {type(model).__name__}: a key is a "
+                f"regular expression for the end of a module's name, from {targets[0].name} on (their last parts are "
+                f"{examples})."
+            )
+
+
+def _leader(use: Use, side: str, rank: int, earlier: list[Target]) -> str:
+    """Name of the first sibling of a linear layer that selects as many columns of the same input."""
     parent, _, leaf = use.name.rpartition(".")
     family = next((names for names in SIBLINGS if leaf in names), set())
     for target in reversed(earlier):
         other_parent, _, other_leaf = target.name.rpartition(".")
         if other_parent != parent or use.parameter != "weight" or target.parameter != "weight":
             continue
-        alike = target.side == side == "input" and shape_of(target.module.weight)[1] == shape_of(use.weight)[1]
+        alike = target.side == side == "input" and target.rank == rank
+        alike = alike and shape_of(target.module.weight)[1] == shape_of(use.weight)[1]
         if alike and other_leaf in family and target.module.weight.dtype == use.weight.dtype:
             return target.leader
     return use.name

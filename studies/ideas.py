@@ -48,10 +48,14 @@ ROWS_OF = {
     "rows_down": MLP[2:],
     "rows_qkv_gate_up": ATTENTION[:3] + MLP[:2],
 }
+# What the density of a kind is multiplied by; for MLPs with twice the numbers of attention, the budget stays the same.
 DENSITIES = {
-    "more_attention": dict.fromkeys(ATTENTION, 0.5) | dict.fromkeys(MLP, 0.125),
-    "more_mlp": dict.fromkeys(ATTENTION, 0.125) | dict.fromkeys(MLP, 0.3125),
-    "less_qkv": dict.fromkeys(ATTENTION[:3], 0.1) | dict.fromkeys(MLP, 0.325),
+    "more_attention": dict.fromkeys(ATTENTION, 2.0) | dict.fromkeys(MLP, 0.5),
+    "most_attention": dict.fromkeys(ATTENTION, 2.8) | dict.fromkeys(MLP, 0.1),
+    "more_vo": dict.fromkeys(ATTENTION[2:], 3.0) | dict.fromkeys(MLP, 0.5),
+    "more_qk": dict.fromkeys(ATTENTION[:2], 3.0) | dict.fromkeys(MLP, 0.5),
+    "more_mlp": dict.fromkeys(ATTENTION, 0.5) | dict.fromkeys(MLP, 1.25),
+    "less_qkv": dict.fromkeys(ATTENTION[:3], 0.4) | dict.fromkeys(MLP, 1.3),
 }
 MLP_NEURONS = {
     "gate_proj": ("output", "gate_proj"),
@@ -159,7 +163,7 @@ def arrange(name: str) -> None:
     def rank_for(config, size):
         if name == "water_filling":
             return WATER.ranks[WATER.group(layer[0])]
-        return max(1, round(DENSITIES[name].get(kind(), config.density) * size))
+        return min(size, max(1, round(DENSITIES[name].get(kind(), 1.0) * config.density * size)))
 
     targets._side = side
     targets._leader = leader if name in NEURONS else _leader

@@ -18,6 +18,14 @@ REFUSED = [
     ({"density": 1.5}, ["density=1.5", "(0, 1]"]),
     ({"density": float("nan")}, ["density=nan"]),
     ({"rank": 8, "density": 0.5}, ["rank=8", "density=0.5", "keep one"]),
+    ({"rank_pattern": {"q_proj": 8}}, ["rank_pattern", "density=0.25", "density_pattern", "or rank"]),
+    ({"rank": 8, "density_pattern": {"q_proj": 0.5}}, ["density_pattern", "rank=8", "rank_pattern"]),
+    ({"rank": 8, "rank_pattern": {"q_proj": 0}}, ["rank_pattern['q_proj']=0", "1 or more"]),
+    ({"rank": 8, "rank_pattern": {"q_proj": 0.5}}, ["rank_pattern['q_proj']=0.5", "whole number"]),
+    ({"density_pattern": {"q_proj": 2}}, ["density_pattern['q_proj']=2", "(0, 1]"]),
+    ({"density_pattern": {"(q_proj": 0.5}}, ["density_pattern='(q_proj'", "not a valid regular expression"]),
+    ({"density_pattern": {1: 0.5}}, ["density_pattern", "a mapping of patterns"]),
+    ({"density_pattern": "q_proj"}, ["density_pattern='q_proj'", "a mapping of patterns"]),
     ({"update_interval": 0}, ["update_interval=0", "paper uses 200"]),
     ({"select_until": 0}, ["select_until=0", "leave it out"]),
     ({"update_interval": "200"}, ["update_interval='200'", "whole number"]),
@@ -47,6 +55,8 @@ REFUSED_TEXT = [
     ("stagger=yes", ["stagger='yes'", "a whole number"]),
     ("share_index=yes", ["share_index='yes'", "true or false"]),
     ("rank=8,density=0.5", ["keep one"]),
+    ("density_pattern=q_proj", ["density_pattern", "'q_proj'", "pattern:number"]),
+    ("density_pattern=q_proj:half", ["'q_proj:half'", "pattern:number"]),
     ("selection=best", ["selection='best'"]),
 ]
 
@@ -75,6 +85,9 @@ def test_optim_args_are_read():
     assert parse_optim_args(None).config == GrassConfig()
     assert parse_optim_args("target_modules=q_proj;v_proj").config.target_modules == ("q_proj", "v_proj")
     assert parse_optim_args(r"target_modules=.*\.mlp\..*").config.target_modules == r".*\.mlp\..*"
+    said = parse_optim_args("density_pattern=(?:q|k)_proj:0.5;.*mlp.*:1").config
+    assert said.density_pattern == {"(?:q|k)_proj": 0.5, ".*mlp.*": 1} and said.density == 0.25
+    assert parse_optim_args("rank=8,rank_pattern=q_proj:4").config == GrassConfig(rank=8, rank_pattern={"q_proj": 4})
     assert parse_optim_args("slice_dtype=none").config.slice_dtype is None
     assert GrassConfig.from_optim_args("rank=8").rank == 8
     assert parse_optim_args("rank=8", target_modules=["q_proj"]).config.target_modules == ("q_proj",)

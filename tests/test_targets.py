@@ -40,7 +40,48 @@ def test_matches_what_peft_matches(patterns):
     assert names(tiny_llama(), **patterns) == theirs
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {"q_proj": 4, "down_proj": 12},
+        {"(q|k|v|o)_proj": 4},
+        {"layers.0.self_attn.q_proj": 12, ".*self_attn.*": 4},  # the first that matches counts
+        {r"layers\.1\.mlp\.up_proj": 4, "model.layers.0.self_attn.v_proj": 12},
+    ],
+    ids=str,
+)
+def test_rank_pattern_is_pefts(pattern):
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=8, rank_pattern=pattern, target_modules="all-linear"))
+    theirs = {
+        name.removeprefix("base_model.model."): module.r["default"]
+        for name, module in adapted.named_modules()
+        if hasattr(module, "base_layer")
+    }
+    ours = {t.name: t.rank for t in plan(tiny_llama(), GrassConfig(rank=8, rank_pattern=pattern)).targets}
+    assert ours == theirs and set(ours.values()) > {8}
+
+
+def test_layers_of_different_density_choose_apart_and_get_their_own_gradients():
+    model = tiny_llama()
+    config = GrassConfig(density=0.25, density_pattern={"v_proj": 0.5, "gate_proj": 1.0, "up_proj": 1})
+    tokens = torch.randint(VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    full = {name: module.weight.grad for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    leaders = {t.name.rpartition(".")[2]: t.leader.rpartition(".")[2] for t in plan(model, config).targets}
+    assert (leaders["k_proj"], leaders["v_proj"], leaders["up_proj"]) == ("q_proj", "v_proj", "gate_proj")
+    convert_to_grass(model, config)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    shares = {}
+    for layer in grass_slices(model):
+        name, index = layer.state.name, layer.index
+        torch.testing.assert_close(layer.active.grad, full[name][:, index])
+        shares[name.rpartition(".")[2]] = len(index) / full[name].shape[1]
+    assert shares == dict.fromkeys(shares, 0.25) | {"v_proj": 0.5, "gate_proj": 1.0, "up_proj": 1.0}
+
+
 REFUSED = [
+    ({"density_pattern": {"o_proj": 0.5, "attn": 0.1}}, ["density_pattern", "'attn'", "none of the targets", "q_proj"]),
+    ({"rank": 8, "rank_pattern": {".*_proj": 8, "q_proj": 4}}, ["rank_pattern", "'q_proj'", "is the first to match"]),
     ({"rank": 64}, ["rank=64", "48 rows", "density=0.25"]),
     ({"target_modules": ["qproj"]}, ["'qproj'", "q_proj"]),
     ({"target_modules": ["q_proj", "w_proj"]}, ["'w_proj'", "did you mean"]),

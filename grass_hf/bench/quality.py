@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import unknown_key
+from ..fields import unknown_key
 from ..recipes.parse import build_recipe, read_document
 from .quality_methods import resolve
 from .quality_rows import deciding

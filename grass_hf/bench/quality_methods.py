@@ -7,7 +7,7 @@
 | grass | `GrassCallback` over ``adamw_torch_fused`` | a `GrassConfig`, and ``base``; ``scale`` is the multiplier |
 | galore | the Trainer's ``galore_adamw`` (galore-torch) | gap 200, scale 0.25, projection std (its README) |
 | apollo | the Trainer's ``apollo_adamw`` (apollo-torch) | gap 200, scale 1, channel-wise, random (its README) |
-| lora, dora | PEFT's ``get_peft_model`` | alpha = rank (as PEFT's 8 and 8), no dropout |
+| lora, dora | PEFT's ``get_peft_model`` | alpha = rank, of each layer (as PEFT's 8 and 8), no dropout |
 | frozen | the target matrices frozen, AdamW over the rest | the control that trains no target |
 
 All train embeddings, output head and norms in full (unless a method's own settings target them), so that they
@@ -31,8 +31,9 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from .. import warmup
-from ..config import GrassConfig, unknown_key
+from ..config import GrassConfig
 from ..controller import GROUP_KEY
+from ..fields import unknown_key
 from ..integrations.base import check_base
 from ..presets import config_and_base
 from ..targets import plan
@@ -61,6 +62,7 @@ _GALORE = {"rank": None, "update_proj_gap": 200, "scale": 0.25, "proj_type": "st
 _APOLLO = {"rank": None, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"}
 _APOLLO |= {"proj": "random", "scale_type": "channel"}
 _LORA = {"rank": None, "lora_alpha": None, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
+_LORA |= {"rank_pattern": {}}
 
 KINDS = {
     "adamw": Kind(),
@@ -159,7 +161,7 @@ def make_ready(
         return model, targets
     from peft import LoraConfig, get_peft_model
 
-    options = {**settings, "r": settings["rank"]}
+    options = {**settings, "r": settings["rank"], "alpha_pattern": settings.get("rank_pattern", {})}
     del options["rank"]
     model = get_peft_model(model, LoraConfig(target_modules=names, **options))
     adapters = {id(param) for name, param in model.named_parameters() if "lora_" in name}

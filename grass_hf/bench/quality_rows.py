@@ -30,10 +30,10 @@ _NAMED = ("density", "rank", "update_interval", "selection", "side", "state_poli
 
 
 def deciding(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that tell a method from others. Of Grass not those that have a default: a field that is new, and
-    off, does not make another method of it."""
+    """The settings that tell a method from others. Of Grass not those that have a default, of others not an empty
+    pattern: a field that is new, and off, does not make another method of it."""
     if kind != "grass":
-        return dict(settings)
+        return {name: value for name, value in settings.items() if value != {}}
     defaults = GrassConfig().to_dict()
     return {name: value for name, value in settings.items() if name in _NAMED or value != defaults.get(name, value)}
 

@@ -27,8 +27,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from ..config import GrassConfig, unknown_key
+from ..config import GrassConfig
 from ..convert import convert_to_grass
+from ..fields import unknown_key
 from ..integrations.base import base_class_and_kwargs, check_base
 from ..optim import grass_optimizer
 from .quality_methods import KINDS, check_installed, make_ready, resolve, target_names, trainer_flags

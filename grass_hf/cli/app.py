@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from ..config import GrassConfig
+from ..config import GrassConfig, parse_field
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
 from .bench_commands import memory, speed
@@ -162,6 +162,10 @@ def estimate(
     ),
     rank: int | None = typer.Option(None, help="Rows r of every target matrix that are trained at a time."),
     density: float | None = typer.Option(None, help="The same as a share of the rows; 0.25 if neither is given."),
+    density_pattern: str | None = typer.Option(
+        None, help="Densities of some layers, as in optim_args: '(q|k|v|o)_proj:0.5;down_proj:0.1'."
+    ),
+    rank_pattern: str | None = typer.Option(None, help="The same for ranks: '(q|k|v|o)_proj:512'."),
     side: str = typer.Option(GrassConfig.side, help="Side that is selected: input (columns), output (rows) or auto."),
     selection: str = typer.Option(
         GrassConfig.selection, help="Rule by which rows are chosen; uniform_nr never observes."
@@ -221,6 +225,8 @@ def estimate(
     grass = {
         "rank": rank,
         "density": density,
+        "density_pattern": density_pattern and parse_field("density_pattern", density_pattern, "--density-pattern"),
+        "rank_pattern": rank_pattern and parse_field("rank_pattern", rank_pattern, "--rank-pattern"),
         "side": side,
         "selection": selection,
         "state_policy": state_policy,

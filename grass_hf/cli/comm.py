@@ -40,7 +40,7 @@ def run_comm(
         for method, settings in (("adamw", None), ("grass", placed)):
             expected[engine, method] = traffic(plain, settings, engine).sent(engine, ranks)
     console = Console()
-    title = f"{model}, {dtype}, {ranks} ranks, {shown_rank(config)}, {config.target_modules}, side={config.side}"
+    title = f"{model}, {dtype}, {ranks} ranks, {config.shown_rank}, {config.target_modules}, side={config.side}"
     table = Table(title=f"{title}, K = {config.update_interval}", title_justify="left")
     for heading in ("", "", "", *_COLUMNS):
         table.add_column(heading, justify="right" if heading else "left")
@@ -72,11 +72,6 @@ def _add(table: Table, row: dict[str, Any], base: dict[str, float] | None) -> No
             f"{mean / base[kind]:.4f}" if base and base[kind] else "",
         ]
         table.add_row(*cells)
-
-
-def shown_rank(config: GrassConfig) -> str:
-    """The rank, or the density, as a table's title says it."""
-    return f"density {config.density}" if config.rank is None else f"r = {config.rank}"
 
 
 def spinner(console: Console, text: str) -> Progress:

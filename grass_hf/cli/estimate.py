@@ -63,6 +63,8 @@ def run_estimate(
     if base:
         setting |= dict(zip(("optimizer", "optimizer_args"), _base(base), strict=True))
     config = GrassConfig(**grass)
+    if budget and config.pattern:
+        raise ValueError("--fit finds one rank for all layers: leave --rank-pattern and --density-pattern out.")
     model_config, factory = causal_model(model, getattr(torch, dtype))
     console = Console()
     if budget:
@@ -75,7 +77,7 @@ def run_estimate(
     title = (
         f"{model}, {dtype}, {setting['batch']} x {setting['sequence']} tokens"
         + (", gradient checkpointing" if setting["gradient_checkpointing"] else "")
-        + f", {_rank(config)}, side={config.side}, {config.selection}"
+        + f", {config.shown_rank}, side={config.side}, {config.selection}"
         + (f", stagger={config.stagger}" if config.stagger != GrassConfig.stagger else "")
         + (f", {config.weight_dtype} weights" if config.weight_dtype else "")
         + ("" if config.resident else ", slices released between steps")
@@ -138,10 +140,6 @@ def _progress(console: Console, text: str) -> Progress:
     progress.live.transient = True
     progress.add_task(text, total=None)
     return progress
-
-
-def _rank(config: GrassConfig) -> str:
-    return f"density {config.density}" if config.rank is None else f"r = {config.rank}"
 
 
 def _gib(count: int) -> str:

@@ -15,7 +15,6 @@ from ..bench import comm, net, record
 from ..bench.switch import check_possible
 from ..config import GrassConfig
 from ..traffic import ENGINES, traffic
-from .comm import shown_rank
 from .estimate import pyplot_for_png
 from .models import causal_model
 from .traffic import DTYPES, bytes_per_second
@@ -71,7 +70,7 @@ def run_net(
     parameters = sum(p.numel() for p in plain.parameters())
     title = (
         f"{engine}, {setting.workers} workers, {model or 'LLaMA'} of {parameters / 1e6:.2f} M parameters, {dtype}, "
-        f"{setting.batch} x {setting.sequence} tokens each, {shown_rank(config)}, side={config.side}"
+        f"{setting.batch} x {setting.sequence} tokens each, {config.shown_rank}, side={config.side}"
     )
     rows = net.rows(setting, measured, sent)
     _show(console, title, setting, measured, rows)

@@ -128,9 +128,9 @@ def show_steps(
 ) -> dict[str, Any]:
     """Print what `predict` says as a table, and return it with the network's options."""
     rows = predict(factory, config, network, **setting)
-    rank = f"density {config.density}" if config.rank is None else f"r = {config.rank}"
     hops = "a tree's" if network.tree else "a ring's"
-    title = f"{model}, {rank}; {network.ranks} ranks, {network.bandwidth}, {network.latency} for each of {hops} hops"
+    ranks = f"{network.ranks} ranks, {network.bandwidth}, {network.latency} for each of {hops} hops"
+    title = f"{model}, {config.shown_rank}; {ranks}"
     table = Table(title=title, title_justify="left", caption_justify="left")
     errors = "; ".join(f"{name} {low:+.0%} to {high:+.0%}" for name, (low, high) in MEASURED_ERROR.items())
     table.caption = (

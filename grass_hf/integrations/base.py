@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.training_args import OptimizerNames, TrainingArguments
 
-from ..config import unknown_key
+from ..fields import unknown_key
 from ..muon import MuonAdamW
 from ..optim import attach
 

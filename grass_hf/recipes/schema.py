@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..config import GrassConfig, unknown_key
+from ..config import GrassConfig
+from ..fields import unknown_key
 
 TASKS = ("pretraining", "sft", "dpo", "classification")
 LAYOUTS = ("auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "classification")
@@ -239,6 +240,5 @@ class Recipe:
         if self.grass is None:
             return "trained in full"
         config = self.grass
-        share = f"rank {config.rank}" if config.rank is not None else f"a share of {config.density}"
         chosen = f"rows chosen by {config.selection} every {config.update_interval} steps"
-        return f"Grass with {share}, side {config.side}, {chosen}"
+        return f"Grass with {config.shown_rank}, side {config.side}, {chosen}"
