@@ -12,6 +12,9 @@ from typing import Any
 from .config import GrassConfig
 from .fields import unknown_key
 
+# Modules in whose path the word stands: self_attn, attn, attention, SelfAttention, ...
+_ATTENTION = "(?i:.*att(n|ention).*)"
+
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},  # the defaults of GrassConfig, which are not Algorithm 1's
     # Algorithm 1 with its settings: a quarter of the rows, by the largest norms, and all state dropped with them.
@@ -28,6 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pretraining": {"selection": "cycle"},
     # As much optimizer state as AdamW has of a quarter: what trained best from random weights (docs/quality.md).
     "muon": {"density": 0.5, "base": "muon"},
+    # Half as much. Where MLPs hold twice the numbers that attention does, as in LLaMA's and GPT-2's shapes, it is a
+    # quarter of all, of which attention has four times as many columns.
+    "muon_quarter": {"density": 0.125, "density_pattern": {_ATTENTION: 0.5}, "base": "muon"},
     # Every matrix compressed, on its longer side, and no slice in memory between steps.
     "max_memory": {"resident": False, "side": "auto", "target_modules": "all-matrices"},
 }

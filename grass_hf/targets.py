@@ -127,9 +127,9 @@ def _check_pattern(model: nn.Module, config: GrassConfig, targets: list[Target])
             field = "rank_pattern" if config.rank_pattern else "density_pattern"
             examples = ", ".join(dict.fromkeys(target.name.rpartition(".")[2] for target in targets))
             raise ValueError(
-                f"{field}: {key!r} is the first to match none of the targets of {type(model).__name__}: a key is a "
-                f"regular expression for the end of a module's name, from {targets[0].name} on (their last parts are "
-                f"{examples})."
+                f"{field}: {key!r} says the rank of no target of {type(model).__name__}: a key is a regular expression "
+                f"for a module's whole name ({targets[0].name}) or its end after a dot ({examples}), and of several "
+                "that match the first one counts."
             )
 
 

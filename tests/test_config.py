@@ -103,7 +103,7 @@ def test_presets_are_sets_of_fields_that_others_override():
     assert parsed.config == GrassConfig(rank=8, side="input", resident=False, target_modules=["q_proj"])
     for name, words in (
         ("papre", "did you mean paper"),
-        ("x", "known are default, max_memory, muon, paper, pretraining"),
+        ("x", "known are default, max_memory, muon, muon_quarter, paper, pretraining"),
     ):
         with pytest.raises(ValueError, match=words):
             GrassConfig.preset(name)
@@ -116,6 +116,8 @@ def test_a_preset_may_name_a_base_optimizer_too():
     assert (parsed.config, parsed.base) == (GrassConfig(density=0.5), "muon")
     parsed = parse_optim_args("preset=muon,rank=8,base=adamw_torch")
     assert (parsed.config, parsed.base) == (GrassConfig(rank=8), "adamw_torch")
+    parsed = parse_optim_args("preset=muon_quarter,rank=8")  # which replaces both ways of saying the same
+    assert (parsed.config, parsed.base) == (GrassConfig(rank=8), "muon")
     # which a config alone would not follow
     for values, said in (({"preset": "muon"}, "preset='muon'"), ({"base": "sgd"}, "base='sgd'")):
         with pytest.raises(ValueError, match=f"^{said} names the optimizer .* a GrassConfig does not hold"):
@@ -146,7 +148,7 @@ def test_frozen():
 
 
 def test_dict_round_trip():
-    config = GrassConfig(rank=3, target_modules=["a", "b"], slice_dtype="float32", seed=7)
+    config = GrassConfig(rank=3, rank_pattern={"a": 2}, target_modules=["a", "b"], slice_dtype="float32", seed=7)
     assert GrassConfig.from_dict(config.to_dict()) == config
     assert type(config.to_dict()["target_modules"]) is list
 

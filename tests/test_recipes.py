@@ -57,6 +57,21 @@ def test_the_section_grass_may_name_the_base_optimizer(tmp_path):
         assert plain.base == plain.training.optim
 
 
+def test_the_section_grass_may_give_layers_densities_of_their_own(tmp_path):
+    said = files.pretraining(tmp_path)
+    said["grass"] = {"density": 0.25, "density_pattern": {"[qk]_proj": 0.5, "o_proj": 1}}
+    path = files.write(tmp_path, said)
+    recipe = load_recipe(path)
+    assert recipe.grass == GrassConfig(density=0.25, density_pattern={"[qk]_proj": 0.5, "o_proj": 1})
+    assert "density 0.25, 0.5 of [qk]_proj, 1 of o_proj" in recipe.method
+    changed = load_recipe(path, ["--density_pattern", "v_proj:0.5;o_proj:0.75"]).grass
+    assert changed.density_pattern == {"v_proj": 0.5, "o_proj": 0.75}
+    assert load_recipe(path, ["--density_pattern", "null"]).grass == GrassConfig(density=0.25)
+    said["grass"]["density_pattern"] = {"o_proj": "much"}
+    with pytest.raises(ValueError, match=r"grass: density_pattern\['o_proj'\]='much' is a str"):
+        load_recipe(files.write(tmp_path, said))
+
+
 def test_yaml_values_have_the_types_of_the_fields(tmp_path):
     said = files.pretraining(tmp_path)
     said["training"] |= {
@@ -95,7 +110,7 @@ def test_both_names_of_checkpointing_are_taken(name, tmp_path):
 
 def test_dry_run_prints_a_recipe_that_means_the_same(tmp_path, monkeypatch, capsys):
     path = files.write(tmp_path, files.pretraining(tmp_path))
-    flags = ["--rank", "4", "--base", "muon"]
+    flags = ["--rank", "4", "--rank_pattern", "q_proj:8", "--base", "muon"]
     assert files.grass(monkeypatch, "train", path, "--dry-run", *flags) == 0
     printed = capsys.readouterr().out
     (tmp_path / "again.yaml").write_text(printed)

@@ -7,9 +7,11 @@ import torch
 from helpers import VOCABULARY, assert_same_weights, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModel, BertConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, T5Config
 
 from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.convert import grass_slices, is_converted
+from grass_hf.presets import config_and_base
 from grass_hf.report import start_report
 from grass_hf.targets import plan
 
@@ -61,6 +63,27 @@ def test_rank_pattern_is_pefts(pattern):
     assert ours == theirs and set(ours.values()) > {8}
 
 
+@pytest.mark.parametrize(
+    "config, attention",
+    [
+        (LlamaConfig(), {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        (GPT2Config(), {"attn.c_attn", "attn.c_proj"}),
+        (GPTNeoXConfig(), {"query_key_value", "attention.dense"}),
+        (BertConfig(), {"query", "key", "value", "attention.output.dense"}),
+        (T5Config(), {"q", "k", "v", "o"}),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_preset_gives_attention_more(config, attention):
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    settings = config_and_base({"preset": "muon_quarter"})[0]
+    shares = {t.name: t.rank / t.size for t in plan(model, settings).targets}
+    mine = {name for name in shares if any(name.endswith(f".{leaf}") for leaf in attention)}
+    assert {shares[name] for name in mine} == {0.5} and 0 < len(mine) < len(shares)
+    assert all(share == 0.125 for name, share in shares.items() if name not in mine)
+
+
 def test_layers_of_different_density_choose_apart_and_get_their_own_gradients():
     model = tiny_llama()
     config = GrassConfig(density=0.25, density_pattern={"v_proj": 0.5, "gate_proj": 1.0, "up_proj": 1})
@@ -80,8 +103,11 @@ def test_layers_of_different_density_choose_apart_and_get_their_own_gradients():
 
 
 REFUSED = [
-    ({"density_pattern": {"o_proj": 0.5, "attn": 0.1}}, ["density_pattern", "'attn'", "none of the targets", "q_proj"]),
-    ({"rank": 8, "rank_pattern": {".*_proj": 8, "q_proj": 4}}, ["rank_pattern", "'q_proj'", "is the first to match"]),
+    (
+        {"density_pattern": {"o_proj": 0.5, "attn": 0.1}},
+        ["density_pattern", "'attn'", "no target of Llama", "o_proj, gate_proj"],
+    ),
+    ({"rank": 8, "rank_pattern": {".*_proj": 8, "q_proj": 4}}, ["rank_pattern", "'q_proj'", "the first one counts"]),
     ({"rank": 64}, ["rank=64", "48 rows", "density=0.25"]),
     ({"target_modules": ["qproj"]}, ["'qproj'", "q_proj"]),
     ({"target_modules": ["q_proj", "w_proj"]}, ["'w_proj'", "did you mean"]),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import TrainingArguments
@@ -77,7 +78,7 @@ def run_estimate(
     title = (
         f"{model}, {dtype}, {setting['batch']} x {setting['sequence']} tokens"
         + (", gradient checkpointing" if setting["gradient_checkpointing"] else "")
-        + f", {config.shown_rank}, side={config.side}, {config.selection}"
+        + f", {escape(config.shown_rank)}, side={config.side}, {config.selection}"
         + (f", stagger={config.stagger}" if config.stagger != GrassConfig.stagger else "")
         + (f", {config.weight_dtype} weights" if config.weight_dtype else "")
         + ("" if config.resident else ", slices released between steps")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -130,7 +131,7 @@ def show_steps(
     rows = predict(factory, config, network, **setting)
     hops = "a tree's" if network.tree else "a ring's"
     ranks = f"{network.ranks} ranks, {network.bandwidth}, {network.latency} for each of {hops} hops"
-    title = f"{model}, {config.shown_rank}; {ranks}"
+    title = f"{model}, {escape(config.shown_rank)}; {ranks}"
     table = Table(title=title, title_justify="left", caption_justify="left")
     errors = "; ".join(f"{name} {low:+.0%} to {high:+.0%}" for name, (low, high) in MEASURED_ERROR.items())
     table.caption = (
