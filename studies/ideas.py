@@ -1,4 +1,4 @@
-"""Ideas that are not in the package: controllers, base optimizers, sides and densities, measured as methods are.
+"""Ideas that are not in the package: controllers, base optimizers and sides, measured as methods are.
 
     python studies/ideas.py                         # runs/ideas.jsonl: a row per idea that has none yet
     python studies/ideas.py --only anneal,clock     # some of them
@@ -40,22 +40,13 @@ STUDY = Path(__file__).parent / "peers.yaml"
 
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-# Other sides, or other densities at the same budget, for some kinds of layers.
+# Other sides for some kinds of layers.
 ROWS_OF = {
     "rows_qkv": ATTENTION[:3],
     "rows_o": ATTENTION[3:],
     "rows_gate_up": MLP[:2],
     "rows_down": MLP[2:],
     "rows_qkv_gate_up": ATTENTION[:3] + MLP[:2],
-}
-# What the density of a kind is multiplied by; for MLPs with twice the numbers of attention, the budget stays the same.
-DENSITIES = {
-    "more_attention": dict.fromkeys(ATTENTION, 2.0) | dict.fromkeys(MLP, 0.5),
-    "most_attention": dict.fromkeys(ATTENTION, 2.8) | dict.fromkeys(MLP, 0.1),
-    "more_vo": dict.fromkeys(ATTENTION[2:], 3.0) | dict.fromkeys(MLP, 0.5),
-    "more_qk": dict.fromkeys(ATTENTION[:2], 3.0) | dict.fromkeys(MLP, 0.5),
-    "more_mlp": dict.fromkeys(ATTENTION, 0.5) | dict.fromkeys(MLP, 1.25),
-    "less_qkv": dict.fromkeys(ATTENTION[:3], 0.4) | dict.fromkeys(MLP, 1.3),
 }
 MLP_NEURONS = {
     "gate_proj": ("output", "gate_proj"),
@@ -160,22 +151,20 @@ def arrange(name: str) -> None:
         found = NEURONS.get(name, {}).get(leaf)
         return f"{parent}.{found[1]}" if found else _leader(use, *others)
 
-    def rank_for(config, size):
-        if name == "water_filling":
-            return WATER.ranks[WATER.group(layer[0])]
-        return min(size, max(1, round(DENSITIES[name].get(kind(), 1.0) * config.density * size)))
+    def rank_for(config, size, module):
+        return WATER.ranks[WATER.group(module)]
 
     targets._side = side
     targets._leader = leader if name in NEURONS else _leader
     # who choose together in these need not read the same input
     convert.SharedColumns = (lambda: None) if name in NEURONS else SharedColumns
-    GrassConfig.rank_for = rank_for if name in (*DENSITIES, "water_filling") else _rank_for
+    GrassConfig.rank_for = rank_for if name == "water_filling" else _rank_for
     reselect._rows = WATER.observe if name == "observe" else RULES.get(name, _rows)
     optim.GrassController = CONTROLLERS.get(name, GrassController)
     base.MuonAdamW = BASES.get(name, MuonAdamW)  # under the name "muon", see `main`
 
 
-IDEAS = (*CONTROLLERS, *BASES, *ROWS_OF, *DENSITIES, *NEURONS, *RULES, "water_filling")
+IDEAS = (*CONTROLLERS, *BASES, *ROWS_OF, *NEURONS, *RULES, "water_filling")
 
 
 def point_parser(description: str, json_path: str, learning_rate: float, multiplier: float) -> argparse.ArgumentParser:
