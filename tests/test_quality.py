@@ -17,9 +17,17 @@ import yaml
 from helpers import Sequences, arguments, tiny_llama
 
 from grass_hf.bench.quality import load_study
-from grass_hf.bench.quality_methods import KINDS, TwoRateTrainer, grass_config, make_ready, target_names, two_rates
+from grass_hf.bench.quality_methods import (
+    KINDS,
+    TwoRateTrainer,
+    grass_config,
+    make_ready,
+    resolve,
+    target_names,
+    two_rates,
+)
 from grass_hf.bench.quality_report import entries, write_report
-from grass_hf.bench.quality_rows import read_rows
+from grass_hf.bench.quality_rows import deciding, read_rows
 from grass_hf.bench.quality_run import held_out_loss, run_row
 from grass_hf.integrations.trainer import GrassCallback
 
@@ -143,6 +151,19 @@ def test_targets_alone_have_the_second_rate(kind, tmp_path):
     changed = [not torch.equal(a, b) for a, b in zip(before, ends[0], strict=True)]
     assert any(changed) and (all(changed) or kind in ("lora", "frozen"))
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+def test_lora_may_have_ranks_of_its_own_in_some_layers():
+    settings = resolve("lora", {"rank_pattern": {"(q|k|v|o)_proj": 8}}, 4, "all-linear")
+    model = tiny_llama()
+    adapted, _ = make_ready("lora", model, settings, target_names(model, "all-linear"))
+    ranks = {name: m.r["default"] for name, m in adapted.named_modules() if hasattr(m, "base_layer")}
+    assert set(ranks.values()) == {4, 8} and all((rank == 8) is ("self_attn" in name) for name, rank in ranks.items())
+    # alpha is each layer's rank
+    assert {m.scaling["default"] for m in adapted.modules() if hasattr(m, "base_layer")} == {1.0}
+    # and a pattern that is off makes no other method of it
+    assert "rank_pattern" not in deciding("lora", resolve("lora", {}, 4, "all-linear"))
+    assert "rank_pattern" in deciding("lora", settings)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "lora", "grass"])
