@@ -15,6 +15,7 @@ CASES = [
     "rows_equal_ddp",
     "columns_equal_ddp",
     "muon_equals_ddp",
+    "layers_with_ranks_of_their_own_equal_ddp",
     "experts_equal_ddp",
     "all_matrices_equal_ddp",
     "rules_with_replacement_equal_ddp",
@@ -51,7 +52,7 @@ def test_two_ranks(two_ranks, case):
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_more_ranks(ranks):
-    cases = [*CASES[:10], "collectives_of_a_step", "resumes_from_sharded_state", "hybrid_sharding"]
+    cases = [*CASES[:11], "collectives_of_a_step", "resumes_from_sharded_state", "hybrid_sharding"]
     said = forks.ranks(ranks, "scripts.sharded_cases.main", ranks, cases)[0]
     assert [line for line in said.splitlines() if line.startswith("ok ")] == [f"ok {case}" for case in cases]
 

@@ -157,6 +157,11 @@ def muon_equals_ddp():
     assert_equals_ddp(row_blocks=dist.get_world_size(), muon={})
 
 
+def layers_with_ranks_of_their_own_equal_ddp():
+    assert_equals_ddp(side="input", muon={}, density_pattern={".*self_attn.*": 0.25, "down_proj": 0.125})
+    assert_equals_ddp(row_blocks=dist.get_world_size(), density_pattern={"(gate|up)_proj": 0.25})
+
+
 def experts_equal_ddp():
     model, *_ = prepare(True, build=mixtral, side="input")
     assert any(part.active.dim() == 3 for part in grass_slices(model))
