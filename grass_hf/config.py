@@ -219,8 +219,8 @@ class GrassConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, so that it loads under ``weights_only=True`` and as JSON or YAML."""
-        fields = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GrassConfig:

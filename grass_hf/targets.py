@@ -121,9 +121,9 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
 
 def _check_pattern(model: nn.Module, config: GrassConfig, targets: list[Target]) -> None:
     """Stop if a key of `rank_pattern` or `density_pattern` says nothing about any target."""
-    unread = set(config.pattern) - {config.pattern_key(target.name) for target in targets}
+    read = {config.pattern_key(target.name) for target in targets}
     for key in config.pattern:
-        if key in unread:
+        if key not in read:
             field = "rank_pattern" if config.rank_pattern else "density_pattern"
             examples = ", ".join(dict.fromkeys(target.name.rpartition(".")[2] for target in targets))
             raise ValueError(
@@ -141,9 +141,9 @@ def _leader(use: Use, side: str, rank: int, earlier: list[Target]) -> str:
         other_parent, _, other_leaf = target.name.rpartition(".")
         if other_parent != parent or use.parameter != "weight" or target.parameter != "weight":
             continue
-        alike = target.side == side == "input" and target.rank == rank
-        alike = alike and shape_of(target.module.weight)[1] == shape_of(use.weight)[1]
-        if alike and other_leaf in family and target.module.weight.dtype == use.weight.dtype:
+        alike = target.side == side == "input" and shape_of(target.module.weight)[1] == shape_of(use.weight)[1]
+        alike = alike and target.module.weight.dtype == use.weight.dtype
+        if alike and other_leaf in family and target.rank == rank:
             return target.leader
     return use.name
 

@@ -375,6 +375,21 @@ def test_command_prints_a_table_and_writes_files(folder, estimate_command):
     assert not drawn or (folder / "out" / "bars.png").stat().st_size > 1000
 
 
+def test_command_takes_ranks_of_some_layers(folder, estimate_command):
+    def said(*words):
+        code, out, err = estimate_command(folder, "--sequence", "16", "--json", folder / "row.json", *words)
+        assert code == 0, err
+        return json.loads((folder / "row.json").read_text())["bytes"][0]["peak"], " ".join(out.split())
+
+    everywhere, _ = said("--density", "0.5")
+    peak, out = said("--density", "0.25", "--density-pattern", "[qkvo]_proj:0.5;(gate|up|down)_proj:0.5")
+    assert peak == everywhere > said("--density", "0.25")[0]
+    assert "density 0.25, 0.5 of [qkvo]_proj, 0.5 of (gate|up|down)_proj" in out
+    peak, _ = said("--rank", "8", "--rank-pattern", "down_proj:24")
+    config = GrassConfig(rank=8, rank_pattern={"down_proj": 24})
+    assert peak == estimate_memory(small_llama(layers=1), config, dtype="bfloat16", sequence=16).peak
+
+
 def test_command_shows_that_columns_want_staggered_layers(folder, estimate_command):
     def peak(*words):
         file = folder / ("".join(words) + ".json")
@@ -412,6 +427,8 @@ def test_command_finds_the_largest_rank(folder, estimate_command):
         (["FOLDER/broken.json"], "is not a readable JSON file"),
         (["FOLDER/plain.json"], "has no model_type"),
         (["FOLDER/t5.json"], "no causal language model"),
+        (["llama_9m", "--fit", "1GB", "--density-pattern", "q_proj:0.5"], "--fit finds one rank for all layers"),
+        (["llama_9m", "--rank-pattern", "q_proj"], "--rank-pattern: rank_pattern: 'q_proj' is not of the form"),
         (["llama_9m", "--fit", "much"], "--fit 'much' is not a size: write 40GB"),
         (["FOLDER", "--fit", "1kB"], "needs at rank 1"),
         (["FOLDER", "--sequence", "16", "--within", "1MB"], "more than 0.00: --fit finds the largest rank"),

@@ -158,8 +158,12 @@ def muon_equals_ddp():
 
 
 def layers_with_ranks_of_their_own_equal_ddp():
-    assert_equals_ddp(side="input", muon={}, density_pattern={".*self_attn.*": 0.25, "down_proj": 0.125})
-    assert_equals_ddp(row_blocks=dist.get_world_size(), density_pattern={"(gate|up)_proj": 0.25})
+    columns = {"side": "input", "density_pattern": {".*self_attn.*": 0.25, "down_proj": 0.125}}
+    rows = {"row_blocks": dist.get_world_size(), "density_pattern": {"(gate|up)_proj": 0.25}}
+    for settings, shares in ((columns, {0.125, 0.25, 0.5}), (rows, {0.25, 0.5})):
+        model, *_ = prepare(True, **settings)
+        assert {part.state.rank / part.state.size for part in grass_slices(model)} == shares
+        assert_equals_ddp(muon={} if settings is columns else None, **settings)
 
 
 def experts_equal_ddp():
