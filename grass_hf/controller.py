@@ -36,6 +36,8 @@ from .stepping import step_in_chunks
 
 # A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
 GROUP_KEY = "grass_phase"
+# Beside it, in a group of slices of embeddings and heads, where an optimizer has a use for the difference.
+VOCABULARY_KEY = "grass_vocabulary"
 
 
 class GrassController:
@@ -170,9 +172,9 @@ class GrassController:
         """What the coming step's learning rates are multiplied with."""
         found: list[warmup.Factor] = []
         if layers and self.step < self.config.scale_warmup:
-            found += warmup.after_start(self.config.scale_warmup, self.step, self._groups().values())
+            found += warmup.after_start(self.config.scale_warmup, self.step, self.groups().values())
         if self.config.state_policy == "reset_warmup":
-            found += warmup.after_reset(self.config, self.step, layers, self._groups())
+            found += warmup.after_reset(self.config, self.step, layers, self.groups())
         return found
 
     # -- after the step ----------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ class GrassController:
             self.look_ahead()  # forget what a skipped step observed
             return
         self._has_stepped = True
-        groups = self._groups()
+        groups = self.groups()
         self._write_back(layers)
         for layer in layers:
             self._owe_decay(layer, groups[id(layer.active)])
@@ -250,7 +252,7 @@ class GrassController:
         """The dtype of what the optimizer steps over for a parameter."""
         return param.dtype
 
-    def _groups(self) -> dict[int, dict[str, Any]]:
+    def groups(self) -> dict[int, dict[str, Any]]:
         """The parameter group of each slice, by the id of its parameter."""
         return {id(p): group for group in self.optimizer.param_groups if GROUP_KEY in group for p in group["params"]}
 

@@ -1,8 +1,8 @@
-"""`MuonAdamW`: Muon over the slices and PyTorch's AdamW over everything else, as one optimizer.
+"""`MuonAdamW`: Muon over the slices of hidden matrices and PyTorch's AdamW over everything else, as one optimizer.
 
 Muon (K. Jordan 2024, https://kellerjordan.github.io/posts/muon/) takes matrices only, and is meant for hidden ones:
-embeddings, norms and heads have AdamW beside it. The Trainer wants one optimizer. Muon keeps a momentum and no second
-moment, so a slice's state is half of AdamW's.
+embeddings, norms and heads have AdamW beside it, here also where they are slices. The Trainer wants one optimizer.
+Muon keeps a momentum and no second moment, so a slice's state is half of AdamW's.
 
 What is orthogonalised is the slice's momentum, r x n or m x r (of experts, each one's), and not the whole matrix's.
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .controller import GROUP_KEY
+from .controller import GROUP_KEY, VOCABULARY_KEY
 from .distributed import local
 from .functional import accumulation_dtype
 
@@ -52,8 +52,11 @@ class MuonAdamW(torch.optim.Optimizer):
             2025, arXiv 2502.16982), "original" or None by sqrt(max(1, p / q)).
 
     Raises:
-        ValueError: an argument is out of range, or, on the first step, there are no slices.
+        ValueError: an argument is out of range, or, on the first step, there are no slices of hidden matrices.
     """
+
+    # asks `grass_hf.optim.attach` for groups of their own for the slices of embeddings and heads
+    vocabulary_apart = True
 
     def __init__(
         self,
@@ -88,18 +91,21 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        slices = [group for group in self.param_groups if GROUP_KEY in group]
-        if not slices:
+        muon, adamw = [], []
+        for group in self.param_groups:
+            (muon if GROUP_KEY in group and VOCABULARY_KEY not in group else adamw).append(group)
+        if not muon:
             raise ValueError(
-                "MuonAdamW has no slices to orthogonalise and would be AdamW for all: convert the model first, and "
-                "make the optimizer by grass_optimizer(model, MuonAdamW, ...)."
+                "MuonAdamW has no slices of hidden matrices to orthogonalise and would be AdamW for all: convert the "
+                "model first, with such matrices among the targets, and make the optimizer by "
+                "grass_optimizer(model, MuonAdamW, ...)."
             )
-        for group in slices:
+        for group in muon:
             for batch in _batches(param for param in group["params"] if param.grad is not None):
                 self._step_batch(batch, group)
         # the same objects, so that schedulers and checkpoints see one optimizer
         self._adamw.state = self.state
-        self._adamw.param_groups = [group for group in self.param_groups if GROUP_KEY not in group]
+        self._adamw.param_groups = adamw
         self._adamw.step()
         return loss
 

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .controller import GROUP_KEY, GrassController
+from .controller import GROUP_KEY, VOCABULARY_KEY, GrassController
 from .convert import grass_slices, is_converted
+from .patterns import output_heads, reads_or_writes_tokens
 
 
 def grass_optimizer(
@@ -83,20 +84,32 @@ def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     config = model.grass.config
     # Staggered layers warm up at different times, and a learning rate belongs to a group.
     per_phase = config.stagger > 1 and config.state_policy == "reset_warmup"
-    phases = {id(layer.active): layer.state.phase if per_phase else -1 for layer in grass_slices(model)}
+    apart = _vocabulary(model) if getattr(optimizer, "vocabulary_apart", False) else set()
+    kinds = {
+        id(layer.active): (id(layer.weight) in apart, layer.state.phase if per_phase else -1)
+        for layer in grass_slices(model)
+    }
     for group in list(optimizer.param_groups):
         slices = defaultdict(list)
         for param in group["params"]:
-            if id(param) in phases:
-                slices[phases[id(param)]].append(param)
+            if id(param) in kinds:
+                slices[kinds[id(param)]].append(param)
         if not slices:
             continue
         settings = {key: value for key, value in group.items() if key != "params"} | _scaled(group, config)
-        ordinary = [param for param in group["params"] if id(param) not in phases]
+        ordinary = [param for param in group["params"] if id(param) not in kinds]
         group["params"] = ordinary
-        for phase, members in sorted(slices.items()):
-            optimizer.add_param_group({**settings, "params": members, GROUP_KEY: phase})
+        for (is_vocabulary, phase), members in sorted(slices.items()):
+            keys = {GROUP_KEY: phase, VOCABULARY_KEY: True} if is_vocabulary else {GROUP_KEY: phase}
+            optimizer.add_param_group({**settings, "params": members, **keys})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _vocabulary(model: nn.Module) -> set[int]:
+    """Ids of the weights of embeddings and heads."""
+    heads = output_heads(model)
+    found = [module for module in model.modules() if reads_or_writes_tokens(module, heads)]
+    return {id(module.weight) for module in found if hasattr(module, "weight")}  # a classification head may be a block
 
 
 def _scaled(group: dict[str, Any], config) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from . import experts
-from .controller import GROUP_KEY
+from .controller import GROUP_KEY, VOCABULARY_KEY
 from .convert import grass_slices
 from .distributed import shape_of
 from .modules import kind_of
@@ -139,15 +139,17 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     known = inspect.signature(type(base).__init__).parameters
     settings = {key: value for key, value in base.defaults.items() if key in known}
     settings.update({key: False for key in ("fused", "foreach", "capturable") if key in settings})
-    slices = {id(part.active) for part in controller.slices}
-    # an optimizer may treat the slices' groups in its own way
-    groups = {False: {"params": []}, True: {"params": [], GROUP_KEY: -1}}
+    # an optimizer may treat the slices' groups in its own way, and those of embeddings in another
+    owns = controller.groups()
+    groups: defaultdict[tuple[str, ...], list[torch.Tensor]] = defaultdict(list)
     for param in controller.parameters():
         alike = torch.empty(shape_of(param), dtype=controller.stepped_dtype(param), device="meta", requires_grad=True)
         alike.grad = torch.empty_like(alike)
-        groups[id(param) in slices]["params"].append(alike)
+        keys = owns.get(id(param), {})
+        groups[tuple(key for key in (GROUP_KEY, VOCABULARY_KEY) if key in keys)].append(alike)
     try:
-        trial = type(base)([group for group in groups.values() if group["params"]], **settings)
+        own = [{"params": alikes, **dict.fromkeys(keys, -1)} for keys, alikes in groups.items()]
+        trial = type(base)(own, **settings)
         trial.step()
     except Exception:  # third-party kernels without a meta implementation: the table says "after the first step"
         return None

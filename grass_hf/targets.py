@@ -13,7 +13,7 @@ from .config import GrassConfig
 from .distributed import shape_of
 from .int8 import is_int8
 from .modules import converted_class, kind_of
-from .patterns import Use, matched_uses, output_heads, shown, uses
+from .patterns import Use, matched_uses, output_heads, reads_or_writes_tokens, shown, uses
 from .selection import fits
 
 # Linear layers of one parent module that read the same input, by the field's names for them.
@@ -151,7 +151,7 @@ def _leader(use: Use, side: str, rank: int, earlier: list[Target]) -> str:
 def _side(sharing: list[Use], heads: set[int], config: GrassConfig, transposed: bool) -> str:
     # A side of the vocabulary's size is no side to select from: a token's row would be trained once in a while.
     # Feature columns serve the embedding and a tied head alike.
-    if any(isinstance(use.module, nn.Embedding) or id(use.module) in heads for use in sharing):
+    if any(reads_or_writes_tokens(use.module, heads) for use in sharing):
         return "output" if transposed else "input"
     if config.side != "auto":
         return config.side

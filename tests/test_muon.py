@@ -7,9 +7,10 @@ from unittest import mock
 import pytest
 import torch
 from helpers import assert_same_weights, tiny_llama, trainer
-from model_matrix import build
+from model_matrix import SHAPE, batch, build
 from test_experts import needs_interface
 from torch import nn
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from grass_hf import GrassCallback, GrassConfig, MuonAdamW, convert_to_grass, estimate_memory, grass_optimizer, muon
 from grass_hf.convert import grass_slices
@@ -78,6 +79,44 @@ def test_a_step_of_a_slice_is_muons_own(nesterov, adjustment):
         torch.testing.assert_close(part.active, copies[part.state.name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("tied", [False, True])
+def test_slices_of_embedding_and_head_have_adamw(tied, resident):
+    """As over the same slices by themselves; all others have Muon."""
+    model = tiny_llama(tie_word_embeddings=tied)
+    convert_to_grass(model, GrassConfig(density=0.5, target_modules="all-matrices", resident=resident, stagger=1))
+    optimizer = grass_optimizer(model, MuonAdamW, lr=0.01, weight_decay=0.1)
+    tables = [part for part in grass_slices(model) if part.state.name in ("model.embed_tokens", "lm_head")]
+    assert len(tables) == (1 if tied else 2)
+    copies = [nn.Parameter(part.weight.index_select(1, part.index).clone()) for part in tables]
+    adamw = torch.optim.AdamW(copies, lr=0.01, weight_decay=0.1)
+    gradients(model, 0)  # on which all select, so it is the first step that is compared
+    for copy, part in zip(copies, tables, strict=True):
+        copy.grad = part.active.grad.clone()
+    indices = [part.index.clone() for part in tables]
+    adamw.step()
+    optimizer.step()
+    for copy, part, index in zip(copies, tables, indices, strict=True):
+        torch.testing.assert_close(part.weight.index_select(1, index), copy, rtol=0, atol=1e-7)
+    found = {part: {"momentum_buffer", "exp_avg"} & set(optimizer.state[part.active]) for part in grass_slices(model)}
+    assert len(found) == 14 + len(tables)
+    assert found == {part: {"exp_avg"} if part in tables else {"momentum_buffer"} for part in found}
+
+
+def test_the_hidden_matrices_of_a_classification_head_have_muon():
+    """RoBERTa's head is a module of two linear layers, and no matrix itself."""
+    config = RobertaConfig(**SHAPE, num_labels=3, max_position_embeddings=32)
+    model = RobertaForSequenceClassification(config)
+    convert_to_grass(model, GrassConfig(density=0.5, target_modules="all-matrices"))
+    optimizer = grass_optimizer(model, MuonAdamW, lr=0.01)
+    model(**batch(model)).loss.backward()
+    optimizer.step()
+    adamw = {part.state.name for part in grass_slices(model) if "exp_avg" in optimizer.state[part.active]}
+    assert adamw == {f"roberta.embeddings.{name}_embeddings" for name in ("word", "position", "token_type")}
+    head = next(part for part in grass_slices(model) if part.state.name == "classifier.dense")
+    assert "momentum_buffer" in optimizer.state[head.active]
+
+
 def test_momentum_goes_with_its_columns():
     model = tiny_llama()
     convert_to_grass(model, GrassConfig(density=0.5, update_interval=3, side="input"))
@@ -115,8 +154,10 @@ def test_a_slices_state_is_half_of_adamws():
     assert 2 * state_bytes(MuonAdamW) == state_bytes(torch.optim.AdamW) > 0
 
 
-def test_through_the_trainer_and_resumed_exactly(tmp_path):
-    options = {"optim_args": "density=0.5,update_interval=3,base=muon,base.momentum=0.9", "max_steps": 7}
+@pytest.mark.parametrize("targets", ["all-linear", "all-matrices"])
+def test_through_the_trainer_and_resumed_exactly(tmp_path, targets):
+    arguments = f"density=0.5,update_interval=3,target_modules={targets},base=muon,base.momentum=0.9"
+    options = {"optim_args": arguments, "max_steps": 7}
     options |= {"adam_beta2": 0.97, "lr_scheduler_type": "cosine"}
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
@@ -158,8 +199,9 @@ def test_released_slices_take_the_same_steps():
     assert_same_weights(*models, atol=0)
 
 
-def test_the_estimate_counts_its_state():
-    config = GrassConfig(density=0.25)
+@pytest.mark.parametrize("targets", ["all-linear", "all-matrices"])
+def test_the_estimate_counts_its_state(targets):
+    config = GrassConfig(density=0.25, target_modules=targets)
     muon, adamw = (
         estimate_memory(tiny_llama, config, optimizer=cls, optimizer_args={"lr": 1e-3}, sequence=16).step
         for cls in (MuonAdamW, torch.optim.AdamW)
@@ -167,7 +209,7 @@ def test_the_estimate_counts_its_state():
     model = tiny_llama()
     convert_to_grass(model, config)
     assert adamw.optimizer_state - muon.optimizer_state == pytest.approx(
-        sum(part.active.nbytes for part in grass_slices(model)), rel=0.02
+        sum(part.active.nbytes for part in grass_slices(model) if "layers" in part.state.name), rel=0.02
     )
 
 
@@ -201,10 +243,10 @@ def test_batches_are_of_one_shape_and_bounded_and_change_nothing(monkeypatch):
         optimizer, sizes = grass_optimizer(model, MuonAdamW, lr=0.01), []
         original = optimizer._step_batch
 
-        def spy(batch, group, original=original, sizes=sizes):
-            assert len({param.shape for param in batch}) == 1
-            sizes.append(len(batch))
-            original(batch, group)
+        def spy(members, group, original=original, sizes=sizes):
+            assert len({param.shape for param in members}) == 1
+            sizes.append(len(members))
+            original(members, group)
 
         optimizer._step_batch = spy
         for step in range(3):
@@ -249,9 +291,15 @@ def test_what_it_cannot_do_is_said(options):
         grass_optimizer(model, MuonAdamW, lr=0.01, **options)
 
 
-def test_without_slices_it_takes_no_step():
-    with pytest.raises(ValueError, match="no slices to orthogonalise"):
+def test_without_slices_of_hidden_matrices_it_takes_no_step():
+    with pytest.raises(ValueError, match="no slices of hidden matrices to orthogonalise"):
         MuonAdamW(tiny_llama().parameters(), lr=0.01).step()
+    model = tiny_llama()
+    convert_to_grass(model, GrassConfig(density=0.5, target_modules=["embed_tokens"]))
+    optimizer = grass_optimizer(model, MuonAdamW, lr=0.01)
+    gradients(model, 0)
+    with pytest.raises(ValueError, match="among the targets"):
+        optimizer.step()
 
 
 def test_zero_is_refused():

@@ -145,11 +145,12 @@ def test_layers_below_rank_train_in_full_and_are_named():
     assert listed + slices == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", "all-matrices"])
 @pytest.mark.parametrize("base", ["AdamW", "SGD", "Muon"])
-def test_start_report_counts_the_bytes_that_a_step_makes(base):
+def test_start_report_counts_the_bytes_that_a_step_makes(base, targets):
     model = tiny_llama()
     full = 4 * sum(p.numel() for p in model.parameters())
-    convert_to_grass(model, GrassConfig(density=0.25))
+    convert_to_grass(model, GrassConfig(density=0.25, target_modules=targets))
     optimizer = grass_optimizer(model, MuonAdamW if base == "Muon" else getattr(torch.optim, base), lr=1e-3)
     report = start_report(model, optimizer)
     tokens = torch.randint(VOCABULARY, (2, 8))

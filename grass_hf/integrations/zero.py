@@ -99,7 +99,7 @@ class ZeroController(GrassController):
     def stepped_dtype(self, param: nn.Parameter) -> torch.dtype:
         return self._place[id(param)].values.dtype
 
-    def _groups(self) -> dict[int, dict[str, Any]]:
+    def groups(self) -> dict[int, dict[str, Any]]:
         # looked up every time, because loading a state puts other dicts in the groups' places
         groups = self.base.param_groups
         return {id(part.active): groups[self._place[id(part.active)].group] for part in self.slices}

@@ -154,6 +154,7 @@ def columns_equal_ddp():
 
 def muon_equals_ddp():
     assert_equals_ddp(side="input", muon={})
+    assert_equals_ddp(side="input", target_modules="all-matrices", muon={})
     assert_equals_ddp(row_blocks=dist.get_world_size(), muon={})
 
 
