@@ -36,7 +36,7 @@ from .stepping import step_in_chunks
 
 # A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
 GROUP_KEY = "grass_phase"
-# Beside it, in a group of slices of embeddings and heads, where an optimizer has a use for the difference.
+# Beside it, in a group of slices of embeddings and heads where they are stepped as ordinary parameters are.
 VOCABULARY_KEY = "grass_vocabulary"
 
 
@@ -172,7 +172,8 @@ class GrassController:
         """What the coming step's learning rates are multiplied with."""
         found: list[warmup.Factor] = []
         if layers and self.step < self.config.scale_warmup:
-            found += warmup.after_start(self.config.scale_warmup, self.step, self.groups().values())
+            scaled = [group for group in self.groups().values() if VOCABULARY_KEY not in group]
+            found += warmup.after_start(self.config.scale_warmup, self.step, scaled)
         if self.config.state_policy == "reset_warmup":
             found += warmup.after_reset(self.config, self.step, layers, self.groups())
         return found

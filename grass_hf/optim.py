@@ -54,7 +54,8 @@ def attach(
     """Let an optimizer made over a converted model's parameters drive its slices; once is enough.
 
     The slices move to parameter groups of their own, after the ordinary ones, with ``lr * scale`` and
-    ``weight_decay / scale``: alpha multiplies what the gradient does, not the decay.
+    ``weight_decay / scale``: alpha multiplies what the gradient does, not the decay. An optimizer that is of another
+    kind over slices of embeddings and heads says so by ``vocabulary_apart = True``; theirs is the ordinary rate then.
 
     Raises:
         ValueError: the model is not converted, the optimizer lacks the slices, or it cannot drive them.
@@ -96,12 +97,13 @@ def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
                 slices[kinds[id(param)]].append(param)
         if not slices:
             continue
-        settings = {key: value for key, value in group.items() if key != "params"} | _scaled(group, config)
+        settings = {key: value for key, value in group.items() if key != "params"}
+        scaled = settings | _scaled(group, config)
         ordinary = [param for param in group["params"] if id(param) not in kinds]
         group["params"] = ordinary
         for (is_vocabulary, phase), members in sorted(slices.items()):
-            keys = {GROUP_KEY: phase, VOCABULARY_KEY: True} if is_vocabulary else {GROUP_KEY: phase}
-            optimizer.add_param_group({**settings, "params": members, **keys})
+            own = {**settings, VOCABULARY_KEY: True} if is_vocabulary else scaled
+            optimizer.add_param_group({**own, "params": members, GROUP_KEY: phase})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 

@@ -82,15 +82,17 @@ def test_a_step_of_a_slice_is_muons_own(nesterov, adjustment):
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("tied", [False, True])
 def test_slices_of_embedding_and_head_have_adamw(tied, resident):
-    """As over the same slices by themselves; all others have Muon."""
+    """As over the same slices by themselves, at the ordinary rate; all others have Muon."""
     model = tiny_llama(tie_word_embeddings=tied)
-    convert_to_grass(model, GrassConfig(density=0.5, target_modules="all-matrices", resident=resident, stagger=1))
+    config = GrassConfig(density=0.5, target_modules="all-matrices", resident=resident, scale=4.0, scale_warmup=3)
+    convert_to_grass(model, config)
     optimizer = grass_optimizer(model, MuonAdamW, lr=0.01, weight_decay=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.04, 0.01]
     tables = [part for part in grass_slices(model) if part.state.name in ("model.embed_tokens", "lm_head")]
     assert len(tables) == (1 if tied else 2)
     copies = [nn.Parameter(part.weight.index_select(1, part.index).clone()) for part in tables]
     adamw = torch.optim.AdamW(copies, lr=0.01, weight_decay=0.1)
-    gradients(model, 0)  # on which all select, so it is the first step that is compared
+    gradients(model, 0)
     for copy, part in zip(copies, tables, strict=True):
         copy.grad = part.active.grad.clone()
     indices = [part.index.clone() for part in tables]
