@@ -29,10 +29,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Many turns for every row: as long a run as pretraining is, in which norms are no better than chance and turns are.
     "pretraining": {"selection": "cycle"},
-    # As much optimizer state as AdamW has of a quarter: what trained best from random weights (docs/quality.md).
-    "muon": {"density": 0.5, "base": "muon"},
-    # Half as much. Where MLPs hold twice the numbers that attention does, as in LLaMA's and GPT-2's shapes, it is a
-    # quarter of all, of which attention has four times as many columns.
+    # What trained best from random weights (docs/quality.md). Where MLPs hold twice the numbers that attention does, as
+    # in LLaMA's and GPT-2's shapes, it is half of all: as much optimizer state as AdamW has of a quarter.
+    "muon": {"density": 0.25, "density_pattern": {_ATTENTION: 1.0}, "base": "muon"},
+    # Half as much: a quarter of all.
     "muon_quarter": {"density": 0.125, "density_pattern": {_ATTENTION: 0.5}, "base": "muon"},
     # Every matrix compressed, on its longer side, and no slice in memory between steps.
     "max_memory": {"resident": False, "side": "auto", "target_modules": "all-matrices"},

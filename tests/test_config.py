@@ -113,7 +113,8 @@ def test_presets_are_sets_of_fields_that_others_override():
 
 def test_a_preset_may_name_a_base_optimizer_too():
     parsed = parse_optim_args("preset=muon")
-    assert (parsed.config, parsed.base) == (GrassConfig(density=0.5), "muon")
+    (attention,) = parsed.config.density_pattern
+    assert parsed.config == GrassConfig(density=0.25, density_pattern={attention: 1.0}) and parsed.base == "muon"
     parsed = parse_optim_args("preset=muon,rank=8,base=adamw_torch")
     assert (parsed.config, parsed.base) == (GrassConfig(rank=8), "adamw_torch")
     parsed = parse_optim_args("preset=muon_quarter,rank=8")  # which replaces both ways of saying the same

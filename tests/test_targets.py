@@ -63,6 +63,7 @@ def test_rank_pattern_is_pefts(pattern):
     assert ours == theirs and set(ours.values()) > {8}
 
 
+@pytest.mark.parametrize("preset, share, others", [("muon", 1.0, 0.25), ("muon_quarter", 0.5, 0.125)])
 @pytest.mark.parametrize(
     "config, attention",
     [
@@ -74,14 +75,14 @@ def test_rank_pattern_is_pefts(pattern):
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_a_preset_gives_attention_more(config, attention):
+def test_a_preset_gives_attention_more(config, attention, preset, share, others):
     with torch.device("meta"):
         model = AutoModel.from_config(config)
-    settings = config_and_base({"preset": "muon_quarter"})[0]
+    settings = config_and_base({"preset": preset})[0]
     shares = {t.name: t.rank / t.size for t in plan(model, settings).targets}
     mine = {name for name in shares if any(name.endswith(f".{leaf}") for leaf in attention)}
-    assert {shares[name] for name in mine} == {0.5} and 0 < len(mine) < len(shares)
-    assert all(share == 0.125 for name, share in shares.items() if name not in mine)
+    assert {shares[name] for name in mine} == {share} and 0 < len(mine) < len(shares)
+    assert {shares[name] for name in shares if name not in mine} == {others}
 
 
 def test_layers_of_different_density_choose_apart_and_get_their_own_gradients():
