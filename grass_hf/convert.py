@@ -85,6 +85,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
                 blocks=target.blocks,
                 by_sequence=config.score_by == "sequence",
                 resident=config.resident,
+                vocabulary=target.vocabulary,
                 as_int8=_as_int8(target, config),
             )
     ignored = getattr(model, "_keys_to_ignore_on_save", None)

@@ -12,7 +12,6 @@ from torch import nn
 
 from .controller import GROUP_KEY, VOCABULARY_KEY, GrassController
 from .convert import grass_slices, is_converted
-from .patterns import output_heads, reads_or_writes_tokens
 
 
 def grass_optimizer(
@@ -85,9 +84,9 @@ def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     config = model.grass.config
     # Staggered layers warm up at different times, and a learning rate belongs to a group.
     per_phase = config.stagger > 1 and config.state_policy == "reset_warmup"
-    apart = _vocabulary(model) if getattr(optimizer, "vocabulary_apart", False) else set()
+    apart = getattr(optimizer, "vocabulary_apart", False)
     kinds = {
-        id(layer.active): (id(layer.weight) in apart, layer.state.phase if per_phase else -1)
+        id(layer.active): (apart and layer.vocabulary, layer.state.phase if per_phase else -1)
         for layer in grass_slices(model)
     }
     for group in list(optimizer.param_groups):
@@ -105,13 +104,6 @@ def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             own = {**settings, VOCABULARY_KEY: True} if is_vocabulary else scaled
             optimizer.add_param_group({**own, "params": members, GROUP_KEY: phase})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-
-
-def _vocabulary(model: nn.Module) -> set[int]:
-    """Ids of the weights of embeddings and heads."""
-    heads = output_heads(model)
-    found = [module for module in model.modules() if reads_or_writes_tokens(module, heads)]
-    return {id(module.weight) for module in found if hasattr(module, "weight")}  # a classification head may be a block
 
 
 def _scaled(group: dict[str, Any], config) -> dict[str, Any]:

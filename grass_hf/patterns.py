@@ -111,11 +111,6 @@ def output_heads(model: nn.Module) -> set[int]:
     return {id(head)} if head is not None else {id(getattr(model, name, None)) for name in SEQ_CLS_HEAD_NAMES}
 
 
-def reads_or_writes_tokens(module: nn.Module, heads: set[int]) -> bool:
-    """Whether a module is an embedding or one of a model's `output_heads`."""
-    return isinstance(module, nn.Embedding) or id(module) in heads
-
-
 def _check_regular_expressions(config: GrassConfig) -> None:
     for field in ("target_modules", "exclude_modules"):
         pattern = getattr(config, field)

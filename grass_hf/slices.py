@@ -43,6 +43,7 @@ class Slice(Exchange, nn.Module):
         blocks: parts of the side that choose rows for themselves.
         by_sequence: what norms are of, see `functional.tap`.
         resident: whether the slice stays in memory between steps, see [Note: released slices] in `grass_hf.exchange`.
+        vocabulary: whether the weight is an embedding, or the head, or both.
 
     Attributes:
         active: Parameter, (..., r, n) for side "output", (..., m, r) for "input", or transposed as the weight is.
@@ -74,6 +75,7 @@ class Slice(Exchange, nn.Module):
         blocks: int = 1,
         by_sequence: bool = False,
         resident: bool = True,
+        vocabulary: bool = False,
     ):
         super().__init__()
         # not registered: the owner is the parent
@@ -101,6 +103,7 @@ class Slice(Exchange, nn.Module):
         self.columns = columns
         self.by_sequence = by_sequence
         self.resident = resident
+        self.vocabulary = vocabulary
         self.state = SliceState(name, size, rank, phase, leader or name, blocks, trained=trained)
 
     @property

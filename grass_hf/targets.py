@@ -13,7 +13,7 @@ from .config import GrassConfig
 from .distributed import shape_of
 from .int8 import is_int8
 from .modules import converted_class, kind_of
-from .patterns import Use, matched_uses, output_heads, reads_or_writes_tokens, shown, uses
+from .patterns import Use, matched_uses, output_heads, shown, uses
 from .selection import fits
 
 # Linear layers of one parent module that read the same input, by the field's names for them.
@@ -42,6 +42,7 @@ class Target:
         rank: how many of them are trained at a time.
         leader: name of the first target that selects the same columns of the same input; its own, mostly.
         blocks: parts of the stored rows that choose for themselves.
+        vocabulary: whether it is an embedding, or the head, or both.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Target:
     rank: int
     leader: str
     blocks: int
+    vocabulary: bool
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
             left_out[use.name] = reason
             continue
         transposed = kind_of(use.module).transposed
-        side = _side(sharing, heads, config, transposed)
+        vocabulary = any(isinstance(each.module, nn.Embedding) or id(each.module) in heads for each in sharing)
+        side = _side(sharing, vocabulary, config, transposed)
         size = shape_of(use.weight)[-2 if (side == "output") != transposed else -1]
         rank = config.rank_for(size, use.name)
         if rank > size:
@@ -103,7 +106,7 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
                 f"{use.name}: rank={rank} of its {size} rows cannot be split over row_blocks={blocks}, the last would "
                 f"have fewer rows than it should train: give a rank that {blocks} divides, or side='input'."
             )
-        targets.append(Target(use.name, *placed, leader, blocks))
+        targets.append(Target(use.name, *placed, leader, blocks, vocabulary))
     if targets:
         _check_pattern(model, config, targets)
         return Plan(targets, left_out)
@@ -148,10 +151,10 @@ def _leader(use: Use, side: str, rank: int, earlier: list[Target]) -> str:
     return use.name
 
 
-def _side(sharing: list[Use], heads: set[int], config: GrassConfig, transposed: bool) -> str:
+def _side(sharing: list[Use], vocabulary: bool, config: GrassConfig, transposed: bool) -> str:
     # A side of the vocabulary's size is no side to select from: a token's row would be trained once in a while.
     # Feature columns serve the embedding and a tied head alike.
-    if any(reads_or_writes_tokens(use.module, heads) for use in sharing):
+    if vocabulary:
         return "output" if transposed else "input"
     if config.side != "auto":
         return config.side
