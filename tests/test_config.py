@@ -103,7 +103,7 @@ def test_presets_are_sets_of_fields_that_others_override():
     assert parsed.config == GrassConfig(rank=8, side="input", resident=False, target_modules=["q_proj"])
     for name, words in (
         ("papre", "did you mean paper"),
-        ("x", "known are default, max_memory, muon, muon_quarter, paper, pretraining"),
+        ("x", "known are default, max_memory, muon, muon_eighth, muon_quarter, paper, pretraining"),
     ):
         with pytest.raises(ValueError, match=words):
             GrassConfig.preset(name)

@@ -63,7 +63,9 @@ def test_rank_pattern_is_pefts(pattern):
     assert ours == theirs and set(ours.values()) > {8}
 
 
-@pytest.mark.parametrize("preset, share, others", [("muon", 1.0, 0.25), ("muon_quarter", 0.5, 0.125)])
+@pytest.mark.parametrize(
+    "preset, share, others", [("muon", 1.0, 0.25), ("muon_quarter", 0.5, 0.125), ("muon_eighth", 0.25, 0.0625)]
+)
 @pytest.mark.parametrize(
     "config, attention",
     [
