@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # What trained best from random weights (docs/quality.md). Where MLPs hold twice the numbers that attention does, as
     # in LLaMA's and GPT-2's shapes, it is half of all: as much optimizer state as AdamW has of a quarter.
     "muon": {"density": 0.25, "density_pattern": {_ATTENTION: 1.0}, "base": "muon"},
-    # Half as much, a quarter of all, and half as much again.
+    # The same of a quarter of all, and of an eighth.
     "muon_quarter": {"density": 0.125, "density_pattern": {_ATTENTION: 0.5}, "base": "muon"},
     "muon_eighth": {"density": 0.0625, "density_pattern": {_ATTENTION: 0.25}, "base": "muon"},
     # Every matrix compressed, on its longer side, and no slice in memory between steps.
