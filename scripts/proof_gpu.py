@@ -27,7 +27,7 @@ from proving import (
     train,
     training_texts,
 )
-from torch import nn
+from torch import cuda, nn
 from transformers import AutoConfig
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
@@ -50,13 +50,13 @@ MOST_TAKEN = 2 * 10**9
 
 def limited(gigabytes: float) -> int:
     """Make the allocator refuse what a card of so many 10^9 bytes would; bytes that the driver has taken of it."""
-    free, total = torch.cuda.mem_get_info()
+    free, total = cuda.mem_get_info()
     taken = total - free
     if taken > MOST_TAKEN:
         raise SystemExit(
             f"{taken / 1e9:.1f} GB of the GPU are in use: end the other processes on it, which would count."
         )
-    torch.cuda.set_per_process_memory_fraction((gigabytes * 1e9 - taken) / total)
+    cuda.set_per_process_memory_fraction((gigabytes * 1e9 - taken) / total)
     return taken
 
 
@@ -90,7 +90,7 @@ def prove(args: argparse.Namespace) -> dict:
     say(f"{count:,} parameters made in {time.perf_counter() - begun:.1f} s, {taken / GIB:.2f} GiB taken by the driver")
     optimizer = ready(args, model)
     steps = train(model, optimizer, texts, args.steps)
-    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    peak, reserved = cuda.max_memory_allocated(), cuda.max_memory_reserved()
     coverage = optimizer.grass.metrics()["grass/coverage"] if args.method == "grass" else 1.0
     del optimizer  # and its weights' gradients, which a step has set to None
     seconds = {kind: [s["seconds"] for s in steps[1:] if s["observes"] == kind] for kind in (False, True)}
@@ -110,7 +110,7 @@ def prove(args: argparse.Namespace) -> dict:
 
 
 def main(args: argparse.Namespace) -> None:
-    if not torch.cuda.is_available():
+    if not cuda.is_available():
         raise SystemExit("proof_gpu.py needs a GPU, and torch sees none: proof_7b.py and proof_13b_int8.py need none.")
     row = {"proof": "gpu", **{name: value for name, value in vars(args).items() if name != "json"}}
     try:

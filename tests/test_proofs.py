@@ -5,6 +5,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,12 +52,14 @@ def on_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         script, "training_texts", lambda count, tokens, _: torch.arange(count * tokens).view(count, -1) % 8
     )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "made up")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (99 * 10**9, 100 * 10**9))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2 * 10**9)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 10**9)
+    gpu = SimpleNamespace(  # for the script alone: optimizers would look for the GPU's streams
+        is_available=lambda: True,
+        mem_get_info=lambda: (99 * 10**9, 100 * 10**9),
+        set_per_process_memory_fraction=fractions.append,
+        max_memory_allocated=lambda: 2 * 10**9,
+        max_memory_reserved=lambda: 3 * 10**9,
+    )
+    monkeypatch.setattr(script, "cuda", gpu)
 
     def run(*words):
         file = tmp_path / "figures.jsonl"
@@ -99,7 +102,8 @@ def test_what_does_not_fit_is_said(on_a_gpu, monkeypatch):
 
 
 def test_a_gpu_that_others_use_is_refused(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * 10**9, 100 * 10**9))
+    script = importlib.import_module("proof_gpu")
+    monkeypatch.setattr(script.cuda, "mem_get_info", lambda: (70 * 10**9, 100 * 10**9))
     with pytest.raises(FileNotFoundError):  # no figures
         on_a_gpu()
 
@@ -107,6 +111,6 @@ def test_a_gpu_that_others_use_is_refused(on_a_gpu, monkeypatch):
 def test_without_a_gpu_the_proof_says_so(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     script = importlib.import_module("proof_gpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(script.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a GPU, and torch sees none"):
         script.main(None)
