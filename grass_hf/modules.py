@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from . import experts, int8
 from .distributed import gathered
+from .drift import unwatch, watch
 from .slices import Slice
 
 
@@ -199,8 +200,10 @@ def attach_slice(
     made = Slice(module, parameter, transposed=transposed, **settings)
     if as_int8 and not int8.is_int8(weight):
         setattr(module, parameter, int8.quantize(weight))
+    watch(made.weight)
     _swap(module)
     setattr(module, attribute, made)
+    made.drift.note(made)
     for sharer in sharers:
         _swap(sharer)
         # not registered, so that the slice has one name and one place
@@ -212,6 +215,7 @@ def detach_slices(module: GrassModule) -> None:
     """Turn a module back into what it was, in place; its weights must be up to date."""
     for name, part in module.own_slices().items():
         delattr(module, name)
+        unwatch(part.weight)
         if int8.is_int8(part.weight):
             setattr(module, part.parameter, nn.Parameter(int8.dequantize(part.weight)))
         getattr(module, part.parameter).requires_grad_(True)
