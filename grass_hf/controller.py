@@ -97,8 +97,6 @@ class GrassController:
     @property
     def slices(self) -> list[Slice]:
         """The model's slices; none once `restore_model` was called, or where the model is not known."""
-        if self.link.find():
-            self.look_ahead()  # norms that the original observed have no gradients here
         return self.link.slices
 
     # -- the step ----------------------------------------------------------------------------------------------

@@ -48,17 +48,13 @@ class Link:
         """Look for the model's slices anew, after some were taken off."""
         self._slices = list(grass_slices(self.model))
 
-    def find(self) -> bool:
-        """Let a copy look for its model; whether it has just been found."""
-        if self.conversion is not None:
-            return False
+    def _find(self) -> None:
+        """Let a copy look for its model."""
         held = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
         own = [part for part in living_slices() if id(part.active) in held]
         conversion = conversion_over(own) if len(own) == self._count else None
-        if conversion is None or conversion.driver is not None:
-            return False
-        self._take(conversion)
-        return True
+        if conversion is not None and conversion.driver is None:
+            self._take(conversion)
 
     @property
     def model(self) -> nn.Module | None:
@@ -66,8 +62,15 @@ class Link:
         return None if self.conversion is None else self.conversion.model
 
     @property
+    def is_stepping(self) -> bool:
+        """Whether the optimizer's own step runs now."""
+        return self.optimizer.grass.is_stepping
+
+    @property
     def slices(self) -> list[Slice]:
         """The model's slices; none once `restore_model` was called, or where the model is not known."""
+        if self.conversion is None:
+            self._find()
         return self._slices if self.conversion is not None and self.conversion.is_current else []
 
     def require(self) -> None:

@@ -126,6 +126,10 @@ class Slice(Exchange, nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        if self.norms is not None:
+            # as gradients are: a copy has none yet
+            self.norms = torch.zeros_like(self.norms, requires_grad=True)
+            self.active.grass_keeps_grad = self.rank_part is local_part
         self._register()
 
     def _register(self) -> None:

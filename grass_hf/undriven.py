@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .conversion import conversion_over
+from .conversion import conversion_over, is_stepped
 from .slices import Slice, living_slices, slices_made
 
 
@@ -41,7 +41,7 @@ def _refuse_undriven(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if found and not _belongs_to_driving(optimizer, found[0]):
         raise RuntimeError(_undriven(optimizer, found[0], "holds the slice of {}, and does not drive it"))
     if not found:
-        weights = {id(part.weight): part for part in slices.values()}
+        weights = {id(part.owner._parameters.get(part.parameter)): part for part in slices.values()}
         found = [weights[number] for number in held if number in weights]
         conversion = conversion_over(found[:1])
         if conversion is not None and conversion.driver is None:
@@ -56,11 +56,7 @@ _harmless: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, int]] = w
 
 def _belongs_to_driving(optimizer: torch.optim.Optimizer, part: Slice) -> bool:
     """Whether an optimizer steps within one that drives the slice, or has such a one inside."""
-    conversion = conversion_over([part])
-    link = None if conversion is None or conversion.driver is None else conversion.driver()
-    if link is not None and link.optimizer.grass.is_stepping:
-        return True
-    return any(_drives(value) for value in vars(optimizer).values())
+    return is_stepped(part) or any(_drives(value) for value in vars(optimizer).values())
 
 
 def _undriven(optimizer: torch.optim.Optimizer, part: Slice, what: str) -> str:
