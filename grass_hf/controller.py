@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, drift, driving, guards, reselect, selection, warmup
 from .convert import describe
-from .distributed import check_agreement, local, world_size
+from .distributed import check_agreement, forget_residuals, local, world_size
 from .driving import driving_class, plain_class
 from .link import Link
 from .remap import carry_rows
@@ -233,15 +233,19 @@ class GrassController:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
         for part in due:
             part.mark_trained(reselect.turn_of(self.config, self.step))
+        moved = False
         for part, chosen, norms2 in reselect.choose(due, self.config, self.step, self.replicas):
             seed = seed_for(part, chosen, norms2) if self.config.state_policy == "carry_seeded" else None
             source = part.load_selection(chosen, self._rounding_seed(part))
+            moved |= bool((source < 0).any())
             if self.config.state_policy.startswith("carry"):
                 self._carry_state(part, source, groups[id(part.active)], seed)
             else:
                 self._drop_state(part, groups[id(part.active)])
                 part.state.reset_step = self.step
             self.due.discard(part.state.name)
+        if moved:
+            forget_residuals()
 
     def _rounding_seed(self, part: Slice) -> str | None:
         if self.config.rounding == "nearest":

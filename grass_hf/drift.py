@@ -102,7 +102,7 @@ class Drift:
         """The slice and its weight agree now; in a coarser dtype than the weight's, if one is given."""
         weight = _weight(part)
         self.marks, self.dtype = _marks(part, weight), dtype or weight.dtype
-        if type(weight) is FrozenWeight:
+        if getattr(weight, "touched", False):  # FSDP2 gives its parameters the attributes of those before
             weight.touched = False
 
 
@@ -128,12 +128,9 @@ def check_step(part: Slice) -> None:
         RuntimeError: as `check_pass`.
     """
     record = part.drift
-    if (seen := record.seen) and not record.sharded:
-        record.seen = False
-        return
-    record.sharded = distributed.is_sharded(part.active)
-    record.seen = False
-    if seen or _changed(part, record):
+    record.sharded = record.sharded or distributed.is_sharded(part._parameters["active"])
+    seen, record.seen = record.seen, False
+    if (record.sharded or not seen) and _changed(part, record):
         confirm(part)
 
 

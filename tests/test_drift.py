@@ -388,3 +388,16 @@ def test_resizing_embeddings(tmp_path, tied):
     restore_model(model)
     assert all(torch.equal(value, expected[name]) for name, value in weights(model).items())
     assert model(input_ids=torch.full((1, 2), 55)).logits.shape[-1] == 56
+
+
+def test_in_a_compiled_model_the_step_looks():
+    model, optimizer = driven()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for number in range(3):
+        step(compiled, optimizer, number)
+    with torch.no_grad():
+        part_of(model).active.add_(1.0)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=f"the slice of {NAME} was changed and its weight was not"):
+        step(compiled, optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
