@@ -104,7 +104,7 @@ def test_a_copy_of_the_model_alone_gets_an_optimizer_of_its_own():
     train(model, optimizer, range(2))
     other = copy.deepcopy(model)
     plain = torch.optim.AdamW([param for param in other.parameters() if param.requires_grad], lr=1e-2)
-    with pytest.raises(RuntimeError, match="holds the slice of .* and does not drive it"):
+    with pytest.raises(RuntimeError, match=r"holds the slice of .* and does not drive it"):
         train(other, plain, range(2))
     other.zero_grad()
     before = other.state_dict()["model.layers.0.mlp.down_proj.weight"].clone()
@@ -120,7 +120,7 @@ def test_a_part_of_a_model_is_copied_without_the_rest():
 
 
 def test_an_instance_carries_no_wrapped_methods():
-    model, optimizer = make()
+    _, optimizer = make()
     assert not {"step", "zero_grad", "state_dict", "load_state_dict"} & vars(optimizer).keys()
     assert plain_class(optimizer) is torch.optim.AdamW and isinstance(optimizer, torch.optim.AdamW)
     assert type(optimizer).__name__ == "GrassAdamW" and type(optimizer).__module__ == torch.optim.AdamW.__module__

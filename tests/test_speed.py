@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grass_hf import MuonAdamW
 from grass_hf.bench import speed
+from grass_hf.driving import plain_class
 
 SMALL = {"layers": 1, "hidden": 64, "vocabulary": 64, "batch": 1, "sequence": 8, "rank": 16, "rounds": 3}
 # What is called when a method selects or projects anew: the owner of a function, and its name.
@@ -53,7 +54,7 @@ def test_grass_runs_over_the_base_that_is_named(base, cls):
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
     _, optimizer = speed._make_ready("grass", model, speed.Setting(**SMALL, base=base))
-    assert type(optimizer) is cls and optimizer.defaults["fused"] and optimizer.defaults["lr"] == 1e-4
+    assert plain_class(optimizer) is cls and optimizer.defaults["fused"] and optimizer.defaults["lr"] == 1e-4
 
 
 @pytest.mark.parametrize("count", range(2, 8))

@@ -403,7 +403,7 @@ def a_sharded_model_is_not_put_back():
 
 
 def a_slice_that_is_moved_stops():
-    """Values are compared in the first step, and again when a shard was changed; a weight that is changed is followed."""
+    """Values are compared in the first step and after a shard was changed; a changed weight is followed."""
     compared, confirm = [], drift.confirm
     drift.confirm = lambda part: (compared.append(part.state.name), confirm(part))
     model, optimizer, _ = prepare(True)
