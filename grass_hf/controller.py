@@ -20,24 +20,22 @@ from __future__ import annotations
 import functools
 import math
 import types
+import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, guards, reselect, selection, warmup
+from . import audit, checkpoint, guards, regroup, reselect, selection, warmup
 from .convert import describe, grass_slices
 from .distributed import check_agreement, local, world_size
+from .freeing import free
+from .regroup import GROUP_KEY, VOCABULARY_KEY
 from .remap import carry_rows
 from .seeding import Seed, seed_for
 from .slices import Slice
 from .stepping import step_in_chunks
-
-# A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
-GROUP_KEY = "grass_phase"
-# Beside it, in a group of slices of embeddings and heads where they are stepped as ordinary parameters are.
-VOCABULARY_KEY = "grass_vocabulary"
 
 
 class GrassController:
@@ -64,6 +62,7 @@ class GrassController:
         self._has_stepped = False
         self._slices_of: Any = None
         self._slices: list[Slice] = []
+        model.grass.driver = weakref.ref(self)
         self._follow_step()
         self._follow_zero_grad()
         self._follow_state()
@@ -150,6 +149,31 @@ class GrassController:
         for layer in self.slices:
             layer.settle_decay(self._rounding_seed(layer))
 
+    # -- weights that leave Grass -----------------------------------------------------------------------------
+
+    def check_let_go(self, parts: list[Slice]) -> None:
+        """Check that the weights of these slices can be trained in full from here on.
+
+        Raises:
+            ValueError: they cannot; the sentence says why, and nothing has been changed.
+        """
+        if self.optimizer is not self.base:
+            raise ValueError("an engine steps its own copies of the parameters")
+        regroup.check(self.optimizer, self.config, {part.active for part in parts})
+
+    def let_go(self, parts: list[Slice]) -> None:
+        """Train the weights of these slices in full from here on, as the ordinary parameters that they would have been.
+
+        Raises:
+            ValueError: as `check_let_go`.
+        """
+        self.check_let_go(parts)
+        for part in parts:
+            part.settle_decay(self._rounding_seed(part))
+        regroup.replace(self.optimizer, self.config, dict(free(self.model, parts)))
+        self.due -= {part.state.name for part in parts}
+        self._slices_of = None
+
     # -- before the step ---------------------------------------------------------------------------------------
 
     def _before_step(self) -> None:
@@ -162,7 +186,7 @@ class GrassController:
             weights = guards.int8_weights(layers) if world_size(self.replicas) > 1 else ""
             said = f"step={self.step}; {describe(self.model)}; {weights}"
             check_agreement("the first step", said, group=self.replicas)
-            guards.check_each_reached(layers, self.step, self._reached)
+            guards.check_each_reached(layers, self.step, self._reached, self.model)
             for part in layers:
                 part.check_alignment()
                 part.check_sharding()
@@ -186,7 +210,9 @@ class GrassController:
         if not self._was_real(layers):
             self.look_ahead()  # forget what a skipped step observed
             return
-        self._has_stepped = True
+        if not self._has_stepped:
+            self._has_stepped = True
+            audit.unwatch(self.model)
         groups = self.groups()
         self._write_back(layers)
         for layer in layers:
@@ -213,6 +239,8 @@ class GrassController:
 
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
+        if due:
+            audit.watch_again_if_changed(self.model)
         for part in due:
             part.mark_trained(reselect.turn_of(self.config, self.step))
         for part, chosen, norms2 in reselect.choose(due, self.config, self.step, self.replicas):

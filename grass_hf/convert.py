@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .audit import unwatch, watch
 from .config import GrassConfig
 from .distributed import gathered, is_partitioned, is_sharded, shape_of
 from .int8 import is_int8
@@ -20,7 +22,7 @@ from .slices import Slice
 from .targets import Target, plan
 
 
-@dataclass(frozen=True)
+@dataclass
 class Conversion:
     """What `convert_to_grass` did to a model; kept as its attribute ``grass``.
 
@@ -29,12 +31,18 @@ class Conversion:
         left_out: reason by name, for each module the patterns matched that was not compressed.
         saved_keys_ignored: what the model's own ``_keys_to_ignore_on_save`` was.
         ddp_ignored: what its ``_ddp_params_and_buffers_to_ignore`` was.
+        driver: weak reference to the controller of the optimizer that drives the slices, None before there is one, and
+            in a copy.
     """
 
     config: GrassConfig
     left_out: dict[str, str]
     saved_keys_ignored: object
     ddp_ignored: object
+    driver: weakref.ref | None = None
+
+    def __getstate__(self):
+        return {**vars(self), "driver": None}
 
 
 def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.Module:
@@ -96,6 +104,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
         # DDP broadcasts what it finds as one flat tensor, which an int8 weight is no part of; guards compare them
         model._ddp_params_and_buffers_to_ignore = [*(left_alone or ()), *names]
     model.grass = Conversion(config, todo.left_out, ignored, left_alone)
+    watch(model)
     return model
 
 
@@ -129,6 +138,7 @@ def restore_model(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, GrassModule):
             detach_slices(module)
+    unwatch(model)
     model._keys_to_ignore_on_save = model.grass.saved_keys_ignored
     if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
         model._ddp_params_and_buffers_to_ignore = model.grass.ddp_ignored or []

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .controller import GROUP_KEY, VOCABULARY_KEY, GrassController
+from .controller import GrassController
 from .convert import grass_slices, is_converted
+from .regroup import GROUP_KEY, VOCABULARY_KEY
 
 
 def grass_optimizer(

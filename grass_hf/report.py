@@ -13,10 +13,10 @@ from rich.table import Table
 from torch import nn
 
 from . import experts
-from .controller import GROUP_KEY, VOCABULARY_KEY
 from .convert import grass_slices
 from .distributed import shape_of
 from .modules import kind_of
+from .regroup import GROUP_KEY, VOCABULARY_KEY
 
 
 @dataclass(frozen=True)
