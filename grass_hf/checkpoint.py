@@ -132,7 +132,7 @@ def _free_as(meta: dict[str, Any] | None, controller: GrassController) -> None:
     Raises:
         ValueError: this run cannot, or has them in another place of its optimizer.
     """
-    wanted = set(meta.get("freed", ()) if meta else ()) - set(freed(controller.model))
+    wanted = set(meta.get("freed", ()) if meta else ()) - freed(controller.model).keys()
     if not wanted:
         return
     parts = [part for part in controller.slices if part.state.name in wanted]
@@ -153,7 +153,7 @@ def _free_as(meta: dict[str, Any] | None, controller: GrassController) -> None:
 def _meta(controller: GrassController, names: list[str | None]) -> str:
     meta = {"version": VERSION, "config": controller.config.to_dict(), "step": controller.step}
     if gone := freed(controller.model):
-        meta["freed"] = gone
+        meta["freed"] = list(gone)
     return json.dumps(
         {**meta, "due": sorted(controller.due), "layers": names, "ranks": world_size(controller.replicas)}
     )

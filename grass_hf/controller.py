@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import audit, checkpoint, guards, regroup, reselect, selection, warmup
+from . import checkpoint, guards, regroup, reselect, selection, warmup, watching
 from .convert import describe, grass_slices
 from .distributed import check_agreement, local, world_size
 from .freeing import free
@@ -152,21 +152,13 @@ class GrassController:
     # -- weights that leave Grass -----------------------------------------------------------------------------
 
     def check_let_go(self, parts: list[Slice]) -> None:
-        """Check that the weights of these slices can be trained in full from here on.
-
-        Raises:
-            ValueError: they cannot; the sentence says why, and nothing has been changed.
-        """
+        """Raise a `ValueError` that says why the weights of these slices cannot be trained in full from here on."""
         if self.optimizer is not self.base:
             raise ValueError("an engine steps its own copies of the parameters")
         regroup.check(self.optimizer, self.config, {part.active for part in parts})
 
     def let_go(self, parts: list[Slice]) -> None:
-        """Train the weights of these slices in full from here on, as the ordinary parameters that they would have been.
-
-        Raises:
-            ValueError: as `check_let_go`.
-        """
+        """Train the weights of these slices in full from here on, as ordinary parameters; raises as `check_let_go`."""
         self.check_let_go(parts)
         for part in parts:
             part.settle_decay(self._rounding_seed(part))
@@ -212,7 +204,7 @@ class GrassController:
             return
         if not self._has_stepped:
             self._has_stepped = True
-            audit.unwatch(self.model)
+            watching.watched(self.model)
         groups = self.groups()
         self._write_back(layers)
         for layer in layers:
@@ -240,7 +232,7 @@ class GrassController:
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
         if due:
-            audit.watch_again_if_changed(self.model)
+            watching.watch_again_if_changed(self.model)
         for part in due:
             part.mark_trained(reselect.turn_of(self.config, self.step))
         for part, chosen, norms2 in reselect.choose(due, self.config, self.step, self.replicas):

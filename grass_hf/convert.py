@@ -10,16 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .audit import unwatch, watch
 from .config import GrassConfig
 from .distributed import gathered, is_partitioned, is_sharded, shape_of
+from .freeing import detach_slices
 from .int8 import is_int8
-from .modules import GrassModule, attach_slice, detach_slices
+from .modules import GrassModule, attach_slice
 from .rounding import loses_digits
 from .selection import with_replacement
 from .sharing import SharedColumns
 from .slices import Slice
 from .targets import Target, plan
+from .watching import unwatch, watch
 
 
 @dataclass

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from . import int8
 from .exclusion import summary
-from .modules import GrassModule, detach_slice
+from .modules import GrassModule, plain_class
 from .slices import Slice
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,11 @@ def free(model: nn.Module, slices: Iterable[Slice], reason: str = READ) -> list[
     return pairs
 
 
-def freed(model: nn.Module) -> list[str]:
-    """Names of the weights that were freed because their model reads them without calling their modules."""
-    return sorted(name for name, reason in model.grass.left_out.items() if reason == READ)
+def freed(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that were freed because their model reads them without calling their modules, by name."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    names = sorted(name for name, reason in model.grass.left_out.items() if reason == READ)
+    return {name: weights[name if name in weights else f"{name}.weight"] for name in names}
 
 
 def say(slices: Iterable[Slice]) -> None:
@@ -61,6 +64,27 @@ def say(slices: Iterable[Slice]) -> None:
         len(names),
         summary(names),
     )
+
+
+def detach_slices(module: GrassModule) -> None:
+    """Turn a module back into what it was, in place; its weights must be up to date."""
+    for part in module.own_slices().values():
+        detach_slice(module, part)
+
+
+def detach_slice(module: GrassModule, part: Slice) -> None:
+    """Take one slice off a module, if it has it, in place: its weight is a trainable parameter again; with its last
+    slice gone, the module is of its own class again."""
+    names = [name for name, own in module.own_slices().items() if own is part]
+    if not names:
+        return
+    for name in names:
+        delattr(module, name)
+    if int8.is_int8(part.weight):
+        setattr(module, part.parameter, nn.Parameter(int8.dequantize(part.weight)))
+    getattr(module, part.parameter).requires_grad_(True)
+    if not module.own_slices():
+        module.__class__ = plain_class(module)
 
 
 def _hand_on_leadership(model: nn.Module, gone: set[str]) -> None:

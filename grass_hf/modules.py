@@ -208,25 +208,9 @@ def attach_slice(
     return made
 
 
-def detach_slices(module: GrassModule) -> None:
-    """Turn a module back into what it was, in place; its weights must be up to date."""
-    for part in module.own_slices().values():
-        detach_slice(module, part)
-
-
-def detach_slice(module: GrassModule, part: Slice) -> None:
-    """Take one slice off a module, if it has it, in place: its weight is a trainable parameter again; with its last
-    slice gone, the module is of its own class again."""
-    names = [name for name, own in module.own_slices().items() if own is part]
-    if not names:
-        return
-    for name in names:
-        delattr(module, name)
-    if int8.is_int8(part.weight):
-        setattr(module, part.parameter, nn.Parameter(int8.dequantize(part.weight)))
-    getattr(module, part.parameter).requires_grad_(True)
-    if not module.own_slices():
-        module.__class__ = next(plain for (plain, *_), converted in _CONVERTED.items() if converted is type(module))
+def plain_class(module: GrassModule) -> type[nn.Module]:
+    """The class that a converted module had."""
+    return next(plain for (plain, *_), converted in _CONVERTED.items() if converted is type(module))
 
 
 def _swap(module: nn.Module) -> None:

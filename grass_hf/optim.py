@@ -12,7 +12,9 @@ from torch import nn
 
 from .controller import GrassController
 from .convert import grass_slices, is_converted
+from .freeing import freed
 from .regroup import GROUP_KEY, VOCABULARY_KEY
+from .watching import watch
 
 
 def grass_optimizer(
@@ -76,6 +78,13 @@ def attach(
                 "over the model's trainable parameters."
             )
         layer.check_sharding()
+    for name, weight in freed(model).items():
+        if id(weight) not in held:
+            raise ValueError(
+                f"the optimizer does not hold the weight of {name}, which is trained in full since the model's first "
+                "forward: make it after that, over the model's trainable parameters."
+            )
+    watch(model)
     _split_groups(optimizer, model)
     optimizer.grass = GrassController(model, optimizer, replicas)
     return optimizer.grass

@@ -79,9 +79,9 @@ def _place(optimizer: torch.optim.Optimizer, config: GrassConfig, group: Group, 
         if GROUP_KEY not in other and _alike(other, wanted):
             return other
     warms_up = config.scale_warmup or config.state_policy == "reset_warmup"
-    if _alike(group, wanted | {key: group[key] for key in group.keys() - wanted.keys()}) and not warms_up:
-        if not getattr(optimizer, "vocabulary_apart", False):
-            return group
+    apart = getattr(optimizer, "vocabulary_apart", False)  # such a one steps slices in another way than the rest
+    if config.scale == 1.0 and not warms_up and not apart:
+        return group
     raise ValueError("the optimizer has no parameter group with an ordinary parameter's settings")
 
 

@@ -23,6 +23,7 @@ FLOORS = {
         "freeing",
         "rerun",
         "audit",
+        "watching",
         "convert",
     ],
     3: [
