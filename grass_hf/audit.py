@@ -66,6 +66,10 @@ class Audit(TorchDispatchMode):
             self._look(func, args, kwargs)
         return func(*args, **kwargs)
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # a compiled kernel of attention runs compiled; modules that are compiled are not audited
+
     def _find_places(self) -> dict[int, list[Slice]]:
         places: dict[int, list[Slice]] = {}
         for part in self._users:

@@ -31,6 +31,8 @@ from .slices import Slice
 # Forwards that are looked at where no optimizer of ours ever steps and some weights are never reached.
 _FORWARDS = 16
 _CALL = nn.Module._call_impl.__code__
+# what torch.compile gives a function
+_COMPILED = "_torchdynamo_orig_callable"
 
 _thread = threading.local()
 # Not kept on the models, whose copies are other models: the root of every module with hooks, and what is known of it.
@@ -207,8 +209,12 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether a part of it is compiled, which would run uncompiled under a dispatch mode."""
-    return any(inner._compiled_call_impl is not None or hasattr(inner, "_orig_mod") for inner in module.modules())
+    """Whether a part of it is compiled, whose operations come from a graph and not from its modules."""
+    for inner in module.modules():
+        forward = vars(inner).get("forward")
+        if inner._compiled_call_impl is not None or hasattr(inner, "_orig_mod") or hasattr(forward, _COMPILED):
+            return True
+    return False
 
 
 def _leave(audit: Audit) -> None:

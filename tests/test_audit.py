@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from forks import ranks
 from readers import READERS, Calls, Noisy, Reader, Routers, TiedHead, tokens
 from torch import nn
 
@@ -287,3 +288,46 @@ def test_a_compiled_model_is_compiled_once_and_has_the_neighbours_rule(kind):
         optimizer.step()
         optimizer.zero_grad()
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["router", "tied"])
+def test_ranks_are_told_before_a_weight_changes(kind, engine):
+    name = {"router": "inner.b", "tied": "table"}[kind]
+    for said in ranks(2, "audit_jobs.stop", kind, engine):
+        first, second = [line for line in said.splitlines() if "weight(s)" in line or "trained [" in line]
+        assert f"exclude_modules=['{name}']" in first and "before any weight was changed" in first
+        assert second == f"trained ['{name}']"
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_weight_that_stays_among_slices_is_resumed_there(clipped):
+    """Where no ordinary group has its settings: the weight takes its slice's place, and the groups stay in number."""
+
+    def start():
+        model = converted(Routers, exclude_modules=None)
+        parts = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in parts if p.dim() > 1], "weight_decay": 0.1}]
+        groups.append({"params": [p for p in parts if p.dim() == 1], "weight_decay": 0.0})
+        return model, grass_optimizer(model, torch.optim.AdamW, params=groups, lr=0.01)
+
+    def steps(model, optimizer, seeds):
+        for seed in seeds:
+            model(tokens(seed)).backward()
+            if clipped:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, optimizer = start()
+    steps(whole, optimizer, range(3))
+    saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
+    steps(whole, optimizer, range(3, 6))
+    again, other = start()
+    again.load_state_dict({key: value for key, value in saved[0].items() if "slice" not in key}, strict=False)
+    other.load_state_dict(saved[1])
+    steps(again, other, range(3, 6))
+    assert [len(group["params"]) for group in other.param_groups] == [len(g["params"]) for g in optimizer.param_groups]
+    assert not torch.equal(again.inner["b"].weight, Routers().inner["b"].weight)
+    for (name, ours), theirs in zip(again.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
