@@ -8,6 +8,7 @@ it is, where that has an ordinary parameter's settings.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -63,7 +64,15 @@ def replace(optimizer: torch.optim.Optimizer, config: GrassConfig, weights: dict
             group["params"] = [param for param in group["params"] if param not in gone]
             place["params"] = [*place["params"], *(weights[param] for param in members)]
         for param in members:
-            optimizer.state.pop(param, None)
+            if optimizer.state.pop(param, None) and (made := _made_with(optimizer, weights[param])):
+                optimizer.state[weights[param]] = made
+
+
+def _made_with(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, Any]:
+    """The state that this class gives a parameter when it is made, as Adagrad does; others do it in the first step."""
+    known = inspect.signature(type(optimizer).__init__).parameters
+    settings = {key: value for key, value in optimizer.defaults.items() if key in known}
+    return type(optimizer)([weight], **settings).state.get(weight, {})
 
 
 def _leaving(optimizer: torch.optim.Optimizer, leaving: set[nn.Parameter]) -> list[tuple[Group, list[nn.Parameter]]]:

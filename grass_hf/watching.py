@@ -163,6 +163,8 @@ def _check_alone(model: nn.Module, slices: list[Slice]) -> None:
         raise ValueError("the model is wrapped for several processes by now")
     if any(is_sharded(part.active) or is_partitioned(part.active) for part in slices):
         raise ValueError("the model is sharded by now")
+    if any(part.active.grad is not None and bool(part.active.grad.any()) for part in slices):
+        raise ValueError("they hold gradients of an earlier forward by now")
     if len(slices) == len(_slices(model)):
         raise ValueError("nothing else would be compressed")
 

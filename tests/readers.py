@@ -7,7 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from grass_hf import GrassConfig, convert_to_grass
+from grass_hf.convert import grass_slices
+
 WIDTH, WORDS = 16, 24
+SETTINGS = {"density": 0.5, "update_interval": 2, "target_modules": "all-matrices", "exclude_modules": ["inner.c"]}
 
 
 class Reader(nn.Module):
@@ -152,3 +156,23 @@ READERS = [Routers, Matmul, Both, Rows, TiedHead, FusedLoss, Checkpointed, Check
 
 def tokens(seed: int = 0) -> Tensor:
     return torch.randint(WORDS, (3, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def converted(kind: type[nn.Module], **settings) -> nn.Module:
+    """A reader whose matrices but `inner.c` are compressed."""
+    return convert_to_grass(kind(), GrassConfig(**{**SETTINGS, **settings}))
+
+
+def names(model: nn.Module) -> set[str]:
+    """Of its slices."""
+    return {part.state.name for part in grass_slices(model)}
+
+
+def hooks(model: nn.Module) -> int:
+    """How many hooks are left on it."""
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def modes() -> list:
+    """The dispatch modes that are entered now."""
+    return torch.utils._python_dispatch._get_current_dispatch_mode_stack()

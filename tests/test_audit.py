@@ -7,32 +7,15 @@ import pickle
 
 import pytest
 import torch
-from forks import ranks
-from readers import READERS, Calls, Noisy, Reader, Routers, TiedHead, tokens
+from model_matrix import build
+from readers import READERS, SETTINGS, Calls, Noisy, Reader, Routers, TiedHead, converted, hooks, modes, names, tokens
 from torch import nn
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.convert import grass_slices
 from grass_hf.freeing import READ
+from grass_hf.functional import take_rows
 from grass_hf.optim_args import parse_optim_args
-
-SETTINGS = {"density": 0.5, "update_interval": 2, "target_modules": "all-matrices", "exclude_modules": ["inner.c"]}
-
-
-def converted(kind, **settings):
-    return convert_to_grass(kind(), GrassConfig(**{**SETTINGS, **settings}))
-
-
-def names(model):
-    return {part.state.name for part in grass_slices(model)}
-
-
-def hooks(model):
-    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
-
-
-def modes():
-    return torch.utils._python_dispatch._get_current_dispatch_mode_stack()
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -53,38 +36,23 @@ def test_what_is_read_is_trained_in_full_with_the_plain_gradient(kind, training)
     assert not hooks(ours) and not modes()
 
 
-@pytest.mark.parametrize("made", ["before", "after"])
-@pytest.mark.parametrize("kind", READERS)
-def test_the_run_is_that_of_a_model_from_which_the_weight_was_excluded(kind, made):
-    """Bit for bit, with masks, running means, decay and a schedule; the optimizer made before the first forward too."""
-    runs = {}
-    for excluded in (False, True):
-        # with turns (stagger) the layers that are left would have others
-        excludes = ["inner.c", *(kind.behind if excluded else ())]
-        model = converted(kind, exclude_modules=excludes, stagger=1)
-        if made == "after" and not excluded:
-            state = torch.get_rng_state()
-            buffers = copy.deepcopy(dict(model.named_buffers()))
-            model(tokens())
-            torch.set_rng_state(state)
-            model.load_state_dict({k: v for k, v in buffers.items() if "slice" not in k}, strict=False)
-        optimizer = grass_optimizer(model, torch.optim.SGD, lr=0.3, weight_decay=0.1, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        groups = len(optimizer.param_groups)
-        torch.manual_seed(1)
-        losses = []
-        for step in range(5):
-            loss = model(tokens(step))
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        assert len(optimizer.param_groups) == groups
-        runs[excluded] = losses, restore_model(model).state_dict()
-    assert runs[False][0] == runs[True][0]
-    for name, value in runs[False][1].items():
-        assert torch.equal(value, runs[True][1][name]), name
+def test_experts_that_are_read_directly_are_freed_one_by_one():
+    def make():
+        model = build("mixtral")
+        block = model.model.layers[0].mlp
+        block.register_forward_hook(lambda m, args, y: y + m.experts.down_proj.square().mean())
+        return model
+
+    plain, ours = make(), convert_to_grass(make(), GrassConfig(density=1.0))
+    ids = torch.arange(3, 15).view(2, 6)
+    for model in (plain, ours):
+        model(input_ids=ids, labels=ids).loss.backward()
+    experts, expected = ours.model.layers[0].mlp.experts, plain.model.layers[0].mlp.experts
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert [key for key, reason in ours.grass.left_out.items() if reason == READ] == [name]
+    torch.testing.assert_close(experts.down_proj.grad, expected.down_proj.grad)
+    part = experts.gate_up_proj_slice
+    torch.testing.assert_close(part.active.grad, take_rows(expected.gate_up_proj.grad, part.index, part.dim))
 
 
 def test_looking_is_no_use():
@@ -101,36 +69,6 @@ def test_it_is_told_once_and_stands_with_the_reasons(caplog):
             model(tokens())
     assert [record.getMessage() for record in caplog.records if "inner.b" in record.getMessage()]
     assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_the_weight_has_an_ordinary_parameters_rate_and_decay(scale):
-    model = converted(Routers, scale=scale)
-    grouped = [
-        {"params": [p for p in model.parameters() if p.requires_grad and p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.requires_grad and p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = grass_optimizer(model, torch.optim.AdamW, params=grouped, lr=0.01)
-    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
-    model(tokens()).backward()
-    optimizer.step()
-    held = [group for group in optimizer.param_groups if any(p is model.inner["b"].weight for p in group["params"])]
-    assert len(held) == 1
-    assert held[0]["lr"] == pytest.approx(0.005) and held[0]["weight_decay"] == pytest.approx(0.1)
-    assert model.inner["b"].weight in optimizer.state
-
-
-def test_a_weight_without_a_group_for_it_stops_the_run_before_anything_has_changed():
-    model = converted(Routers, scale=0.5, exclude_modules=None)
-    optimizer = grass_optimizer(model, torch.optim.AdamW, lr=0.01, weight_decay=0.0, params=[
-        {"params": [p for p in model.parameters() if p.requires_grad and p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.requires_grad and p.dim() == 1]},
-    ])  # fmt: skip
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"no parameter group .* exclude_modules=\['inner.b'\] \(in optim_args"):
-        model(tokens())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert "inner.b" in names(model) and optimizer.grass.slices and not modes()
 
 
 class Object:
@@ -288,46 +226,3 @@ def test_a_compiled_model_is_compiled_once_and_has_the_neighbours_rule(kind):
         optimizer.step()
         optimizer.zero_grad()
     assert len(graphs) == 1
-
-
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("kind", ["router", "tied"])
-def test_ranks_are_told_before_a_weight_changes(kind, engine):
-    name = {"router": "inner.b", "tied": "table"}[kind]
-    for said in ranks(2, "audit_jobs.stop", kind, engine):
-        first, second = [line for line in said.splitlines() if "weight(s)" in line or "trained [" in line]
-        assert f"exclude_modules=['{name}']" in first and "before any weight was changed" in first
-        assert second == f"trained ['{name}']"
-
-
-@pytest.mark.parametrize("clipped", [False, True])
-def test_a_weight_that_stays_among_slices_is_resumed_there(clipped):
-    """Where no ordinary group has its settings: the weight takes its slice's place, and the groups stay in number."""
-
-    def start():
-        model = converted(Routers, exclude_modules=None)
-        parts = [p for p in model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in parts if p.dim() > 1], "weight_decay": 0.1}]
-        groups.append({"params": [p for p in parts if p.dim() == 1], "weight_decay": 0.0})
-        return model, grass_optimizer(model, torch.optim.AdamW, params=groups, lr=0.01)
-
-    def steps(model, optimizer, seeds):
-        for seed in seeds:
-            model(tokens(seed)).backward()
-            if clipped:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    whole, optimizer = start()
-    steps(whole, optimizer, range(3))
-    saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
-    steps(whole, optimizer, range(3, 6))
-    again, other = start()
-    again.load_state_dict({key: value for key, value in saved[0].items() if "slice" not in key}, strict=False)
-    other.load_state_dict(saved[1])
-    steps(again, other, range(3, 6))
-    assert [len(group["params"]) for group in other.param_groups] == [len(g["params"]) for g in optimizer.param_groups]
-    assert not torch.equal(again.inner["b"].weight, Routers().inner["b"].weight)
-    for (name, ours), theirs in zip(again.named_parameters(), whole.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
