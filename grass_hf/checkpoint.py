@@ -223,6 +223,7 @@ def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
     if saved.flatten()[:1].isnan().any():  # it was released when it was saved, so the weight has its values
         saved = take_rows(own.weight, own.index, part.dim)
     own.active.copy_(saved)
+    part.drift.forget()  # whether they belong to these weights shows when both are loaded
     return True
 
 

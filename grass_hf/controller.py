@@ -17,108 +17,122 @@ zero gradients), changes nothing here.
 
 from __future__ import annotations
 
-import functools
+import copy
 import math
-import types
-import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, guards, regroup, reselect, selection, warmup, watching
-from .convert import describe, grass_slices
-from .distributed import check_agreement, local, world_size
-from .freeing import free
-from .regroup import GROUP_KEY, VOCABULARY_KEY
+from . import checkpoint, drift, driving, guards, reselect, selection, warmup, watching
+from .convert import describe
+from .distributed import check_agreement, forget_residuals, local, world_size
+from .driving import driving_class, plain_class
+from .link import Link
+from .regroup import GROUP_KEY, VOCABULARY_KEY, LettingGo
 from .remap import carry_rows
 from .seeding import Seed, seed_for
 from .slices import Slice
 from .stepping import step_in_chunks
 
 
-class GrassController:
+class GrassController(LettingGo):
     """Keeps the slices of one model and one optimizer in step; `grass_hf.optim.attach` makes it.
 
     Attributes:
-        model: the converted model.
+        link: to the model.
         optimizer: any `torch.optim.Optimizer` over its trainable parameters, or an engine's that has one inside.
         base: the `torch.optim.Optimizer` itself.
         replicas: process group of the ranks that hold this model, None for all.
         config: the model's `GrassConfig`.
         step: optimizer steps done.
         due: names of the layers that select after the current step.
+        is_stepping: whether the optimizer's own step runs now.
         following: whether the optimizer's steps count; an engine that takes the optimizer over ends it.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, replicas: dist.ProcessGroup | None = None):
-        self.model, self.replicas = model, replicas
+    following = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        replicas: dist.ProcessGroup | None = None,
+        *,
+        replace: bool = False,
+    ):
+        if not replace:
+            model.grass.refuse_second()
+        self.replicas = replicas
         self.optimizer = self.base = optimizer
         self.config = model.grass.config
         self.step = 0
         self.due: set[str] = set()
-        self.following = True
-        self._has_stepped = False
-        self._slices_of: Any = None
-        self._slices: list[Slice] = []
-        model.grass.driver = weakref.ref(self)
-        self._follow_step()
-        self._follow_zero_grad()
-        self._follow_state()
+        self.is_stepping = self._has_stepped = False
+        self.link = Link(model.grass, optimizer)
+        optimizer.__class__ = driving_class(plain_class(optimizer))
+        optimizer.grass = self
         self.look_ahead()
 
-    def _follow_step(self) -> None:
-        # Wrapped rather than hooked: a subclass whose step calls super().step() would run step hooks twice.
-        original = self.optimizer.step
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {key: value for key, value in vars(self).items() if key not in ("optimizer", "base")}
+        # a process group belongs to its process
+        return {**kept, "link": copy.copy(self.link), "due": set(self.due), "is_stepping": False, "replicas": None}
 
-        @functools.wraps(original)
-        def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if not self.following:
-                return original(*args, **kwargs)
-            self._before_step()
-            with warmup.changed(self._rate_factors(self.slices)):
-                if self.config.resident:
-                    result = original(*args, **kwargs)
-                else:
-                    result = step_in_chunks(self.optimizer, original, self.slices, *args, **kwargs)
-            self._after_step()
-            return result
+    def belongs_to(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note that this is the controller of an optimizer that was copied."""
+        self.optimizer = self.base = self.link.optimizer = optimizer
 
-        # a bound method, because learning rate schedulers wrap it again and look for one
-        self.optimizer.step = types.MethodType(step, self.optimizer)
-
-    def _follow_zero_grad(self) -> None:
-        # Norms observed belong to the gradients: a step whose gradients are dropped must not leave its norms behind.
-        original = self.optimizer.zero_grad
-
-        def zero_grad(_: torch.optim.Optimizer, set_to_none: bool = True) -> None:
-            original(set_to_none=set_to_none)  # accelerate looks for this argument's name
-            self.forget_norms()
-
-        self.optimizer.zero_grad = types.MethodType(zero_grad, self.optimizer)
-
-    def _follow_state(self) -> None:
-        def add(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            return checkpoint.add(state_dict, self) if self.following else state_dict
-
-        self.optimizer.register_state_dict_post_hook(add)
-        # Wrapped rather than hooked: bitsandbytes replaces load_state_dict and runs no hooks.
-        load = self.optimizer.load_state_dict
-
-        @functools.wraps(load)
-        def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            load(checkpoint.restore(state_dict, self) if self.following else state_dict, *args, **kwargs)
-
-        self.optimizer.load_state_dict = load_state_dict
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, None for a copied optimizer whose model was not copied with it."""
+        return self.link.model
 
     @property
     def slices(self) -> list[Slice]:
-        """The model's slices; none once `restore_model` was called."""
-        conversion = getattr(self.model, "grass", None)
-        if self._slices_of is not conversion:  # a walk over all modules, some times in every step
-            self._slices_of, self._slices = conversion, list(grass_slices(self.model))
-        return self._slices
+        """The model's slices; none once `restore_model` was called, or where the model is not known."""
+        return self.link.slices
+
+    # -- the step ----------------------------------------------------------------------------------------------
+
+    def follows(self, optimizer: object) -> bool:
+        """Whether what is done to an optimizer counts for the slices: an engine may have taken it over."""
+        return self.following and self.optimizer is optimizer
+
+    def around(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Take a step with all that belongs to it; `original` is the optimizer's own.
+
+        Raises:
+            RuntimeError: the optimizer does not drive the slices any more, or never did.
+        """
+        layers = self.slices
+        self.link.require()
+        args, kwargs, makes_gradients = driving.after_closure(self._before_step, args, kwargs)
+        if not makes_gradients:
+            self._before_step()
+        self.is_stepping = True
+        try:
+            with warmup.changed(self._rate_factors(layers)):
+                if self.config.resident:
+                    result = original(*args, **kwargs)
+                else:
+                    result = step_in_chunks(self.optimizer, original, layers, *args, **kwargs)
+        finally:
+            self.is_stepping = False
+        self._after_step()
+        return result
+
+    # -- the optimizer's other methods -------------------------------------------------------------------------
+
+    def saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's state dict with what Grass remembers."""
+        return checkpoint.add(state_dict, self) if self.slices else state_dict
+
+    def loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Take up what Grass remembers; the rest is for the optimizer."""
+        return checkpoint.restore(state_dict, self) if self.slices else state_dict
 
     def forget_norms(self) -> None:
         """Drop the norms observed so far in this step, with the gradients that they belong to."""
@@ -149,29 +163,13 @@ class GrassController:
         for layer in self.slices:
             layer.settle_decay(self._rounding_seed(layer))
 
-    # -- weights that leave Grass -----------------------------------------------------------------------------
-
-    def check_let_go(self, parts: list[Slice]) -> None:
-        """Raise a `ValueError` that says why the weights of these slices cannot be trained in full from here on."""
-        if self.optimizer is not self.base:
-            raise ValueError("an engine steps its own copies of the parameters")
-        regroup.check(self.optimizer, self.config, {part.active for part in parts})
-
-    def let_go(self, parts: list[Slice]) -> None:
-        """Train the weights of these slices in full from here on, as ordinary parameters; raises as `check_let_go`."""
-        self.check_let_go(parts)
-        for part in parts:
-            part.settle_decay(self._rounding_seed(part))
-        regroup.replace(self.optimizer, self.config, dict(free(self.model, parts)))
-        self.due -= {part.state.name for part in parts}
-        self._slices_of = None
-
     # -- before the step ---------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _before_step(self) -> None:
         layers = self.slices
-        if not layers:  # restore_model was called
-            return
+        for part in layers:
+            drift.check_step(part)
         guards.check_any_reached(layers, self.parameters(), self.step, self._reached)
         if not self._has_stepped:
             guards.check_replicas(self.model, self.replicas)
@@ -235,15 +233,19 @@ class GrassController:
             watching.watch_again_if_changed(self.model)
         for part in due:
             part.mark_trained(reselect.turn_of(self.config, self.step))
+        moved = False
         for part, chosen, norms2 in reselect.choose(due, self.config, self.step, self.replicas):
             seed = seed_for(part, chosen, norms2) if self.config.state_policy == "carry_seeded" else None
             source = part.load_selection(chosen, self._rounding_seed(part))
+            moved |= bool((source < 0).any())
             if self.config.state_policy.startswith("carry"):
                 self._carry_state(part, source, groups[id(part.active)], seed)
             else:
                 self._drop_state(part, groups[id(part.active)])
                 part.state.reset_step = self.step
             self.due.discard(part.state.name)
+        if moved:
+            forget_residuals()
 
     def _rounding_seed(self, part: Slice) -> str | None:
         if self.config.rounding == "nearest":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
+import logging
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .config import GrassConfig
+from .conversion import Conversion, grass_slices
 from .distributed import gathered, is_partitioned, is_sharded, shape_of
+from .drift import follow_weight
 from .freeing import detach_slices
 from .int8 import is_int8
 from .modules import GrassModule, attach_slice
@@ -20,30 +20,10 @@ from .selection import with_replacement
 from .sharing import SharedColumns
 from .slices import Slice
 from .targets import Target, plan
+from .undriven import watch_steps
 from .watching import unwatch, watch
 
-
-@dataclass
-class Conversion:
-    """What `convert_to_grass` did to a model; kept as its attribute ``grass``.
-
-    Attributes:
-        config: the settings.
-        left_out: reason by name, for each module the patterns matched that was not compressed.
-        saved_keys_ignored: what the model's own ``_keys_to_ignore_on_save`` was.
-        ddp_ignored: what its ``_ddp_params_and_buffers_to_ignore`` was.
-        driver: weak reference to the controller of the optimizer that drives the slices, None before there is one, and
-            in a copy.
-    """
-
-    config: GrassConfig
-    left_out: dict[str, str]
-    saved_keys_ignored: object
-    ddp_ignored: object
-    driver: weakref.ref | None = None
-
-    def __getstate__(self):
-        return {**vars(self), "driver": None}
+logger = logging.getLogger(__name__)
 
 
 def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.Module:
@@ -104,7 +84,8 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
     if names := [name for name, param in model.named_parameters() if is_int8(param)]:
         # DDP broadcasts what it finds as one flat tensor, which an int8 weight is no part of; guards compare them
         model._ddp_params_and_buffers_to_ignore = [*(left_alone or ()), *names]
-    model.grass = Conversion(config, todo.left_out, ignored, left_alone)
+    watch_steps()
+    model.grass = Conversion(model, config, todo.left_out, ignored, left_alone)
     watch(model)
     return model
 
@@ -121,7 +102,9 @@ def _phases(targets: list[Target], config: GrassConfig) -> dict[str, int]:
 def restore_model(model: nn.Module) -> nn.Module:
     """Turn a converted model into what it was, with the trained weights, in place.
 
-    Weight decay still owed to rows is multiplied in, slices are written back, weights are trainable again.
+    Weight decay still owed to rows is multiplied in, weights are trainable again. A slice whose values are not its
+    weight's (the model is an average of others, was resized, or an optimizer that does not drive slices was used) is
+    dropped: the weight is what the model computes with.
 
     Raises:
         ValueError: the model is not converted, or it is sharded.
@@ -133,9 +116,16 @@ def restore_model(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} is sharded, and its modules cannot be put back in place: save it "
             "(save_pretrained, get_model_state_dict) and load the checkpoint, which is plain."
         )
-    for part in list(grass_slices(model)):
+    slices = list(grass_slices(model))
+    if alone := [part.state.name for part in slices if follow_weight(part)]:
+        logger.warning(
+            "%d slices (%s, ...) were changed by something that does not drive them, and never reached their weights: "
+            "what they held is dropped.",
+            len(alone),
+            alone[0],
+        )
+    for part in slices:
         part.settle_decay()
-        part.write_back()
     for module in list(model.modules()):
         if isinstance(module, GrassModule):
             detach_slices(module)
@@ -150,11 +140,6 @@ def restore_model(model: nn.Module) -> nn.Module:
 def is_converted(model: nn.Module) -> bool:
     """Whether `convert_to_grass` was applied to this module itself (not to a wrapped one)."""
     return isinstance(getattr(model, "grass", None), Conversion)
-
-
-def grass_slices(model: nn.Module) -> Iterator[Slice]:
-    """The slices of a converted model, in the model's order; one that several modules share comes once."""
-    return (module for module in model.modules() if isinstance(module, Slice))
 
 
 def describe(model: nn.Module) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -120,12 +121,30 @@ def refuse_join() -> None:
         ValueError: the model is run by a DDP that waits for ranks without batches.
     """
     running = nn.parallel.DistributedDataParallel._active_ddp_module
-    if running is not None and running._join_config.enable:
+    if running is None:
+        return
+    _wrappers.add(running)
+    if running._join_config.enable:
         raise ValueError(
             "join_uneven_inputs (torch.distributed.algorithms.Join) leaves ranks that run out of batches without a "
             "part in the selection of rows: use accelerate's even_batches=True or drop_last=True instead, so that all "
             "ranks take equally many steps."
         )
+
+
+def forget_residuals() -> None:
+    """Drop what communication hooks keep to add it to the next gradients, after slices have taken other rows.
+
+    PowerSGD sends a gradient of low rank, and adds the rest of it to the next step's gradient at the same place (error
+    feedback). Another row has that place now.
+    """
+    for wrapper in list(_wrappers):
+        for _, state in wrapper._comm_hooks:
+            getattr(state, "error_dict", {}).clear()
+
+
+# the DDP modules that have run a converted model
+_wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def is_partitioned(tensor: Tensor) -> bool:

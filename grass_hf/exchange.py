@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, int8
+from .drift import Drift
 from .functional import along_slice, take_rows
 from .parts import Part, SliceState
 from .rounding import loses_digits, round_stochastically
@@ -38,6 +39,7 @@ class Exchange:
     resident: bool
     rank_part: Callable[[Exchange, bool], Part]
     state: SliceState
+    drift: Drift
 
     @property
     def is_released(self) -> bool:
@@ -82,6 +84,7 @@ class Exchange:
             # Padding repeats another row's number, so it must repeat its value.
             rows = take_rows(rows, Selection(part.index).first_positions(self.state.size), self.dim)
         part.put(rows, seed)
+        self.drift.note(self)
 
     @torch.no_grad()
     def settle_decay(self, seed: str | None = None) -> None:
@@ -137,6 +140,7 @@ class Exchange:
         part.keep(values)
         if seed is not None:
             self.write_back()  # rows that stay are kept at their nearest value
+        self.drift.note(self)
         return source.cpu()
 
     def take_new_weight(self) -> None:
@@ -158,11 +162,13 @@ class Exchange:
         if part.active.is_meta or part.weight.is_meta:
             return
         if part.agrees():
+            self.drift.note(self)
             return
         rows = part.take().to(part.active.dtype)
         if part.write is not None:
             rows = (rows / along_slice(part.write, self.dim)).masked_fill(along_slice(part.rho == 0, self.dim), 0.0)
         part.keep(rows)
+        self.drift.note(self)
 
     def blocks(self) -> int:
         """Number of blocks of the side that choose rows for themselves: a multiple of the shards of the rows."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from . import int8
+from .drift import unwatch
 from .exclusion import summary
 from .modules import GrassModule, plain_class
 from .slices import Slice
@@ -80,6 +81,7 @@ def detach_slice(module: GrassModule, part: Slice) -> None:
         return
     for name in names:
         delattr(module, name)
+    unwatch(part.weight)
     if int8.is_int8(part.weight):
         setattr(module, part.parameter, nn.Parameter(int8.dequantize(part.weight)))
     getattr(module, part.parameter).requires_grad_(True)

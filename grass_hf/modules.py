@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from . import experts, int8
 from .distributed import gathered
+from .drift import watch
 from .slices import Slice
 
 
@@ -199,8 +200,10 @@ def attach_slice(
     made = Slice(module, parameter, transposed=transposed, **settings)
     if as_int8 and not int8.is_int8(weight):
         setattr(module, parameter, int8.quantize(weight))
+    watch(made.weight)
     _swap(module)
     setattr(module, attribute, made)
+    made.drift.note(made)
     for sharer in sharers:
         _swap(sharer)
         # not registered, so that the slice has one name and one place

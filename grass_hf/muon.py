@@ -85,6 +85,11 @@ class MuonAdamW(torch.optim.Optimizer):
         muon = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         super().__init__(params, {**self._adamw.defaults, **muon})
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        names = ("lr", "betas", "eps", "weight_decay", "fused")
+        self._adamw = torch.optim.AdamW([torch.zeros(1)], **{name: self.defaults[name] for name in names})
+
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:
         loss = None

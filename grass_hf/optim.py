@@ -12,6 +12,7 @@ from torch import nn
 
 from .controller import GrassController
 from .convert import grass_slices, is_converted
+from .drift import check_shape
 from .freeing import freed
 from .regroup import GROUP_KEY, VOCABULARY_KEY
 from .watching import watch
@@ -23,6 +24,7 @@ def grass_optimizer(
     *,
     params: Iterable[Any] | None = None,
     replicas: dist.ProcessGroup | None = None,
+    replace: bool = False,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
     """Make an optimizer for a converted model; its `step` also writes the slices back and selects rows.
@@ -33,25 +35,33 @@ def grass_optimizer(
         params: parameter groups, to give some parameters other settings; None means all trainable parameters.
         replicas: process group of the ranks that hold this same model, where not all do: for the stages of a pipeline
             ``mesh["dp"].get_group()``. They choose rows together. None means all ranks.
+        replace: take the slices over from the optimizer that drives them, which refuses to step from then on.
         kwargs: of the class: ``lr``, ``weight_decay`` and so on.
 
     Returns:
-        An instance of `optimizer_class`; its attribute ``grass`` is the `GrassController`.
+        An instance of `optimizer_class` (of a subclass of it that drives slices, see `grass_hf.driving`); its attribute
+        ``grass`` is the `GrassController`.
 
     Raises:
-        ValueError: the model is not converted, or the optimizer cannot drive slices.
+        ValueError: the model is not converted, another optimizer drives its slices, or this one cannot.
     """
     _require_converted(model)
     _refuse(optimizer_class)
     if params is None:
         params = [p for p in model.parameters() if p.requires_grad]
+    if not replace:
+        model.grass.refuse_second()
     optimizer = optimizer_class(params, **kwargs)
-    attach(optimizer, model, replicas)
+    attach(optimizer, model, replicas, replace=replace)
     return optimizer
 
 
 def attach(
-    optimizer: torch.optim.Optimizer, model: nn.Module, replicas: dist.ProcessGroup | None = None
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    replicas: dist.ProcessGroup | None = None,
+    *,
+    replace: bool = False,
 ) -> GrassController:
     """Let an optimizer made over a converted model's parameters drive its slices; once is enough.
 
@@ -60,18 +70,23 @@ def attach(
     kind over slices of embeddings and heads says so by ``vocabulary_apart = True``; theirs is the ordinary rate then.
 
     Raises:
-        ValueError: the model is not converted, the optimizer lacks the slices, or it cannot drive them.
+        ValueError: the model is not converted, the optimizer lacks the slices, it cannot drive them, or another one
+            does and is not to be replaced.
     """
     _require_converted(model)
     existing = getattr(optimizer, "grass", None)
     if existing is not None:
-        if existing.model is not model:
-            raise ValueError("this optimizer already drives another model's slices: make one optimizer per model.")
+        if existing.link.conversion is not model.grass:
+            raise ValueError(
+                "this optimizer already drives another model's slices, or those that this model had before it was "
+                "restored: make one optimizer per model, with grass_optimizer(model, ...)."
+            )
         return existing
     _refuse(type(optimizer))
     layers = list(grass_slices(model))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer in layers:
+        check_shape(layer)
         if id(layer.active) not in held or id(layer.weight) in held:
             raise ValueError(
                 f"the optimizer does not hold the slice of {layer.state.name}: make it after convert_to_grass, "
@@ -84,10 +99,11 @@ def attach(
                 f"the optimizer does not hold the weight of {name}, which is trained in full since the model's first "
                 "forward: make it after that, over the model's trainable parameters."
             )
+    if not replace:
+        model.grass.refuse_second()
     watch(model)
     _split_groups(optimizer, model)
-    optimizer.grass = GrassController(model, optimizer, replicas)
-    return optimizer.grass
+    return GrassController(model, optimizer, replicas, replace=replace)
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -98,13 +98,20 @@ class Part:
         """
         put_rows(self.weight, self.index, rows.to(self.weight.dtype), self.dim)
 
-    def agrees(self) -> bool:
-        """Whether the slice's values, as the weight stores them, are the weight's."""
-        rows, values = self.take(), self.active
-        if self.write is None:
-            return bool((values.to(rows.dtype) == rows).all())
-        same = (values * along_slice(self.write, self.dim)).to(rows.dtype) == rows
-        return bool((same | along_slice(self.rho == 0, self.dim)).all())  # nothing to agree on at padding
+    def agrees(self, dtype: torch.dtype | None = None) -> bool:
+        """Whether the slice's values, as the weight stores them, are the weight's; NaN is NaN's equal.
+
+        Args:
+            dtype: a coarser one in which they are compared; None for the weight's.
+        """
+        rows, values = self.take(), self.active.detach()
+        if self.write is not None:
+            values = values * along_slice(self.write, self.dim)
+        values, rows = (tensor.to(dtype or rows.dtype) for tensor in (values, rows))
+        same = (values == rows) | (values.isnan() & rows.isnan())
+        if self.write is not None:
+            same |= along_slice(self.rho == 0, self.dim)  # nothing to agree on at padding
+        return bool(same.all())
 
     def keep(self, values: Tensor) -> None:
         """Overwrite the slice."""
@@ -137,7 +144,7 @@ class Int8Part(Part):
     def put(self, rows: Tensor, seed: str | None = None) -> None:
         int8.store_rows(self.weight, self.index, rows, None if seed is None else seeded(seed, rows.device))
 
-    def agrees(self) -> bool:
+    def agrees(self, dtype: torch.dtype | None = None) -> bool:
         # a row that is being trained may be stored as the code above or below
         scale = self.weight.scale.index_select(0, self.index)[:, None]
         return bool(((self.active - self.take()).abs() <= scale).all())

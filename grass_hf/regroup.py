@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .config import GrassConfig
+from .driving import plain_class
+from .freeing import free
+from .slices import Slice
+
+if TYPE_CHECKING:
+    from .link import Link
 
 # A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
 GROUP_KEY = "grass_phase"
@@ -70,9 +76,10 @@ def replace(optimizer: torch.optim.Optimizer, config: GrassConfig, weights: dict
 
 def _made_with(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, Any]:
     """The state that this class gives a parameter when it is made, as Adagrad does; others do it in the first step."""
-    known = inspect.signature(type(optimizer).__init__).parameters
+    kind = plain_class(optimizer)
+    known = inspect.signature(kind.__init__).parameters
     settings = {key: value for key, value in optimizer.defaults.items() if key in known}
-    return type(optimizer)([weight], **settings).state.get(weight, {})
+    return kind([weight], **settings).state.get(weight, {})
 
 
 def _leaving(optimizer: torch.optim.Optimizer, leaving: set[nn.Parameter]) -> list[tuple[Group, list[nn.Parameter]]]:
@@ -127,3 +134,36 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, (int, float)):
         return math.isclose(one, other, rel_tol=1e-9)
     return bool(one == other)
+
+
+class LettingGo:
+    """The part of `grass_hf.controller.GrassController` by which weights leave Grass."""
+
+    optimizer: torch.optim.Optimizer
+    base: torch.optim.Optimizer
+    config: GrassConfig
+    due: set[str]
+    link: Link
+
+    def check_let_go(self, parts: list[Slice]) -> None:
+        """Check that the weights of these slices can be trained in full from here on.
+
+        Raises:
+            ValueError: they cannot; it says why, and nothing has been changed.
+        """
+        if self.optimizer is not self.base:
+            raise ValueError("an engine steps its own copies of the parameters")
+        check(self.optimizer, self.config, {part.active for part in parts})
+
+    def let_go(self, parts: list[Slice]) -> None:
+        """Train the weights of these slices in full from here on, as ordinary parameters.
+
+        Raises:
+            ValueError: as `check_let_go`.
+        """
+        self.check_let_go(parts)
+        for part in parts:
+            part.settle_decay(self._rounding_seed(part))
+        replace(self.optimizer, self.config, dict(free(self.link.model, parts)))
+        self.due -= {part.state.name for part in parts}
+        self.link.refresh()

@@ -15,6 +15,7 @@ from torch import nn
 from . import experts
 from .convert import grass_slices
 from .distributed import shape_of
+from .driving import plain_class
 from .modules import kind_of
 from .regroup import GROUP_KEY, VOCABULARY_KEY
 
@@ -136,7 +137,8 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     """Bytes of state after a first step, found by taking one on the meta device; None if the class cannot."""
     controller = optimizer.grass
     base = controller.base
-    known = inspect.signature(type(base).__init__).parameters
+    base_class = plain_class(base)
+    known = inspect.signature(base_class.__init__).parameters
     settings = {key: value for key, value in base.defaults.items() if key in known}
     settings.update({key: False for key in ("fused", "foreach", "capturable") if key in settings})
     # an optimizer may treat the slices' groups in its own way, and those of embeddings in another
@@ -149,7 +151,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
         groups[tuple(key for key in (GROUP_KEY, VOCABULARY_KEY) if key in keys)].append(alike)
     try:
         own = [{"params": alikes, **dict.fromkeys(keys, -1)} for keys, alikes in groups.items()]
-        trial = type(base)(own, **settings)
+        trial = base_class(own, **settings)
         trial.step()
     except Exception:  # third-party kernels without a meta implementation: the table says "after the first step"
         return None

@@ -42,7 +42,7 @@ class Rerun:
         lasting = [*module.parameters(), *module.buffers(), *self._tensors(args), *self._tensors(kwargs)]
         self._lasting: dict[int, list[Tensor]] = {}
         for tensor in lasting:
-            if type(tensor) in (Tensor, nn.Parameter):
+            if not hasattr(tensor, "__tensor_flatten__"):
                 self._lasting.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
         self._before: list[tuple[Tensor, Tensor]] = []
         self._random = _random_state({tensor.device for tensor in lasting})

@@ -11,18 +11,33 @@ and every expert selects for itself. What moves between weight and slice is in `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from . import distributed, functional, int8
+from . import distributed, drift, functional, int8
+from .drift import Drift
 from .exchange import Exchange
 from .functional import accumulation_dtype, selected_dim, take_rows
 from .grouped import grouped_linear
 from .parts import Part, SliceState, local_part
 from .selection import strided
 from .sharing import SharedColumns
+
+_LIVING: weakref.WeakSet[Slice] = weakref.WeakSet()
+_made = 0
+
+
+def slices_made() -> int:
+    """How many slices this process has made so far."""
+    return _made
+
+
+def living_slices() -> Iterator[Slice]:
+    """The slices of all models of this process."""
+    return iter(list(_LIVING))
 
 
 class Slice(Exchange, nn.Module):
@@ -49,6 +64,7 @@ class Slice(Exchange, nn.Module):
         active: Parameter, (..., r, n) for side "output", (..., m, r) for "input", or transposed as the weight is.
         index: int64 buffer (..., r), not persistent.
         rho, write: float buffers (..., r), not persistent; None unless the rule draws with replacement.
+        drift: what it knows of the last moment when it and its weight held the same values.
         norms: the leaf (..., size) that collects squared norms while an observation is due, else None.
         dim: -2 or -1, the dimension of weight and slice along which rows (columns) are selected.
         rank_part: says what this rank has of the weight and the slice; `parts.local_part`, or an engine's own.
@@ -105,6 +121,21 @@ class Slice(Exchange, nn.Module):
         self.resident = resident
         self.vocabulary = vocabulary
         self.state = SliceState(name, size, rank, phase, leader or name, blocks, trained=trained)
+        self.drift = Drift()
+        self._register()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self.norms is not None:
+            # as gradients are: a copy has none yet
+            self.norms = torch.zeros_like(self.norms, requires_grad=True)
+            self.active.grass_keeps_grad = self.rank_part is local_part
+        self._register()
+
+    def _register(self) -> None:
+        global _made
+        _made += 1
+        _LIVING.add(self)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -114,6 +145,7 @@ class Slice(Exchange, nn.Module):
     def tap(self, y: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """`functional.tap` for a product ``y`` of this weight, which this use of it may see transposed."""
         if not torch.is_grad_enabled():
+            drift.check_after_evaluation(self)
             return y
         extras, index = self._extras(), self.index
         side = "output" if self.dim == selected_dim("output", transposed) else "input"
@@ -124,6 +156,7 @@ class Slice(Exchange, nn.Module):
     def embedding_tap(self, y: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
         """`functional.embedding_tap` for rows of this weight."""
         if not torch.is_grad_enabled():
+            drift.check_after_evaluation(self)
             return y
         return functional.embedding_tap(y, ids, self.active, self.index, padding_idx=padding_idx, **self._extras())
 
@@ -136,6 +169,8 @@ class Slice(Exchange, nn.Module):
 
     def _extras(self) -> dict[str, Tensor | bool | None]:
         if not torch.compiler.is_compiling():
+            look = drift.check_pass if torch.is_grad_enabled() else drift.check_after_evaluation
+            look(self)
             self.drop_stale_norms()
             self._move_norms()
             distributed.refuse_join()

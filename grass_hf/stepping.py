@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .driving import plain_class
 from .slices import Slice
 
 # Slices that exist at a time. Large enough to keep a fused kernel busy, small beside any model worth the trouble.
@@ -51,8 +52,8 @@ def step_in_chunks(
         original()
         if _numbers(groups) != counters:
             raise ValueError(
-                f"{type(optimizer).__name__} keeps counters in its parameter groups, so it cannot be stepped in parts: "
-                "use resident=True."
+                f"{plain_class(optimizer).__name__} keeps counters in its parameter groups, so it cannot be stepped in "
+                "parts: use resident=True."
             )
         for group, params in zip(groups, members, strict=True):
             for other in groups:

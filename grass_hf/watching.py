@@ -140,7 +140,8 @@ def _end(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) ->
 def _mend(model: nn.Module, audit: Audit, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """See [Note: the forward that found something]."""
     slices = [part for part in _slices(model) if part in audit.found]
-    driver = model.grass.driver and model.grass.driver()
+    link = model.grass.driver and model.grass.driver()
+    driver = link and link.optimizer.grass
     try:
         _check_alone(model, slices)
         if driver is not None:

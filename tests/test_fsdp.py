@@ -34,6 +34,8 @@ CASES = [
     "rows_that_do_not_fit_the_shards_start_anew",
     "unaligned_rows_stop_with_a_sentence",
     "a_sharded_model_is_not_put_back",
+    "a_slice_that_is_moved_stops",
+    "a_plain_optimizer_over_shards_stops",
 ]
 CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 

@@ -94,7 +94,7 @@ def driven(cls: Any, kwargs: dict[str, Any], model: nn.Module) -> type[torch.opt
 
     def __new__(_, params, **settings):
         optimizer = cls(params, **settings)
-        attach(optimizer, model)
+        attach(optimizer, model, replace=True)
         return optimizer
 
     # The module's name stays: by it the Trainer recognises bitsandbytes and keeps embeddings in 32 bits.

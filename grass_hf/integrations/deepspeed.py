@@ -16,6 +16,7 @@ from torch import nn
 from ..config import GrassConfig
 from ..convert import describe, is_converted
 from ..distributed import check_agreement
+from ..driving import undriven
 from ..muon import MuonAdamW
 
 _INSTEAD = "use ZeRO-1, 2 or 3 without it, FSDP2 or DDP"
@@ -68,7 +69,8 @@ def take_over(arguments: dict[str, Any], initialize: Callable) -> tuple:
         # DeepSpeed wants parameters of one dtype, and keeps float32 masters of its own
         part.active.data = part.active.data.to(part.weight.dtype)
     controller.following = False
-    engine, *others = initialize(**arguments)
+    with undriven(optimizer):
+        engine, *others = initialize(**arguments)
     ZeroController(controller, engine)
     return engine, *others
 

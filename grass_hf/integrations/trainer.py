@@ -93,7 +93,7 @@ class GrassOptimizerFactory(torch.optim.Optimizer):
             )
         if not is_converted(model):
             convert_to_grass(model, config)
-        return grass_optimizer(model, base, **kwargs)
+        return grass_optimizer(model, base, replace=True, **kwargs)
 
 
 class FollowTraining(TrainerCallback):
@@ -104,9 +104,15 @@ class FollowTraining(TrainerCallback):
             _convert(model, _parse(args).config, args)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if not _is_model(model):
-            return
         controller = _controller(optimizer)
+        if not _is_model(model):
+            if args.optim == NAME and controller is None:
+                raise ValueError(
+                    "optim='grass' was asked for, and the Trainer's optimizer drives no Grass slices: a subclass makes "
+                    "an optimizer of its own. Let it call super().create_optimizer(), or build the optimizer with "
+                    "grass_optimizer(model, ...) after convert_to_grass(model)."
+                )
+            return
         if controller is None:
             raise ValueError(
                 "the model was converted by Grass, but the Trainer's optimizer does not drive its slices: build it "
@@ -192,7 +198,7 @@ def attach_if_converted(trainer) -> None:
             "the optimizer in optimizers=(...) does not drive the Grass slices, and its scheduler is made already: "
             "build the optimizer with grass_optimizer(model, ...) and the scheduler over it."
         )
-    attach(trainer.optimizer, trainer.model)
+    attach(trainer.optimizer, trainer.model, replace=True)
 
 
 def is_grass_run(trainer) -> bool:

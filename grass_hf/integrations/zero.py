@@ -78,14 +78,12 @@ class ZeroController(GrassController):
             if part.rho is not None:  # DeepSpeed casts all buffers to the weights' dtype
                 dtype = accumulation_dtype(part.active.dtype)
                 part.rho, part.write = part.rho.to(dtype), part.write.to(dtype)
-        super().__init__(previous.model, engine.optimizer, previous.replicas)
+        super().__init__(previous.model, engine.optimizer, previous.replicas, replace=True)
+        self._follow_checkpoints()
         self.base = base
-        self.optimizer.grass = base.grass = self
+        base.grass = self
 
     # -- the engine's step --------------------------------------------------------------------------------------
-
-    def _follow_zero_grad(self) -> None:
-        """DeepSpeed drops gradients in mid-step, before this step's norms have been used."""
 
     def _see(self, number: int, _: Tensor) -> None:
         self._seen.add(number)
@@ -166,7 +164,7 @@ class ZeroController(GrassController):
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
-    def _follow_state(self) -> None:
+    def _follow_checkpoints(self) -> None:
         save, load = self.engine.save_checkpoint, self.engine.load_checkpoint
 
         @functools.wraps(save)

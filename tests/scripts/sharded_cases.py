@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer, restore_model
+from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, drift, grass_optimizer, restore_model
 from grass_hf.convert import grass_slices
 
 # so that eight ranks divide the rows of every slice
@@ -400,6 +400,46 @@ def a_sharded_model_is_not_put_back():
         assert "is sharded" in str(error)
     else:
         raise AssertionError("put back")
+
+
+def a_slice_that_is_moved_stops():
+    """Values are compared in the first step, and again when a shard was changed; a weight that is changed is followed."""
+    compared, confirm = [], drift.confirm
+    drift.confirm = lambda part: (compared.append(part.state.name), confirm(part))
+    model, optimizer, _ = prepare(True)
+    train(model, optimizer, range(2))
+    compared.clear()
+    train(model, optimizer, range(2, 8))
+    assert not compared, compared
+    part = list(grass_slices(model))[3]
+    with torch.no_grad():
+        part.weight.to_local().mul_(0.5)
+    train(model, optimizer, [8])
+    assert compared == [part.state.name]
+    with torch.no_grad():
+        part.active.to_local().add_(1.0)
+    before = full_state(model)
+    try:
+        train(model, optimizer, [9])
+    except RuntimeError as error:
+        assert f"the slice of {part.state.name} was changed and its weight was not" in str(error), error
+    else:
+        raise AssertionError("stepped")
+    assert all(torch.equal(value, before[name]) for name, value in full_state(model).items())
+    drift.confirm = confirm
+
+
+def a_plain_optimizer_over_shards_stops():
+    model = convert_to_grass(llama(), GrassConfig(**SETTINGS))
+    shard(model, model.model.layers)
+    before = full_state(model)
+    try:
+        train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), range(2))
+    except RuntimeError as error:
+        assert "and does not drive it" in str(error), error
+    else:
+        raise AssertionError("stepped")
+    assert all(torch.equal(value, before[name]) for name, value in full_state(model).items())
 
 
 def hybrid_sharding():

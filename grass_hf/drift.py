@@ -1,0 +1,296 @@
+"""Whether a slice and its weight still hold the same values.
+
+[Note: drift] All that Grass does rests on ``weight[index] = write * active``. Optimizers that nobody told of the
+slices, averaged or copied models, SAM, a weight that is overwritten: each moves one of the two, or both in its own way,
+and training would go on without a sign. So a slice remembers a mark of both tensors from the last moment when they
+agreed: version counters and addresses, which cost nothing to read. A training forward pass that finds other marks
+compares the values once. If they agree, it takes the new marks (DDP's first broadcast, a move to another device). If
+only the weight was changed, the slice follows it. Else training stops.
+
+Not everything leaves a mark: fused optimizers do not count versions up, and neither does what is done to ``.data``. So
+
+* a frozen weight is a `FrozenWeight`, which notes that somebody asked for its ``.data``;
+* values are compared whatever the marks say in the forward passes 1, 2, 4, 8, ... and in the first one after an
+  evaluation, where weights are swapped and averaged;
+* an optimizer that holds a slice and does not drive it is stopped before its first step (`grass_hf.undriven`).
+
+In an ordinary step no value is read and no device is waited for. In a compiled graph nothing of this exists; then, and
+where parameters are sharded, whose whole tensors come and go, the marks are compared before the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import distributed
+from .int8 import is_int8
+from .parts import local_part
+from .rounding import loses_digits
+
+if TYPE_CHECKING:
+    from .slices import Slice
+
+logger = logging.getLogger(__name__)
+
+_REMEDY = (
+    "Make one optimizer with grass_optimizer(model, ...) and let nothing else move the parameters; or call "
+    "restore_model(model), which keeps the weights, and convert the model again."
+)
+
+
+class FrozenWeight(nn.Parameter):
+    """A weight that knows whether somebody has asked for its ``.data``, through which it changes without a mark."""
+
+    touched = False
+
+    @property
+    def data(self) -> Tensor:
+        self.touched = True
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.touched = True
+        Tensor.data.__set__(self, value)
+
+
+def watch(weight: nn.Parameter) -> None:
+    """Note from now on who asks for a weight's ``.data``; parameters of other classes are left as they are."""
+    if type(weight) is nn.Parameter:
+        weight.__class__ = FrozenWeight
+
+
+def unwatch(weight: nn.Parameter) -> None:
+    """Undo `watch`."""
+    if type(weight) is FrozenWeight:
+        vars(weight).pop("touched", None)
+        weight.__class__ = nn.Parameter
+
+
+class Drift:
+    """What a slice remembers of the last moment when it and its weight agreed.
+
+    Attributes:
+        marks: of the slice and of the weight; None where that is not known, as in a copy.
+        dtype: of the weight, at that moment.
+        passes: training forward passes so far.
+        look: whether the next forward pass compares values whatever the marks say.
+        seen: whether a forward pass has looked since the last step.
+        sharded: whether parameters are sharded, and marks are compared at steps only.
+    """
+
+    def __init__(self):
+        self.marks: tuple | None = None
+        self.dtype: torch.dtype | None = None
+        self.passes = 0
+        self.look = self.seen = self.sharded = False
+
+    def __getstate__(self):
+        return {**vars(self), "marks": None}  # a copy has tensors of its own
+
+    def forget(self) -> None:
+        """Take nothing for granted: values are compared before they are used next."""
+        self.marks = None
+
+    def note(self, part: Slice, dtype: torch.dtype | None = None) -> None:
+        """The slice and its weight agree now; in a coarser dtype than the weight's, if one is given."""
+        weight = _weight(part)
+        self.marks, self.dtype = _marks(part, weight), dtype or weight.dtype
+        if getattr(weight, "touched", False):  # FSDP2 gives its parameters the attributes of those before
+            weight.touched = False
+
+
+def check_pass(part: Slice) -> None:
+    """Look before a training forward pass.
+
+    Raises:
+        RuntimeError: the slice and its weight have parted, see [Note: drift].
+    """
+    record = part.drift
+    if record.sharded:
+        return
+    record.seen = True
+    record.passes = passes = record.passes + 1
+    if record.look or not passes & (passes - 1) or _changed(part, record):
+        confirm(part)
+
+
+def check_step(part: Slice) -> None:
+    """Look before an optimizer's step, where no forward pass could.
+
+    Raises:
+        RuntimeError: as `check_pass`.
+    """
+    record = part.drift
+    record.sharded = record.sharded or distributed.is_sharded(part._parameters["active"])
+    seen, record.seen = record.seen, False
+    if (record.sharded or not seen) and _changed(part, record):
+        confirm(part)
+
+
+def check_after_evaluation(part: Slice) -> None:
+    """Let the next training forward pass compare values: weights may have been swapped for the evaluation."""
+    if not part.training and not torch.compiler.is_compiling():
+        part.drift.look = True
+
+
+def confirm(part: Slice) -> None:
+    """Compare the values of a slice and its weight; the slice follows a weight that was changed alone.
+
+    Raises:
+        RuntimeError: they differ, and the slice was changed.
+    """
+    record = part.drift
+    record.look = False
+    weight = _weight(part)
+    if not _comparable(part, weight):
+        return
+    if weight.requires_grad:
+        raise RuntimeError(
+            f"the weight of {part.state.name} requires a gradient although only its slice is trained: something called "
+            "requires_grad_(True) after the conversion. Freeze it again with requires_grad_(False), or name it in "
+            "exclude_modules to train it in full."
+        )
+    check_shape(part)
+    moved = _moved(part, record)
+    if _agree(part, record):
+        if record.dtype not in (None, weight.dtype):
+            _warn_of_cast(part.active.dtype, record.dtype)
+        watch(weight)
+        # of a model that was cast the slice may hold more digits; the next step writes them back
+        record.note(part, record.dtype)
+        return
+    if moved == {"weight"}:
+        logger.info("%s: its weight was changed, and the slice follows it.", part.state.name)
+        part.take_new_weight()
+        return
+    raise RuntimeError(_parted(part, moved))
+
+
+def check_shape(part: Slice) -> None:
+    """Stop where a weight was resized after its slice was made.
+
+    Raises:
+        RuntimeError: it was.
+    """
+    weight = _weight(part)
+    if distributed.is_partitioned(weight) or _fits(part, weight):
+        return
+    raise RuntimeError(
+        f"the weight of {part.state.name} has the shape {tuple(weight.shape)} now, and its slice "
+        f"{tuple(part.active.shape)} was made for another one: it was resized after the conversion. Resize before "
+        "converting: call resize_token_embeddings(...) and then convert_to_grass (or make the Trainer). Or call "
+        "restore_model(model), and convert it again."
+    )
+
+
+def follow_weight(part: Slice) -> bool:
+    """Let a slice take its weight's values wherever they differ; whether it had been moved by itself.
+
+    For the end of training, where the weight is what the model computes with.
+    """
+    record, weight = part.drift, _weight(part)
+    if not _comparable(part, weight) or (_fits(part, weight) and _agree(part, record)):
+        return False
+    alone = _moved(part, record) == {"slice"}
+    part.state.owed = 1.0
+    if _fits(part, weight):
+        part.reload()
+    return alone
+
+
+def _weight(part: Slice) -> nn.Parameter:
+    weight = part.owner._parameters.get(part.parameter)
+    if weight is None:
+        raise RuntimeError(
+            f"the weight of {part.state.name} is no plain parameter any more: a parametrization, pruning or weight "
+            "norm was put on it after the conversion. Call restore_model(model) first, put it on, and convert the "
+            "model then; such a layer is left out of Grass."
+        )
+    return weight
+
+
+def _marks(part: Slice, weight: nn.Parameter) -> tuple:
+    active = part._parameters["active"]
+    if type(active) is nn.Parameter and type(weight) is FrozenWeight:
+        return active._version, active.data_ptr(), weight._version, weight.data_ptr()
+    return *_mark(active), *_mark(weight)
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    tensor = getattr(tensor, "_local_tensor", tensor)  # DTensor's
+    tensor = tensor.int_data if is_int8(tensor) else tensor
+    if isinstance(tensor, FakeTensor) or tensor.is_inference():
+        return 0, 0
+    return tensor._version, tensor.data_ptr()
+
+
+def _changed(part: Slice, record: Drift) -> bool:
+    weight = part.owner._parameters.get(part.parameter)
+    return weight is None or getattr(weight, "touched", False) or record.marks != _marks(part, weight)
+
+
+def _moved(part: Slice, record: Drift) -> set[str]:
+    """Which of the two has another mark than when they agreed; both where that is not known."""
+    if record.marks is None:
+        return {"slice", "weight"}
+    weight = _weight(part)
+    now = _marks(part, weight)
+    moved = {"slice"} if now[:2] != record.marks[:2] else set()
+    if now[2:] != record.marks[2:] or getattr(weight, "touched", False):
+        moved.add("weight")
+    return moved
+
+
+def _comparable(part: Slice, weight: nn.Parameter) -> bool:
+    """Whether values can be compared here; an engine that keeps slices in its own way looks after them itself."""
+    active = part.active
+    if part.is_released or part.rank_part is not local_part or distributed.is_partitioned(weight):
+        return False
+    return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in (active, weight))
+
+
+def _fits(part: Slice, weight: nn.Parameter) -> bool:
+    expected = list(weight.shape)
+    expected[part.dim] = part.state.rank
+    return list(part.active.shape) == expected and weight.shape[part.dim] == part.state.size
+
+
+@torch.no_grad()
+def _agree(part: Slice, record: Drift) -> bool:
+    weight_dtype = _weight(part).dtype
+    coarser = None
+    if record.dtype not in (None, weight_dtype) and record.dtype.itemsize < weight_dtype.itemsize:
+        coarser = record.dtype  # digits that the weight did not have then are the slice's alone
+    return part.rank_part(part, False).agrees(coarser)
+
+
+@functools.cache
+def _warn_of_cast(dtype: torch.dtype, before: torch.dtype) -> None:
+    if loses_digits(dtype, before):
+        logger.warning(
+            "the model was cast from %s to %s after its conversion, and its slices with it: updates below half a unit "
+            "in their last place are lost. Cast the model first and convert it then, and slices stay float32.",
+            before,
+            dtype,
+        )
+
+
+def _parted(part: Slice, moved: set[str]) -> str:
+    name = part.state.name
+    if moved == {"slice"}:
+        return (
+            f"the slice of {name} was changed and its weight was not, so the model does not compute with what is "
+            "trained: an optimizer that does not drive the slices took a step, or one that moves parameters itself "
+            f"(SAM, an average of parameters, local SGD). {_REMEDY}"
+        )
+    return (
+        f"the slice of {name} and its weight hold different values: something moved them on its own (an average of "
+        f"parameters, a copy, an optimizer that does not drive the slices). {_REMEDY}"
+    )
