@@ -203,10 +203,13 @@ def _root(module: nn.Module) -> nn.Module | None:
 
 
 def _is_called(module: nn.Module) -> bool:
-    frame = sys._getframe(2)
+    """Whether its forward runs, around the call that is about to begin."""
+    frame, calls = sys._getframe(2), 0
     while frame is not None:
-        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
-            return True
+        if frame.f_code is _CALL:
+            calls += 1
+            if calls > 1 and frame.f_locals.get("self") is module:
+                return True
         frame = frame.f_back
     return False
 
