@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .distributed import is_sharded, shape_of, shard_range, shards, whole, world_size
+from .freeing import freed
 from .functional import take_rows
 from .parts import local_part
 from .selection import aligned, strided
@@ -40,10 +41,11 @@ def add(state_dict: dict[str, Any], controller: GrassController) -> dict[str, An
     for group, packed in zip(controller.optimizer.param_groups, state_dict["param_groups"], strict=True):
         names = []
         for param, key in zip(group["params"], packed["params"], strict=True):
-            if (part := slices.get(id(param))) is not None:
+            part = slices.get(id(param))
+            names.append(part and part.state.name)  # a weight that was freed may be among slices
+            if part is not None:
                 state[key] = {**state.get(key, {}), **_entry(part)}
-                names.append(part.state.name)
-        if names:
+        if any(names):
             packed[KEY] = _meta(controller, names)
     state_dict["state"] = state
     return state_dict
@@ -65,6 +67,7 @@ def recall(saved: dict[str, Any] | None, controller: GrassController) -> None:
         ValueError: as `restore` does.
     """
     meta, entries = (json.loads(saved[KEY]), saved["slices"]) if saved else (None, {})
+    _free_as(meta, controller)
     _check(meta, entries, controller)
     _take_up(meta, entries, controller)
 
@@ -79,6 +82,7 @@ def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str
         ValueError: the state dict was not written by Grass, or by another shape of run. Nothing is changed then.
     """
     meta, entries = read(state_dict)
+    _free_as(meta, controller)
     _check(meta, entries, controller)
     unaligned = _take_up(meta, entries, controller)
     if unaligned:
@@ -101,7 +105,7 @@ def read(state_dict: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, d
         meta = json.loads(group[KEY])
         slices = (state_dict["state"].get(key, {}) for key in group["params"])
         own = [{k.removeprefix(PREFIX): v for k, v in s.items() if str(k).startswith(PREFIX)} for s in slices]
-        entries.update(zip(meta["layers"], own, strict=True))
+        entries.update((name, entry) for name, entry in zip(meta["layers"], own, strict=True) if name is not None)
     return meta, entries
 
 
@@ -122,8 +126,34 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
     return unaligned
 
 
-def _meta(controller: GrassController, names: list[str]) -> str:
+def _free_as(meta: dict[str, Any] | None, controller: GrassController) -> None:
+    """Free the weights that the saved run had freed (`grass_hf.audit`), so that both have the same slices.
+
+    Raises:
+        ValueError: this run cannot, or has them in another place of its optimizer.
+    """
+    wanted = set(meta.get("freed", ()) if meta else ()) - freed(controller.model).keys()
+    if not wanted:
+        return
+    parts = [part for part in controller.slices if part.state.name in wanted]
+    if lacking := sorted(wanted - {part.state.name for part in parts}):
+        raise ValueError(
+            f"{lacking[0]} was a Grass layer when the checkpoint's run began, and it was trained in full because its "
+            "model reads it without calling it: resume with the target_modules and exclude_modules of that run."
+        )
+    try:
+        controller.let_go(parts)
+    except ValueError as error:
+        raise ValueError(
+            f"the checkpoint's run has trained {parts[0].state.name} in full, because its model reads it without "
+            f"calling it, and this run cannot ({error}): resume as that run was, or start anew from its weights."
+        ) from error
+
+
+def _meta(controller: GrassController, names: list[str | None]) -> str:
     meta = {"version": VERSION, "config": controller.config.to_dict(), "step": controller.step}
+    if gone := freed(controller.model):
+        meta["freed"] = list(gone)
     return json.dumps(
         {**meta, "due": sorted(controller.due), "layers": names, "ranks": world_size(controller.replicas)}
     )

@@ -26,23 +26,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, drift, driving, guards, reselect, selection, warmup
+from . import checkpoint, drift, driving, guards, reselect, selection, warmup, watching
 from .convert import describe
 from .distributed import check_agreement, forget_residuals, local, world_size
 from .driving import driving_class, plain_class
 from .link import Link
+from .regroup import GROUP_KEY, VOCABULARY_KEY, LettingGo
 from .remap import carry_rows
 from .seeding import Seed, seed_for
 from .slices import Slice
 from .stepping import step_in_chunks
 
-# A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
-GROUP_KEY = "grass_phase"
-# Beside it, in a group of slices of embeddings and heads where they are stepped as ordinary parameters are.
-VOCABULARY_KEY = "grass_vocabulary"
 
-
-class GrassController:
+class GrassController(LettingGo):
     """Keeps the slices of one model and one optimizer in step; `grass_hf.optim.attach` makes it.
 
     Attributes:
@@ -180,7 +176,7 @@ class GrassController:
             weights = guards.int8_weights(layers) if world_size(self.replicas) > 1 else ""
             said = f"step={self.step}; {describe(self.model)}; {weights}"
             check_agreement("the first step", said, group=self.replicas)
-            guards.check_each_reached(layers, self.step, self._reached)
+            guards.check_each_reached(layers, self.step, self._reached, self.model)
             for part in layers:
                 part.check_alignment()
                 part.check_sharding()
@@ -204,7 +200,9 @@ class GrassController:
         if not self._was_real(layers):
             self.look_ahead()  # forget what a skipped step observed
             return
-        self._has_stepped = True
+        if not self._has_stepped:
+            self._has_stepped = True
+            watching.watched(self.model)
         groups = self.groups()
         self._write_back(layers)
         for layer in layers:
@@ -231,6 +229,8 @@ class GrassController:
 
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
+        if due:
+            watching.watch_again_if_changed(self.model)
         for part in due:
             part.mark_trained(reselect.turn_of(self.config, self.step))
         moved = False

@@ -12,14 +12,16 @@ from .config import GrassConfig
 from .conversion import Conversion, grass_slices
 from .distributed import gathered, is_partitioned, is_sharded, shape_of
 from .drift import follow_weight
+from .freeing import detach_slices
 from .int8 import is_int8
-from .modules import GrassModule, attach_slice, detach_slices
+from .modules import GrassModule, attach_slice
 from .rounding import loses_digits
 from .selection import with_replacement
 from .sharing import SharedColumns
 from .slices import Slice
 from .targets import Target, plan
 from .undriven import watch_steps
+from .watching import unwatch, watch
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
         model._ddp_params_and_buffers_to_ignore = [*(left_alone or ()), *names]
     watch_steps()
     model.grass = Conversion(model, config, todo.left_out, ignored, left_alone)
+    watch(model)
     return model
 
 
@@ -126,6 +129,7 @@ def restore_model(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, GrassModule):
             detach_slices(module)
+    unwatch(model)
     model._keys_to_ignore_on_save = model.grass.saved_keys_ignored
     if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
         model._ddp_params_and_buffers_to_ignore = model.grass.ddp_ignored or []

@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .config import GrassConfig
 from .distributed import local, whole, world_size
+from .exclusion import exclusion, summary
 from .int8 import is_int8
+from .patterns import uses
 from .slices import Slice
 
 logger = logging.getLogger(__name__)
@@ -124,22 +127,30 @@ def check_any_reached(
         )
 
 
-def check_each_reached(slices: list[Slice], step: int, reached: Callable[[nn.Parameter], bool] = has_gradient) -> None:
+def check_each_reached(
+    slices: list[Slice],
+    step: int,
+    reached: Callable[[nn.Parameter], bool] = has_gradient,
+    model: nn.Module | None = None,
+) -> None:
     """Stop if a weight is trained in vain: frozen, and read by the model without calling the module that has it.
 
     Fused kernels do that (Mamba's), and fused losses with the output head. A slice without a gradient whose
     neighbours, the slices under the same parent module, have one is taken for such a case; a whole branch without
-    gradients (an image tower on a batch of text, an expert) is not.
+    gradients (an image tower on a batch of text, an expert) is not. `grass_hf.audit` sees such weights where the model
+    is not compiled and its forward is called; this is for the rest.
 
     Args:
         slices: of the model.
         step: number of the optimizer step, for errors.
         reached: as `has_gradient`.
+        model: the converted model, to say how just these weights are freed.
 
     Raises:
-        RuntimeError: a slice has no gradient among neighbours that have one.
+        RuntimeError: slices have no gradient among neighbours that have one; all of them are named.
     """
     parents = {parent for part in slices if reached(part.active) for parent in _parents(part.state.name)}
+    lacking = []
     for part in slices:
         name = part.state.name
         if reached(part.active) or _parents(name)[0] not in parents:
@@ -147,12 +158,19 @@ def check_each_reached(slices: list[Slice], step: int, reached: Callable[[nn.Par
         if isinstance(part.owner, nn.Embedding):
             logger.warning("%s received no gradient: the model was given inputs_embeds, perhaps.", name)
             continue
-        leaf = name.rpartition(".")[2]
+        lacking.append(name)
+    if lacking:
         raise RuntimeError(
-            f"{name} received no gradient at optimizer step {step}, though its neighbours did: the model reads its "
-            f"weight without calling it (a fused kernel or a fused loss), or does not use it. Train it in full with "
-            f"exclude_modules=['{leaf}'], or switch the fused kernel off."
+            f"{len(lacking)} weight(s) received no gradient at optimizer step {step}, though their neighbours did: "
+            f"{summary(lacking)}. The model reads them without calling them (a fused kernel or a fused loss), or does "
+            f"not use them. Train just these in full with {_exclusion(lacking, model)}, or switch the fused kernel off."
         )
+
+
+def _exclusion(names: list[str], model: nn.Module | None) -> str:
+    config = getattr(getattr(model, "grass", None), "config", GrassConfig())
+    others = [] if model is None else [use.name for use in uses(model) if use.name not in names]
+    return exclusion(names, others, config)
 
 
 def _parents(name: str) -> list[str]:

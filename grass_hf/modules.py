@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from . import experts, int8
 from .distributed import gathered
-from .drift import unwatch, watch
+from .drift import watch
 from .slices import Slice
 
 
@@ -211,15 +211,9 @@ def attach_slice(
     return made
 
 
-def detach_slices(module: GrassModule) -> None:
-    """Turn a module back into what it was, in place; its weights must be up to date."""
-    for name, part in module.own_slices().items():
-        delattr(module, name)
-        unwatch(part.weight)
-        if int8.is_int8(part.weight):
-            setattr(module, part.parameter, nn.Parameter(int8.dequantize(part.weight)))
-        getattr(module, part.parameter).requires_grad_(True)
-    module.__class__ = next(plain for (plain, *_), converted in _CONVERTED.items() if converted is type(module))
+def plain_class(module: GrassModule) -> type[nn.Module]:
+    """The class that a converted module had."""
+    return next(plain for (plain, *_), converted in _CONVERTED.items() if converted is type(module))
 
 
 def _swap(module: nn.Module) -> None:

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .controller import GROUP_KEY, VOCABULARY_KEY
 from .distributed import local
 from .functional import accumulation_dtype
+from .regroup import GROUP_KEY, VOCABULARY_KEY
 
 # Of slices that are orthogonalised at a time: enough work for each launch, little beside a model.
 BATCH_BYTES = 64 * 2**20

@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .controller import GROUP_KEY, VOCABULARY_KEY, GrassController
+from .controller import GrassController
 from .convert import grass_slices, is_converted
 from .drift import check_shape
+from .freeing import freed
+from .regroup import GROUP_KEY, VOCABULARY_KEY
+from .watching import watch
 
 
 def grass_optimizer(
@@ -90,8 +93,15 @@ def attach(
                 "over the model's trainable parameters."
             )
         layer.check_sharding()
+    for name, weight in freed(model).items():
+        if id(weight) not in held:
+            raise ValueError(
+                f"the optimizer does not hold the weight of {name}, which is trained in full since the model's first "
+                "forward: make it after that, over the model's trainable parameters."
+            )
     if not replace:
         model.grass.refuse_second()
+    watch(model)
     _split_groups(optimizer, model)
     return GrassController(model, optimizer, replicas, replace=replace)
 

@@ -13,11 +13,11 @@ from rich.table import Table
 from torch import nn
 
 from . import experts
-from .controller import GROUP_KEY, VOCABULARY_KEY
 from .convert import grass_slices
 from .distributed import shape_of
 from .driving import plain_class
 from .modules import kind_of
+from .regroup import GROUP_KEY, VOCABULARY_KEY
 
 
 @dataclass(frozen=True)
