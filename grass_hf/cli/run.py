@@ -1,12 +1,43 @@
-"""``grass-hf run``: another program's script, in this process, as Python itself would run it."""
+"""``grass-hf run``: another program's script, in this process, as Python itself would run it.
+
+Processes that the script starts know the name "grass" too: `children_know` puts the folder ``startup`` on PYTHONPATH.
+
+An error of the script ends the process as it would without us: the traceback begins in the script, and the exit code
+is Python's. So the script runs after typer has returned, which has its own ways with Ctrl-C and broken pipes.
+"""
 
 from __future__ import annotations
 
+import builtins
+import contextlib
+import importlib.machinery
+import io
 import os
 import runpy
 import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
 
 import grass_hf
+
+from .errors import is_ours
+from .startup import sitecustomize as startup
+
+STARTUP = str(Path(startup.__file__).parent)
+
+
+class Script(Exception):
+    """A script to run, on its way out of the command line's parser.
+
+    Args:
+        script: path of a Python file, or "-m" (the module's name is then the first of `args`).
+        args: the script's own arguments.
+    """
+
+    def __init__(self, script: str, args: list[str]):
+        super().__init__(script)
+        self.script, self.words = script, list(args)
 
 
 def run_script(script: str, args: list[str]) -> None:
@@ -15,18 +46,101 @@ def run_script(script: str, args: list[str]) -> None:
     Args:
         script: path of a Python file, or "-m" (the module's name is then the first of `args`).
         args: the script's own arguments.
+
+    Raises:
+        ValueError: there is no such file, or it is no Python file.
+        SystemExit: the script's own, or with exit code 2 after a sentence of ours.
     """
+    if script == "-m" and not args:
+        raise ValueError("run -m: give the name of a module to run.")
+    path = os.path.abspath(script)  # as Python's own __file__ and tracebacks have it
+    code = None if script == "-m" else _compiled(path)
     grass_hf.register()
-    if script == "-m":
-        if not args:
-            raise SystemExit("grass-hf run -m: give the name of a module to run.")
-        sys.argv = list(args)
-        sys.path.insert(0, os.getcwd())
-        runpy.run_module(args[0], run_name="__main__", alter_sys=True)
-        return
+    try:
+        with children_know():
+            if code is None:
+                sys.argv = list(args)
+                sys.path.insert(0, os.getcwd())
+                runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+            else:
+                sys.argv = [script, *args]
+                sys.path.insert(0, os.path.dirname(path))
+                _run_as_main(code, path)
+    except BaseException as error:
+        if isinstance(error, ValueError) and is_ours(error):
+            raise
+        begin = _from_the_script_on(error.__traceback__)
+        if begin is None and isinstance(error, ImportError) and code is None:  # runpy itself did not find it
+            raise ValueError(f"run -m {args[0]}: {error}.") from None
+        _show_from(begin)
+        raise
+
+
+@contextlib.contextmanager
+def children_know() -> Iterator[None]:
+    """Let processes of Python that are started meanwhile begin with `grass_hf.cli.startup.sitecustomize`."""
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", startup.VARIABLE)}
+    folders = [folder for folder in (before["PYTHONPATH"] or "").split(os.pathsep) if folder != STARTUP]
+    # an empty PYTHONPATH has no folder, and an empty word in one stands for the working directory
+    os.environ["PYTHONPATH"] = os.pathsep.join([STARTUP, *(folders if before["PYTHONPATH"] else ())])
+    os.environ[startup.VARIABLE] = sys.prefix
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _compiled(script: str) -> types.CodeType | str | bytes:
+    """Its code; the source itself where Python will have something to say about it.
+
+    Raises:
+        ValueError: it is no Python file.
+    """
+    remedy = "give the path of a Python script, or -m and a module's name"
     if not os.path.isfile(script):
-        print(f"grass-hf run: {script} is not a file: give the path of a Python script.", file=sys.stderr)
-        raise SystemExit(2)
-    sys.argv = [script, *args]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    runpy.run_path(script, run_name="__main__")
+        raise ValueError(f"run: {script} is not a file: {remedy}.")
+    with io.open_code(script) as file:
+        source = file.read()
+    if b"\0" in source:
+        raise ValueError(f"run: {script} is a binary and not a Python file: {remedy}.")
+    try:
+        return compile(source, script, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        first = source.partition(b"\n")[0].decode(errors="replace").strip()
+        if first.startswith("#!") and "python" not in first and "pypy" not in first:
+            raise ValueError(
+                f"run: {script} is a script for {first[2:].strip()} and not a Python file: {remedy}; or switch on "
+                "`grass-hf autoload on`, which reaches every program of this Python environment."
+            ) from None
+        return source
+
+
+def _run_as_main(code: types.CodeType | str | bytes, script: str) -> None:
+    main = types.ModuleType("__main__")
+    loader = importlib.machinery.SourceFileLoader("__main__", script)
+    vars(main).update(__file__=script, __cached__=None, __loader__=loader, __package__=None, __builtins__=builtins)
+    sys.modules["__main__"] = main  # for good: threads and atexit may ask for it after the script's last line
+    if not isinstance(code, types.CodeType):
+        code = compile(code, script, "exec", dont_inherit=True)  # and here is the SyntaxError
+    exec(code, vars(main))
+
+
+def _from_the_script_on(where: types.TracebackType | None) -> types.TracebackType | None:
+    """A traceback without the frames that ran the script, which Python would not have either."""
+    while where is not None and where.tb_frame.f_globals.get("__name__") in (__name__, runpy.__name__):
+        where = where.tb_next
+    return where
+
+
+def _show_from(begin: types.TracebackType | None) -> None:
+    """Let Python show the error that is about to leave us from this frame on, by whatever hook the script has set."""
+    hook = sys.excepthook
+
+    def show(kind, error, _):
+        hook(kind, error.with_traceback(begin), begin)
+
+    sys.excepthook = show
