@@ -121,46 +121,62 @@ def check(meta: dict[str, Any], settings: dict[str, dict[str, Any]], controller:
         )
 
 
+def take_up(settings: dict[str, dict[str, Any]], controller: GrassController) -> None:
+    """Remember that the checkpoint's learning rate goes on, so that it is said again when this run is resumed."""
+    for name, own in controller.asked.items():
+        if _LR in settings.get(name, {}):
+            own[_LR] = settings[name][_LR]
+
+
 def check_state(state_dict: dict[str, Any], key: str, controller: GrassController) -> None:
     """Compare the state itself, for a checkpoint that does not say which optimizer wrote it.
 
     Args:
         state_dict: of the optimizer.
-        key: the first key of what Grass added to the state of a slice: it is passed over with the others of its kind.
+        key: the first letters of what Grass added to the state of a slice, which is passed over.
 
     Raises:
-        ValueError: the state of the slices has other names than this run's optimizer would give it.
+        ValueError: the state of a parameter has other names than this run's optimizer would give it.
     """
-    for group in (group for group in state_dict["param_groups"] if "grass" in group):
-        names = (name for param in group["params"] for name in state_dict["state"].get(param, {}))
-        kept = {name for name in names if not str(name).startswith(key)}
-        expected = _state_names(controller, group) if kept else None
-        if expected is not None and kept != expected:
+    base, saved = controller.base, state_dict["param_groups"]
+    own = base.param_groups
+    if plain_class(base).__module__.partition(".")[0] not in _TRIED:
+        return
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+        return  # torch has a sentence for this
+    # the first parameter of a group speaks for it
+    dims = [group["params"][0].dim() for group in own]
+    # settings of another class may be of no use to this one
+    names = _state_names(base, [{**ours, **theirs} for ours, theirs in zip(own, saved, strict=True)], dims)
+    for group, expected in zip(saved, names or _state_names(base, own, dims) or (), strict=False):
+        state = state_dict["state"].get(group["params"][0], {})
+        kept = {str(name) for name in state if not str(name).startswith(key)}
+        if kept and kept != expected:
             raise ValueError(
-                f"the checkpoint's optimizer state has {', '.join(sorted(kept))}, and {_name(controller.base)} keeps "
-                f"{', '.join(sorted(expected)) or 'none'}: resume with the base optimizer that wrote it, {_ANEW}."
+                f"the checkpoint's optimizer state has {', '.join(sorted(kept))}, and that of {_name(base)} has "
+                f"{', '.join(sorted(expected)) or 'nothing'}: resume with the base optimizer that wrote it, {_ANEW}."
             )
 
 
-def _state_names(controller: GrassController, group: dict[str, Any]) -> set[str] | None:
-    """Names of the state that this run's optimizer keeps under a group's settings; None where that cannot be tried."""
-    base = controller.base
-    cls = plain_class(base)
-    if cls.__module__.partition(".")[0] not in _TRIED:
-        return None
-    own = {key: value for key, value in next(iter(controller.groups().values())).items() if not _is_ours(key)}
-    param = nn.Parameter(torch.ones(2, 2))
-    param.grad = torch.ones(2, 2)
-    trial = cls.__new__(cls)
-    trial.__dict__.update({key: value for key, value in vars(base).items() if key not in ("step", "grass")})
-    trial._optimizer_step_pre_hooks, trial._optimizer_step_post_hooks = collections.OrderedDict(), {}
-    trial.state = collections.defaultdict(dict)
-    trial.param_groups = [{**own, **group, "params": [param]}]
+def _state_names(
+    optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], dims: list[int]
+) -> list[set[str]] | None:
+    """Names of the state that an optimizer makes under these groups' settings, by one step of a copy of it over a small
+    parameter for each, of so many dimensions; None where that fails."""
+    cls = plain_class(optimizer)
+    params = [nn.Parameter(torch.ones((2,) * number)) for number in dims]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    copy = cls.__new__(cls)
+    copy.__dict__.update({key: value for key, value in vars(optimizer).items() if key not in ("step", "grass")})
+    copy._optimizer_step_pre_hooks, copy._optimizer_step_post_hooks = collections.OrderedDict(), {}
+    copy.state = collections.defaultdict(dict)
+    copy.param_groups = [{**group, "params": [param]} for group, param in zip(groups, params, strict=True)]
     try:
-        cls.step(trial)
+        cls.step(copy)
     except Exception:
         return None
-    return set(trial.state[param])
+    return [set(copy.state[param]) for param in params]
 
 
 def _name(optimizer: torch.optim.Optimizer) -> str:

@@ -136,6 +136,7 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
         )
     controller.step = meta["step"]
     controller.due = set(meta["due"])
+    base_record.take_up(meta[ASKED], controller)
     unaligned = [part.state.name for part in controller.slices if not _restore_slice(part, entries[part.state.name])]
     controller.look_ahead()
     return unaligned
