@@ -1,1 +1,1 @@
-"""The folder that `grass-hf run` puts on PYTHONPATH for the processes that a script starts: `sitecustomize` is in it."""
+"""`grass-hf run` puts this folder on PYTHONPATH for the processes that a script starts; see `sitecustomize`."""
