@@ -22,7 +22,7 @@ _OPENED, _CLOSED = "([{", ")]}"
 
 @dataclass(frozen=True)
 class OptimArgs:
-    """What ``optim_args`` says: the Grass settings, the base optimizer's Trainer name, and its own arguments as text."""
+    """What ``optim_args`` says: Grass settings, the base optimizer's Trainer name, and its own arguments as text."""
 
     config: GrassConfig
     base: str | None
@@ -99,8 +99,8 @@ def _mapping(text: str) -> Mapping[str, Any]:
         value = _literal(text)
     if not isinstance(value, Mapping):
         raise ValueError(
-            f"optim_args={text!r} begins as a mapping and is neither JSON nor a Python dict: write key=value, separated "
-            "by commas."
+            f"optim_args={text!r} begins as a mapping and is neither JSON nor a Python dict: write key=value, "
+            "separated by commas."
         )
     return value
 
