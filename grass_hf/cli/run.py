@@ -11,13 +11,14 @@ from __future__ import annotations
 import builtins
 import contextlib
 import importlib.machinery
+import importlib.util
 import io
 import os
-import runpy
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grass_hf
 
@@ -51,28 +52,16 @@ def run_script(script: str, args: list[str]) -> None:
         ValueError: there is no such file, or it is no Python file.
         SystemExit: the script's own, or with exit code 2 after a sentence of ours.
     """
-    if script == "-m" and not args:
-        raise ValueError("run -m: give the name of a module to run.")
-    path = os.path.abspath(script)  # as Python's own __file__ and tracebacks have it
-    code = None if script == "-m" else _compiled(path)
     grass_hf.register()
     try:
         with children_know():
-            if code is None:
-                sys.argv = list(args)
-                sys.path.insert(0, os.getcwd())
-                runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+            if script == "-m":
+                _run_module(args)
             else:
-                sys.argv = [script, *args]
-                sys.path.insert(0, os.path.dirname(path))
-                _run_as_main(code, path)
+                _run_file(os.path.abspath(script), [script, *args])
     except BaseException as error:
-        if isinstance(error, ValueError) and is_ours(error):
-            raise
-        begin = _from_the_script_on(error.__traceback__)
-        if begin is None and isinstance(error, ImportError) and code is None:  # runpy itself did not find it
-            raise ValueError(f"run -m {args[0]}: {error}.") from None
-        _show_from(begin)
+        if not (isinstance(error, ValueError) and is_ours(error)):
+            _show_from_the_script_on(error.__traceback__)
         raise
 
 
@@ -92,6 +81,39 @@ def children_know() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _run_file(path: str, argv: list[str]) -> None:
+    code = _compiled(path)
+    sys.argv = argv
+    sys.path.insert(0, os.path.dirname(path))
+    loader = importlib.machinery.SourceFileLoader("__main__", path)
+    _run_as_main(code, __file__=path, __cached__=None, __loader__=loader, __package__=None, __spec__=None)
+
+
+def _run_module(argv: list[str]) -> None:
+    if not argv:
+        raise ValueError("run -m: give the name of a module to run.")
+    sys.argv = list(argv)
+    sys.path.insert(0, os.getcwd())
+    spec = _found(argv[0])
+    if spec is not None and spec.submodule_search_locations is not None:  # a package
+        spec = _found(f"{spec.name}.__main__")
+    code = getattr(spec and spec.loader, "get_code", lambda _: None)(spec and spec.name)
+    if code is None:
+        raise ValueError(f"run -m {argv[0]}: there is no such module, or it is a package without __main__.py.")
+    sys.argv[0] = spec.origin
+    names = {"__file__": spec.origin, "__cached__": spec.cached, "__loader__": spec.loader}
+    _run_as_main(code, **names, __package__=spec.parent, __spec__=spec)
+
+
+def _found(name: str) -> importlib.machinery.ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):  # a package that it should be in
+            return None
+        raise
 
 
 def _compiled(script: str) -> types.CodeType | str | bytes:
@@ -119,28 +141,23 @@ def _compiled(script: str) -> types.CodeType | str | bytes:
         return source
 
 
-def _run_as_main(code: types.CodeType | str | bytes, script: str) -> None:
+def _run_as_main(code: types.CodeType | str | bytes, **names: Any) -> None:
     main = types.ModuleType("__main__")
-    loader = importlib.machinery.SourceFileLoader("__main__", script)
-    vars(main).update(__file__=script, __cached__=None, __loader__=loader, __package__=None, __builtins__=builtins)
+    vars(main).update(names, __builtins__=builtins)
     sys.modules["__main__"] = main  # for good: threads and atexit may ask for it after the script's last line
     if not isinstance(code, types.CodeType):
-        code = compile(code, script, "exec", dont_inherit=True)  # and here is the SyntaxError
+        code = compile(code, names["__file__"], "exec", dont_inherit=True)  # and here is the SyntaxError
     exec(code, vars(main))
 
 
-def _from_the_script_on(where: types.TracebackType | None) -> types.TracebackType | None:
-    """A traceback without the frames that ran the script, which Python would not have either."""
-    while where is not None and where.tb_frame.f_globals.get("__name__") in (__name__, runpy.__name__):
+def _show_from_the_script_on(where: types.TracebackType | None) -> None:
+    """Let Python show the error that is about to leave us without the frames that ran the script, which it would not
+    have itself; by whatever hook the script has set."""
+    while where is not None and where.tb_frame.f_globals.get("__name__") in (__name__, importlib.util.__name__):
         where = where.tb_next
-    return where
-
-
-def _show_from(begin: types.TracebackType | None) -> None:
-    """Let Python show the error that is about to leave us from this frame on, by whatever hook the script has set."""
     hook = sys.excepthook
 
     def show(kind, error, _):
-        hook(kind, error.with_traceback(begin), begin)
+        hook(kind, error.with_traceback(where), where)
 
     sys.excepthook = show
