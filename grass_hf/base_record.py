@@ -69,7 +69,14 @@ def record(controller: GrassController, names: list[str]) -> dict[str, Any]:
         if settings not in distinct:
             distinct.append(settings)
         numbers.append(distinct.index(settings))
-    return {"class": _name(controller.base), "bits": _bits(controller.base), "settings": distinct, "of": numbers}
+    base = controller.base
+    return {
+        "class": _name(base),
+        "bits": _bits(base),
+        "dtypes": _dtypes(base),
+        "settings": distinct,
+        "of": numbers,
+    }
 
 
 def by_layer(meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -126,6 +133,28 @@ def take_up(settings: dict[str, dict[str, Any]], controller: GrassController) ->
     for name, own in controller.asked.items():
         if _LR in settings.get(name, {}):
             own[_LR] = settings[name][_LR]
+
+
+def keep_dtypes(state_dict: dict[str, Any], meta: dict[str, Any] | None, controller: GrassController) -> None:
+    """Give optimizer state back the digits with which it was saved, after the optimizer has loaded it.
+
+    torch casts state to its parameter's dtype, and so takes digits from what an optimizer keeps in float32 over
+    parameters in half precision (Adafactor's statistics, NAdam's product of momenta): its plain resume is not exact.
+    """
+    base = controller.base
+    if not meta or meta.get(KEY, {}).get("dtypes") != _dtypes(base):
+        return  # it belongs to parameters of another dtype
+    for own, saved in zip(base.param_groups, state_dict["param_groups"], strict=True):
+        for param, number in zip(own["params"], saved["params"], strict=True):
+            state = base.state.get(param, {})
+            for key, value in state_dict["state"].get(number, {}).items():
+                loaded = state.get(key)
+                if type(loaded) is type(value) and isinstance(value, Tensor) and loaded.dtype != value.dtype:
+                    state[key] = value.detach().to(loaded.device, copy=True)
+
+
+def _dtypes(optimizer: torch.optim.Optimizer) -> list[str]:
+    return sorted({str(param.dtype) for group in optimizer.param_groups for param in group["params"]})
 
 
 def check_state(state_dict: dict[str, Any], key: str, controller: GrassController) -> None:

@@ -112,6 +112,8 @@ class GrassController:
         @functools.wraps(load)
         def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
             load(checkpoint.restore(state_dict, self) if self.following else state_dict, *args, **kwargs)
+            if self.following:
+                base_record.keep_dtypes(state_dict, checkpoint.read_meta(state_dict["param_groups"]), self)
 
         self.optimizer.load_state_dict = load_state_dict
 
