@@ -127,8 +127,6 @@ sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)
 
 def test_a_launcher_that_knows_nothing_of_us(tmp_path):
     launcher = written(tmp_path, LAUNCHER, "launcher")
-    refused = call(launcher, SCRIPT, *FLAGS, "--output_dir", tmp_path / "out")
-    assert refused.returncode != 0 and "grass" in refused.stderr
     checked(grass("run", launcher, SCRIPT, *FLAGS, "--output_dir", tmp_path / "out"))
 
 
@@ -202,5 +200,7 @@ def test_two_processes_by_torchs_module(tmp_path):
 @pytest.mark.dist
 def test_two_processes_by_trl(tmp_path, trl):
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "29632"]
-    words = [console_script("trl"), "sft", *trl, *launch, "--ddp_backend", "gloo"]
-    trained(call("-m", "grass_hf", "run", *words, HF_HUB_OFFLINE="1"), tmp_path)
+    words = [console_script("trl"), "sft", *trl, *launch]
+    done = call("-m", "grass_hf", "run", *words, HF_HUB_OFFLINE="1")
+    trained(done, tmp_path)
+    assert "'epoch': '2'" in done.stdout  # of one process two steps would be one
