@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, drift, driving, guards, reselect, selection, warmup, watching
+from . import base_record, checkpoint, drift, driving, guards, reselect, selection, warmup, watching
 from .convert import describe
 from .distributed import check_agreement, forget_residuals, local, world_size
 from .driving import driving_class, plain_class
@@ -50,6 +50,7 @@ class GrassController(LettingGo):
         step: optimizer steps done.
         due: names of the layers that select after the current step.
         is_stepping: whether the optimizer's own step runs now.
+        asked: settings with which the optimizer was made, by slice; a checkpoint remembers them.
         following: whether the optimizer's steps count; an engine that takes the optimizer over ends it.
     """
 
@@ -72,6 +73,7 @@ class GrassController(LettingGo):
         self.due: set[str] = set()
         self.is_stepping = self._has_stepped = False
         self.link = Link(model.grass, optimizer)
+        self.asked = base_record.asked(self)
         optimizer.__class__ = driving_class(plain_class(optimizer))
         optimizer.grass = self
         self.look_ahead()
@@ -133,6 +135,11 @@ class GrassController(LettingGo):
     def loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Take up what Grass remembers; the rest is for the optimizer."""
         return checkpoint.restore(state_dict, self) if self.slices else state_dict
+
+    def loaded(self, state_dict: dict[str, Any]) -> None:
+        """Follow the loading of a state dict."""
+        if self.slices:
+            base_record.keep_dtypes(state_dict, checkpoint.read_meta(state_dict["param_groups"]), self)
 
     def forget_norms(self) -> None:
         """Drop the norms observed so far in this step, with the gradients that they belong to."""

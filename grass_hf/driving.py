@@ -57,8 +57,11 @@ class DrivingOptimizer(Driving):
         return self.grass.saved(state) if self.grass.follows(self) else state
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        rest = self.grass.loading(state_dict) if self.grass.follows(self) else state_dict
-        super().load_state_dict(rest, *args, **kwargs)
+        if not self.grass.follows(self):
+            super().load_state_dict(state_dict, *args, **kwargs)
+            return
+        super().load_state_dict(self.grass.loading(state_dict), *args, **kwargs)
+        self.grass.loaded(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # a controller of its own, also for copy.copy

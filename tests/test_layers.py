@@ -35,6 +35,7 @@ FLOORS = {
         "reselect",
         "seeding",
         "remap",
+        "base_record",
         "checkpoint",
         "stepping",
         "warmup",

@@ -73,7 +73,8 @@ def base_class_and_kwargs(
     accepted = inspect.signature(cls).parameters
     read, passed = {}, {}
     for key, text in base_args.items():
-        if build({key: text})[1] != defaults:
+        # the Trainer's factory splits its text at every comma
+        if "," not in text and build({key: text})[1] != defaults:
             read[key] = text
         elif key in accepted:
             passed[key] = _literal(text)
@@ -102,7 +103,10 @@ def driven(cls: Any, kwargs: dict[str, Any], model: nn.Module) -> type[torch.opt
 
 
 def _literal(text: str) -> Any:
+    if text.lower() == "null":  # a YAML file's None that a tool has made text of
+        return None
     try:
-        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
+        value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
     except (ValueError, SyntaxError):
         return text
+    return tuple(value) if isinstance(value, list) else value  # betas
