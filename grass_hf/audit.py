@@ -136,7 +136,8 @@ def _plain(tensor: Tensor) -> list[Tensor]:
     if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
-    return [plain for name in names for plain in _plain(getattr(tensor, name))]
+    inner = (getattr(tensor, name) for name in names)  # a DTensor's device mesh is one of them
+    return [plain for each in inner if isinstance(each, Tensor) for plain in _plain(each)]
 
 
 def _storage(tensor: Tensor) -> int:
