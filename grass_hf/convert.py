@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +13,16 @@ from torch import nn
 from .config import GrassConfig
 from .distributed import gathered, is_partitioned, is_sharded, shape_of
 from .int8 import is_int8
-from .modules import GrassModule, attach_slice, detach_slices
+from .modules import GrassModule
 from .rounding import loses_digits
 from .selection import with_replacement
 from .sharing import SharedColumns
 from .slices import Slice
+from .surgery import all_or_nothing, attach_slice, detach_slices, remove_attribute, set_attribute, store_as_int8
 from .targets import Target, plan
+
+# Read by DDP.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,11 @@ class Conversion:
     Attributes:
         config: the settings.
         left_out: reason by name, for each module the patterns matched that was not compressed.
-        saved_keys_ignored: what the model's own ``_keys_to_ignore_on_save`` was.
-        ddp_ignored: what its ``_ddp_params_and_buffers_to_ignore`` was.
+        ddp_ignored: what the model's own ``_ddp_params_and_buffers_to_ignore`` was.
     """
 
     config: GrassConfig
     left_out: dict[str, str]
-    saved_keys_ignored: object
     ddp_ignored: object
 
 
@@ -48,11 +51,11 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
         config: settings; None takes the defaults.
 
     Returns:
-        The same model.
+        The same model. Its state dict has the keys, shapes and dtypes that it had.
 
     Raises:
         ValueError: the model was converted before, is wrapped, or the config's targets or rank fit none of it;
-            nothing has been changed then.
+            nothing has been changed then, as after any other error, of memory say.
     """
     config = config or GrassConfig()
     if is_converted(model):
@@ -62,16 +65,28 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
         )
     _refuse_wrapped(model)
     todo = plan(model, config)
+    left_alone = vars(model).get(_IGNORED)
+    with all_or_nothing() as undo:
+        _attach(todo.targets, config, undo)
+        if names := [name for name, param in model.named_parameters() if is_int8(param)]:
+            # DDP broadcasts what it finds as one flat tensor, which an int8 weight is no part of; guards compare them
+            set_attribute(model, _IGNORED, [*(getattr(model, _IGNORED, None) or ()), *names], undo)
+        set_attribute(model, "grass", Conversion(config, todo.left_out, left_alone), undo)
+    return model
+
+
+def _attach(targets: list[Target], config: GrassConfig, undo: ExitStack) -> None:
     weighted = with_replacement(config.selection)
-    dtypes = [slice_dtype(getattr(target.module, target.parameter).dtype, config) for target in todo.targets]
-    phases = _phases(todo.targets, config)
-    followed = Counter(target.leader for target in todo.targets)
+    dtypes = [slice_dtype(getattr(target.module, target.parameter).dtype, config) for target in targets]
+    phases = _phases(targets, config)
+    followed = Counter(target.leader for target in targets)
     columns = {name: SharedColumns() for name, count in followed.items() if count > 1}
-    for target, dtype in zip(todo.targets, dtypes, strict=True):
+    for target, dtype in zip(targets, dtypes, strict=True):
         with gathered(p for module in (target.module, *target.sharers) for p in module.parameters()):
             attach_slice(
                 target.module,
                 target.parameter,
+                undo,
                 sharers=target.sharers,
                 transposed=target.transposed,
                 name=target.name,
@@ -88,15 +103,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
                 vocabulary=target.vocabulary,
                 as_int8=_as_int8(target, config),
             )
-    ignored = getattr(model, "_keys_to_ignore_on_save", None)
-    # transformers drops these keys in save_pretrained, which keeps its checkpoints plain
-    model._keys_to_ignore_on_save = {*(ignored or ()), *_slice_keys(model)}
-    left_alone = getattr(model, "_ddp_params_and_buffers_to_ignore", None)
-    if names := [name for name, param in model.named_parameters() if is_int8(param)]:
-        # DDP broadcasts what it finds as one flat tensor, which an int8 weight is no part of; guards compare them
-        model._ddp_params_and_buffers_to_ignore = [*(left_alone or ()), *names]
-    model.grass = Conversion(config, todo.left_out, ignored, left_alone)
-    return model
+    store_as_int8(((t.module, t.parameter) for t in targets if _as_int8(t, config)), undo)
 
 
 def _phases(targets: list[Target], config: GrassConfig) -> dict[str, int]:
@@ -111,7 +118,8 @@ def _phases(targets: list[Target], config: GrassConfig) -> dict[str, int]:
 def restore_model(model: nn.Module) -> nn.Module:
     """Turn a converted model into what it was, with the trained weights, in place.
 
-    Weight decay still owed to rows is multiplied in, slices are written back, weights are trainable again.
+    Weight decay still owed to rows is multiplied in, slices are written back, weights are as trainable as they were.
+    After an error the model is still converted.
 
     Raises:
         ValueError: the model is not converted, or it is sharded.
@@ -126,19 +134,36 @@ def restore_model(model: nn.Module) -> nn.Module:
     for part in list(grass_slices(model)):
         part.settle_decay()
         part.write_back()
-    for module in list(model.modules()):
-        if isinstance(module, GrassModule):
-            detach_slices(module)
-    model._keys_to_ignore_on_save = model.grass.saved_keys_ignored
-    if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
-        model._ddp_params_and_buffers_to_ignore = model.grass.ddp_ignored or []
-    del model.grass
+    with all_or_nothing() as undo:
+        for module in list(model.modules()):
+            if isinstance(module, GrassModule):
+                detach_slices(module, undo)
+        if model.grass.ddp_ignored is not None:
+            set_attribute(model, _IGNORED, model.grass.ddp_ignored, undo)
+        elif _IGNORED in vars(model):
+            remove_attribute(model, _IGNORED, undo)
+        remove_attribute(model, "grass", undo)
     return model
 
 
 def is_converted(model: nn.Module) -> bool:
     """Whether `convert_to_grass` was applied to this module itself (not to a wrapped one)."""
     return isinstance(getattr(model, "grass", None), Conversion)
+
+
+def converted_part(model: nn.Module) -> nn.Module | None:
+    """The module that `convert_to_grass` was applied to: the given one, or the one part of it; None if there is none.
+
+    Raises:
+        ValueError: several parts of it were converted.
+    """
+    found = [module for module in model.modules() if is_converted(module)]
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} models that were converted to Grass, and one optimizer drives "
+            "the slices of one: convert only the model that is trained, restore_model(other) restores another."
+        )
+    return found[0] if found else None
 
 
 def grass_slices(model: nn.Module) -> Iterator[Slice]:
@@ -157,12 +182,6 @@ def describe(model: nn.Module) -> str:
 def describe_settings(config: GrassConfig) -> str:
     """All settings in one line."""
     return "; ".join(f"{key}={value}" for key, value in config.to_dict().items())
-
-
-def _slice_keys(model: nn.Module) -> list[str]:
-    # by every name: one module may be registered in several places (T5's embedding)
-    modules = model.named_modules(remove_duplicate=False)
-    return [f"{name}.active" for name, module in modules if isinstance(module, Slice)]
 
 
 def _as_int8(target: Target, config: GrassConfig) -> bool:

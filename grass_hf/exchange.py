@@ -159,10 +159,7 @@ class Exchange:
             return
         if part.agrees():
             return
-        rows = part.take().to(part.active.dtype)
-        if part.write is not None:
-            rows = (rows / along_slice(part.write, self.dim)).masked_fill(along_slice(part.rho == 0, self.dim), 0.0)
-        part.keep(rows)
+        part.keep(part.loaded(part.active.dtype))
 
     def blocks(self) -> int:
         """Number of blocks of the side that choose rows for themselves: a multiple of the shards of the rows."""

@@ -13,7 +13,6 @@ after a trial on two tokens has shown that it computes the base class's function
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -76,15 +75,17 @@ class TappedInt8Linear(GrassModule):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
         # the tensor's own copy_ would round at random
-        plain = state_dict.pop(prefix + "weight", None)
-        if plain is not None:
+        plain = state_dict.get(prefix + "weight")
+        fits = getattr(plain, "shape", None) == self.weight.shape  # else torch says how they differ
+        if fits:
+            del state_dict[prefix + "weight"]
             found = int8.quantize(plain.to(self.weight.dtype))
             self.weight.int_data.copy_(found.int_data)
             self.weight.scale.copy_(found.scale)
         try:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
         finally:
-            if plain is not None:
+            if fits:
                 state_dict[prefix + "weight"] = plain
                 missing_keys.remove(prefix + "weight")
                 self.weight_slice.take_new_weight()
@@ -173,54 +174,9 @@ def _new(cls: type[nn.Module], kind: Kind, outside: bool) -> GrassModule:
     return converted.__new__(converted)
 
 
-def attach_slice(
-    module: nn.Module,
-    parameter: str,
-    *,
-    transposed: bool = False,
-    sharers: Iterable[nn.Module] = (),
-    as_int8: bool = False,
-    **settings,
-) -> Slice:
-    """Give a module's weight an active slice, in place, and freeze the weight.
-
-    Args:
-        module: of a kind that `kind_of` knows.
-        parameter: name of the weight in it.
-        transposed: the weight is stored (input, output).
-        sharers: other modules that use the same weight; they tap into the same slice.
-        as_int8: store the weight of a linear layer in eight bits.
-        settings: name, rank, side, weighted, dtype and phase, see `Slice`.
-    """
-    weight: nn.Parameter = getattr(module, parameter)
-    weight.requires_grad_(False)
-    weight.grad = None
-    attribute = f"{parameter}_slice"
-    made = Slice(module, parameter, transposed=transposed, **settings)
-    if as_int8 and not int8.is_int8(weight):
-        setattr(module, parameter, int8.quantize(weight))
-    _swap(module)
-    setattr(module, attribute, made)
-    for sharer in sharers:
-        _swap(sharer)
-        # not registered, so that the slice has one name and one place
-        sharer.__dict__[attribute] = made
-    return made
-
-
-def detach_slices(module: GrassModule) -> None:
-    """Turn a module back into what it was, in place; its weights must be up to date."""
-    for name, part in module.own_slices().items():
-        delattr(module, name)
-        if int8.is_int8(part.weight):
-            setattr(module, part.parameter, nn.Parameter(int8.dequantize(part.weight)))
-        getattr(module, part.parameter).requires_grad_(True)
-    module.__class__ = next(plain for (plain, *_), converted in _CONVERTED.items() if converted is type(module))
-
-
-def _swap(module: nn.Module) -> None:
-    if not isinstance(module, GrassModule):
-        module.__class__ = converted_class(module)
+def plain_class(module: GrassModule) -> type[nn.Module]:
+    """The class that a converted module had before."""
+    return next(plain for (plain, *_), converted in _CONVERTED.items() if converted is type(module))
 
 
 def _trial(module: nn.Module) -> Tensor:

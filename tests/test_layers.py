@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "grass_hf"
 FLOORS = {
     0: ["fields", "config", "presets", "optim_args", "_import_hook"],
     1: ["norms", "functional", "grouped", "rounding", "int8", "selection", "sharing", "distributed", "live", "runs"],
-    2: ["parts", "exchange", "slices", "experts", "modules", "patterns", "targets", "convert"],
+    2: ["parts", "exchange", "doors", "slices", "experts", "modules", "surgery", "patterns", "targets", "convert"],
     3: [
         "guards",
         "reselect",
