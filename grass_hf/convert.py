@@ -122,9 +122,9 @@ def restore_model(model: nn.Module) -> nn.Module:
     After an error the model is still converted.
 
     Raises:
-        ValueError: the model is not converted, or it is sharded.
+        ValueError: no part of the model is converted, or it is sharded.
     """
-    if not is_converted(model):
+    if not any(isinstance(module, GrassModule) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} holds no Grass slices: convert_to_grass(model, config) makes them.")
     if any(is_sharded(part.active) or is_partitioned(part.active) for part in grass_slices(model)):
         raise ValueError(
@@ -138,17 +138,19 @@ def restore_model(model: nn.Module) -> nn.Module:
         for module in list(model.modules()):
             if isinstance(module, GrassModule):
                 detach_slices(module, undo)
-        if model.grass.ddp_ignored is not None:
-            set_attribute(model, _IGNORED, model.grass.ddp_ignored, undo)
-        elif _IGNORED in vars(model):
-            remove_attribute(model, _IGNORED, undo)
-        remove_attribute(model, "grass", undo)
+        if is_converted(model):  # else it was a part of one that is gone: PEFT's merge_and_unload leaves such
+            if model.grass.ddp_ignored is not None:
+                set_attribute(model, _IGNORED, model.grass.ddp_ignored, undo)
+            elif _IGNORED in vars(model):
+                remove_attribute(model, _IGNORED, undo)
+            remove_attribute(model, "grass", undo)
     return model
 
 
 def is_converted(model: nn.Module) -> bool:
     """Whether `convert_to_grass` was applied to this module itself (not to a wrapped one)."""
-    return isinstance(getattr(model, "grass", None), Conversion)
+    # not by getattr, which PEFT's wrappers answer for the model in them
+    return isinstance(vars(model).get("grass"), Conversion)
 
 
 def converted_part(model: nn.Module) -> nn.Module | None:

@@ -139,6 +139,8 @@ def kind_of(module: nn.Module) -> Kind | None:
     return None
 
 
+# What says nothing about a module that is tried: memory, and the estimator's fake tensors, which have no values.
+_NOTHING_SAID = (torch.OutOfMemoryError, MemoryError, DataDependentOutputException, DynamicOutputShapeException)
 _CONVERTED: dict[tuple[type[nn.Module], Kind, bool], type[GrassModule]] = {}
 
 
@@ -201,6 +203,8 @@ def _reaches(module: nn.Module, kind: Kind) -> bool:
     module.__class__ = type(cls.__name__, (cls, Listener), {})
     try:
         module(_trial(module))
+    except _NOTHING_SAID:
+        raise
     except Exception:  # whatever it wants, it is not one input
         return False
     finally:
@@ -214,6 +218,8 @@ def _computes_product(module: nn.Module, kind: Kind) -> bool:
     x = _trial(module)
     try:
         output = module(x)
+    except _NOTHING_SAID:
+        raise
     except Exception:
         return False
     if kind.base is nn.Embedding:
@@ -231,8 +237,8 @@ def _agree(module: nn.Module, converted: type, *inputs: Tensor) -> bool:
         expected = inspect.unwrap(cls.forward)(module, *inputs)
         module.__class__ = converted
         output = module.forward(*inputs)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        raise  # the estimator's fake tensors have no values: that says nothing about the module
+    except _NOTHING_SAID:
+        raise
     except Exception:
         return False
     finally:

@@ -114,7 +114,10 @@ def store_as_int8(weights: Iterable[tuple[nn.Module, str]], undo: ExitStack) -> 
 def detach_slices(module: GrassModule, undo: ExitStack) -> None:
     """Turn a module back into what it was, in place; its weights must be up to date."""
     for name, part in module.own_slices().items():
-        undo.callback((module._modules if name in module._modules else vars(module)).__setitem__, name, part)
+        if name in module._modules:
+            undo.callback(_put_members, module._modules, dict(module._modules))
+        else:
+            undo.callback(vars(module).__setitem__, name, part)
         delattr(module, name)
         weight: nn.Parameter = getattr(module, part.parameter)
         if int8.is_int8(weight) and not part.before.int8:
@@ -151,6 +154,11 @@ def _set_gradient(module: nn.Module, parameter: str, requires_grad: bool, grad: 
     weight = module._parameters[parameter]
     weight.requires_grad_(requires_grad)
     weight.grad = grad
+
+
+def _put_members(members: dict[str, Any], before: dict[str, Any]) -> None:
+    members.clear()
+    members.update(before)  # in their order
 
 
 def _remove(module: nn.Module, attribute: str) -> None:

@@ -65,7 +65,8 @@ def extend_distributed_checkpoint(state_dict: ModuleType) -> None:
     """Let torch.distributed.checkpoint load and save models whose state dicts have no slices."""
     from .distributed_checkpoint import get_model_state, load_model_state
 
-    if not hasattr(state_dict._load_model_state_dict, "__wrapped__"):
+    if not getattr(state_dict, "_grass_hf", False):
+        state_dict._grass_hf = True
         state_dict._load_model_state_dict = load_model_state(state_dict._load_model_state_dict, state_dict._get_fqns)
         state_dict._get_model_state_dict = get_model_state(state_dict._get_model_state_dict)
 
