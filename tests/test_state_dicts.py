@@ -1,6 +1,7 @@
-"""What goes out of a converted model and into it: plain state dicts everywhere, and slices that follow their weights."""
+"""What goes out of a converted model and into it: plain state dicts everywhere, slices that follow their weights."""
 
 import copy
+import json
 
 import pytest
 import safetensors.torch
@@ -11,8 +12,10 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from transformers import MixtralConfig, MixtralForCausalLM
+from typer.testing import CliRunner
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf.cli import app
 from grass_hf.convert import grass_slices
 
 TOKENS = torch.arange(48).view(4, 12)
@@ -144,10 +147,10 @@ def test_what_is_missing_or_not_expected_is_said():
     assert sorted(found.unexpected_keys) == [f"{name}_slice.other", "model.norm_slice.active"]
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="size mismatch for .*up_proj.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*up_proj.weight"):
         model.load_state_dict(tiny_llama(intermediate_size=56).state_dict())
     int8 = converted(tiny_llama(), "all-linear", weight_dtype="int8", side="output")
-    with pytest.raises(RuntimeError, match="size mismatch for .*up_proj.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*up_proj.weight"):
         int8.load_state_dict(tiny_llama(intermediate_size=56).state_dict())
 
 
@@ -234,3 +237,42 @@ def test_memory_without_values_is_filled_before_the_first_step():
     train(reference)
     assert_same_weights(model, reference)
     assert_same_weights(restore_model(model), restore_model(reference))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_slices_are_removed_from_files(tmp_path, kind, sharded):
+    from grass_hf.adapters.plain import remove_slices
+
+    model = tiny_llama()
+    parts = {f"{name}_slice.active": torch.ones(2, 2) for name in model.state_dict() if "proj" in name}
+    contents = [{**model.state_dict(), **parts}]
+    if sharded:
+        contents = [dict(list(contents[0].items())[:9]), dict(list(contents[0].items())[9:]), parts]
+    names = [f"{'model' if kind == 'safetensors' else 'pytorch_model'}-{n}.{kind}" for n in range(len(contents))]
+    for name, content in zip(names, contents, strict=True):
+        if kind == "bin":
+            torch.save(content, tmp_path / name)
+        else:
+            safetensors.torch.save_file(content, tmp_path / name, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": 0},
+        "weight_map": {key: n for n, c in zip(names, contents, strict=True) for key in c},
+    }
+    (tmp_path / f"model.{kind}.index.json").write_text(json.dumps(index))
+    said = CliRunner().invoke(app.app, ["plain", str(tmp_path)])
+    assert said.exit_code == 0 and f"{len(parts)} slices removed" in said.output, said.output
+    read = safetensors.torch.load_file if kind == "safetensors" else torch.load
+    found = [read(tmp_path / name) for name in names if (tmp_path / name).exists()]
+    assert len(found) == (2 if sharded else 1)
+    after = {key: value for content in found for key, value in content.items()}
+    assert looks(dict(sorted(after.items()))) == looks(dict(sorted(model.state_dict().items())))
+    index = json.loads((tmp_path / f"model.{kind}.index.json").read_text())
+    assert index["weight_map"].keys() == after.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in after.values())
+    assert remove_slices(tmp_path) == 0
+    safetensors.torch.save_file(parts, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"_slice.active without model.layers.0.*the folder with all files"):
+        remove_slices(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="holds no tensors"):
+        remove_slices(tmp_path / "nothing")
