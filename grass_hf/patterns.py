@@ -79,7 +79,7 @@ def matched_uses(model: nn.Module, config: GrassConfig) -> tuple[list[Use], set[
         found = check(use)
         if _is_excluded(found):
             excluded.add(use.name)
-        elif found and (not preset or _inpreset_name(use, preset, heads)):
+        elif found and (not preset or _in_preset(use, preset, heads)):
             matched.append(use)
     if not matched:
         raise ValueError(_nothing_matches(model, config))
@@ -96,7 +96,7 @@ def matched_uses(model: nn.Module, config: GrassConfig) -> tuple[list[Use], set[
     return matched, excluded
 
 
-def _inpreset_name(use: Use, preset: str, heads: set[int]) -> bool:
+def _in_preset(use: Use, preset: str, heads: set[int]) -> bool:
     kind = kind_of(use.module)
     return kind is not None and kind.name in PRESETS[preset] and id(use.module) not in heads
 
@@ -147,7 +147,9 @@ def shown(patterns) -> str:
 
 
 def _suffixes(model: nn.Module) -> set[str]:
-    return {use.name.rsplit(".", 1)[-1] for use in uses(model) if _inpreset_name(use, "all-linear", set())}
+    return {
+        use.name.removesuffix(BASE).rsplit(".", 1)[-1] for use in uses(model) if _in_preset(use, "all-linear", set())
+    }
 
 
 def _nothing_matches(model: nn.Module, config: GrassConfig) -> str:
