@@ -147,9 +147,8 @@ def shown(patterns) -> str:
 
 
 def _suffixes(model: nn.Module) -> set[str]:
-    return {
-        use.name.removesuffix(BASE).rsplit(".", 1)[-1] for use in uses(model) if _in_preset(use, "all-linear", set())
-    }
+    linear = (use.name for use in uses(model) if _in_preset(use, "all-linear", set()))
+    return {name.removesuffix(BASE).rsplit(".", 1)[-1] for name in linear}
 
 
 def _nothing_matches(model: nn.Module, config: GrassConfig) -> str:
