@@ -65,7 +65,7 @@ class Doors:
             return
         device = distributed.local(weight).device
         for name, values in self._kept.items():
-            self._buffers[name] = values.to(device)
+            self._buffers[name] = values.to(device, copy=True)  # two of them may start as one
         rows = self.rank_part(self, False).loaded(old.dtype)
         if distributed.is_sharded(old):
             rows = distributed.sharded_like(old, rows)

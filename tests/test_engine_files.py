@@ -45,7 +45,8 @@ def test_fsdp2_loads_every_slice_and_merges_its_shards(tmp_path, tied):
     assert merged.keys() | {"lm_head.weight"} == start.keys()
     model.load_state_dict(merged, strict=not tied)
     full = {"fsdp_cpu_ram_efficient_loading": True, "fsdp_state_dict_type": "FULL_STATE_DICT"}
-    again, _ = sharded_run(tmp_path / "full", options={**options}, **full)
+    (tmp_path / "full").mkdir()
+    again, _ = sharded_run(tmp_path / "full", options=options, **full)
     assert again == losses
     theirs = load_file(tmp_path / "full" / "out" / "checkpoint-8" / "model.safetensors")
     for name, value in model.state_dict().items():
