@@ -179,6 +179,8 @@ class GrassController(LettingGo):
             drift.check_step(part)
         guards.check_any_reached(layers, self.parameters(), self.step, self._reached)
         if not self._has_stepped:
+            for part in layers:
+                part.settle_unfilled()
             guards.check_replicas(self.model, self.replicas)
             weights = guards.int8_weights(layers) if world_size(self.replicas) > 1 else ""
             said = f"step={self.step}; {describe(self.model)}; {weights}"

@@ -20,8 +20,7 @@ class Conversion:
         model: the model.
         config: the settings.
         left_out: reason by name, for each module the patterns matched that was not compressed.
-        saved_keys_ignored: what the model's own ``_keys_to_ignore_on_save`` was.
-        ddp_ignored: what its ``_ddp_params_and_buffers_to_ignore`` was.
+        ddp_ignored: what the model's own ``_ddp_params_and_buffers_to_ignore`` was.
         driver: weak reference to the `grass_hf.link.Link` of the optimizer that drives the slices; None before
             there is one, and in a copy of the model.
     """
@@ -29,7 +28,6 @@ class Conversion:
     model: nn.Module
     config: GrassConfig
     left_out: dict[str, str]
-    saved_keys_ignored: object
     ddp_ignored: object
     driver: weakref.ref | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -12,18 +13,20 @@ from .config import GrassConfig
 from .conversion import Conversion, grass_slices
 from .distributed import gathered, is_partitioned, is_sharded, shape_of
 from .drift import follow_weight
-from .freeing import detach_slices
 from .int8 import is_int8
-from .modules import GrassModule, attach_slice
+from .modules import GrassModule
 from .rounding import loses_digits
 from .selection import with_replacement
 from .sharing import SharedColumns
-from .slices import Slice
+from .surgery import all_or_nothing, attach_slice, detach_slices, remove_attribute, set_attribute, store_as_int8
 from .targets import Target, plan
 from .undriven import watch_steps
 from .watching import unwatch, watch
 
 logger = logging.getLogger(__name__)
+
+# Read by DDP.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.Module:
@@ -37,11 +40,11 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
         config: settings; None takes the defaults.
 
     Returns:
-        The same model.
+        The same model. Its state dict has the keys, shapes and dtypes that it had.
 
     Raises:
         ValueError: the model was converted before, is wrapped, or the config's targets or rank fit none of it;
-            nothing has been changed then.
+            nothing has been changed then, as after any other error, of memory say.
     """
     config = config or GrassConfig()
     if is_converted(model):
@@ -51,16 +54,31 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
         )
     _refuse_wrapped(model)
     todo = plan(model, config)
+    left_alone = vars(model).get(_IGNORED)
+    with all_or_nothing() as undo:
+        _attach(todo.targets, config, undo)
+        if names := [name for name, param in model.named_parameters() if is_int8(param)]:
+            # DDP broadcasts what it finds as one flat tensor, which an int8 weight is no part of; guards compare them
+            set_attribute(model, _IGNORED, [*(getattr(model, _IGNORED, None) or ()), *names], undo)
+        set_attribute(model, "grass", Conversion(model, config, todo.left_out, left_alone), undo)
+        undo.callback(unwatch, model)
+        watch(model)
+    watch_steps()
+    return model
+
+
+def _attach(targets: list[Target], config: GrassConfig, undo: ExitStack) -> None:
     weighted = with_replacement(config.selection)
-    dtypes = [slice_dtype(getattr(target.module, target.parameter).dtype, config) for target in todo.targets]
-    phases = _phases(todo.targets, config)
-    followed = Counter(target.leader for target in todo.targets)
+    dtypes = [slice_dtype(getattr(target.module, target.parameter).dtype, config) for target in targets]
+    phases = _phases(targets, config)
+    followed = Counter(target.leader for target in targets)
     columns = {name: SharedColumns() for name, count in followed.items() if count > 1}
-    for target, dtype in zip(todo.targets, dtypes, strict=True):
+    for target, dtype in zip(targets, dtypes, strict=True):
         with gathered(p for module in (target.module, *target.sharers) for p in module.parameters()):
             attach_slice(
                 target.module,
                 target.parameter,
+                undo,
                 sharers=target.sharers,
                 transposed=target.transposed,
                 name=target.name,
@@ -77,17 +95,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
                 vocabulary=target.vocabulary,
                 as_int8=_as_int8(target, config),
             )
-    ignored = getattr(model, "_keys_to_ignore_on_save", None)
-    # transformers drops these keys in save_pretrained, which keeps its checkpoints plain
-    model._keys_to_ignore_on_save = {*(ignored or ()), *_slice_keys(model)}
-    left_alone = getattr(model, "_ddp_params_and_buffers_to_ignore", None)
-    if names := [name for name, param in model.named_parameters() if is_int8(param)]:
-        # DDP broadcasts what it finds as one flat tensor, which an int8 weight is no part of; guards compare them
-        model._ddp_params_and_buffers_to_ignore = [*(left_alone or ()), *names]
-    watch_steps()
-    model.grass = Conversion(model, config, todo.left_out, ignored, left_alone)
-    watch(model)
-    return model
+    store_as_int8(((t.module, t.parameter) for t in targets if _as_int8(t, config)), undo)
 
 
 def _phases(targets: list[Target], config: GrassConfig) -> dict[str, int]:
@@ -102,14 +110,14 @@ def _phases(targets: list[Target], config: GrassConfig) -> dict[str, int]:
 def restore_model(model: nn.Module) -> nn.Module:
     """Turn a converted model into what it was, with the trained weights, in place.
 
-    Weight decay still owed to rows is multiplied in, weights are trainable again. A slice whose values are not its
-    weight's (the model is an average of others, was resized, or an optimizer that does not drive slices was used) is
-    dropped: the weight is what the model computes with.
+    Weight decay still owed to rows is multiplied in, weights are as trainable as they were. A slice whose values are
+    not its weight's (the model is an average of others, was resized, or an optimizer that does not drive slices was
+    used) is dropped: the weight is what the model computes with. After an error the model is still converted.
 
     Raises:
-        ValueError: the model is not converted, or it is sharded.
+        ValueError: no part of the model is converted, or it is sharded.
     """
-    if not is_converted(model):
+    if not any(isinstance(module, GrassModule) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} holds no Grass slices: convert_to_grass(model, config) makes them.")
     if any(is_sharded(part.active) or is_partitioned(part.active) for part in grass_slices(model)):
         raise ValueError(
@@ -126,20 +134,39 @@ def restore_model(model: nn.Module) -> nn.Module:
         )
     for part in slices:
         part.settle_decay()
-    for module in list(model.modules()):
-        if isinstance(module, GrassModule):
-            detach_slices(module)
+    with all_or_nothing() as undo:
+        for module in list(model.modules()):
+            if isinstance(module, GrassModule):
+                detach_slices(module, undo)
+        if is_converted(model):  # else it was a part of one that is gone: PEFT's merge_and_unload leaves such
+            if model.grass.ddp_ignored is not None:
+                set_attribute(model, _IGNORED, model.grass.ddp_ignored, undo)
+            elif _IGNORED in vars(model):
+                remove_attribute(model, _IGNORED, undo)
+            remove_attribute(model, "grass", undo)
     unwatch(model)
-    model._keys_to_ignore_on_save = model.grass.saved_keys_ignored
-    if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
-        model._ddp_params_and_buffers_to_ignore = model.grass.ddp_ignored or []
-    del model.grass
     return model
 
 
 def is_converted(model: nn.Module) -> bool:
     """Whether `convert_to_grass` was applied to this module itself (not to a wrapped one)."""
-    return isinstance(getattr(model, "grass", None), Conversion)
+    # not by getattr, which PEFT's wrappers answer for the model in them
+    return isinstance(vars(model).get("grass"), Conversion)
+
+
+def converted_part(model: nn.Module) -> nn.Module | None:
+    """The module that `convert_to_grass` was applied to: the given one, or the one part of it; None if there is none.
+
+    Raises:
+        ValueError: several parts of it were converted.
+    """
+    found = [module for module in model.modules() if is_converted(module)]
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} models that were converted to Grass, and one optimizer drives "
+            "the slices of one: convert only the model that is trained, restore_model(other) restores another."
+        )
+    return found[0] if found else None
 
 
 def describe(model: nn.Module) -> str:
@@ -153,12 +180,6 @@ def describe(model: nn.Module) -> str:
 def describe_settings(config: GrassConfig) -> str:
     """All settings in one line."""
     return "; ".join(f"{key}={value}" for key, value in config.to_dict().items())
-
-
-def _slice_keys(model: nn.Module) -> list[str]:
-    # by every name: one module may be registered in several places (T5's embedding)
-    modules = model.named_modules(remove_duplicate=False)
-    return [f"{name}.active" for name, module in modules if isinstance(module, Slice)]
 
 
 def _as_int8(target: Target, config: GrassConfig) -> bool:

@@ -185,6 +185,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def sharded_like(tensor: Tensor, own: Tensor) -> Tensor:
+    """A tensor sharded as another is, which may be on the meta device, of this rank's part of it; no collective."""
+    place = (tensor.device_mesh, tensor.placements)
+    return DTensor.from_local(own, *place, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
 def shards(tensor: Tensor) -> int:
     """Number of parts that a tensor's first dimension is split into."""
     return _place(tensor)[0]

@@ -60,14 +60,14 @@ class FrozenWeight(nn.Parameter):
         Tensor.data.__set__(self, value)
 
 
-def watch(weight: nn.Parameter) -> None:
+def track(weight: nn.Parameter) -> None:
     """Note from now on who asks for a weight's ``.data``; parameters of other classes are left as they are."""
     if type(weight) is nn.Parameter:
         weight.__class__ = FrozenWeight
 
 
-def unwatch(weight: nn.Parameter) -> None:
-    """Undo `watch`."""
+def untrack(weight: nn.Parameter) -> None:
+    """Undo `track`."""
     if type(weight) is FrozenWeight:
         vars(weight).pop("touched", None)
         weight.__class__ = nn.Parameter
@@ -162,7 +162,7 @@ def confirm(part: Slice) -> None:
     if _agree(part, record):
         if record.dtype not in (None, weight.dtype):
             _warn_of_cast(part.active.dtype, record.dtype)
-        watch(weight)
+        track(weight)
         # of a model that was cast the slice may hold more digits; the next step writes them back
         record.note(part, record.dtype)
         return
@@ -251,7 +251,7 @@ def _moved(part: Slice, record: Drift) -> set[str]:
 def _comparable(part: Slice, weight: nn.Parameter) -> bool:
     """Whether values can be compared here; an engine that keeps slices in its own way looks after them itself."""
     active = part.active
-    if part.is_released or part.rank_part is not local_part or distributed.is_partitioned(weight):
+    if part.is_released or part.unfilled or part.rank_part is not local_part or distributed.is_partitioned(weight):
         return False
     return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in (active, weight))
 

@@ -164,10 +164,7 @@ class Exchange:
         if part.agrees():
             self.drift.note(self)
             return
-        rows = part.take().to(part.active.dtype)
-        if part.write is not None:
-            rows = (rows / along_slice(part.write, self.dim)).masked_fill(along_slice(part.rho == 0, self.dim), 0.0)
-        part.keep(rows)
+        part.keep(part.loaded(part.active.dtype))
         self.drift.note(self)
 
     def blocks(self) -> int:

@@ -11,11 +11,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from . import int8
-from .drift import unwatch
 from .exclusion import summary
-from .modules import GrassModule, plain_class
+from .modules import GrassModule
 from .slices import Slice
+from .surgery import all_or_nothing, detach_slice
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +33,16 @@ def free(model: nn.Module, slices: Iterable[Slice], reason: str = READ) -> list[
         The slice's parameter and the weight that is trained in its place, for each.
     """
     gone = set(slices)
-    named = model.named_modules(remove_duplicate=False)  # one module may be registered in several places
-    keys = {f"{name}.active" for name, module in named if module in gone}
     modules = [module for module in model.modules() if isinstance(module, GrassModule)]
     pairs = []
-    for part in sorted(gone, key=lambda part: part.state.name):
-        for module in modules:
-            if isinstance(module, GrassModule):  # it may have lost its last slice
-                detach_slice(module, part)
-        pairs.append((part.active, part.weight))
-        model.grass.left_out[part.state.name] = reason
-    model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) - keys
+    with all_or_nothing() as undo:
+        for part in sorted(gone, key=lambda part: part.state.name):
+            for module in modules:
+                if isinstance(module, GrassModule):  # it may have lost its last slice
+                    detach_slice(module, part, undo)
+            part.weight.requires_grad_(True)
+            pairs.append((part.active, part.weight))
+    model.grass.left_out.update((part.state.name, reason) for part in gone)
     _hand_on_leadership(model, {part.state.name for part in gone})
     return pairs
 
@@ -65,28 +63,6 @@ def say(slices: Iterable[Slice]) -> None:
         len(names),
         summary(names),
     )
-
-
-def detach_slices(module: GrassModule) -> None:
-    """Turn a module back into what it was, in place; its weights must be up to date."""
-    for part in module.own_slices().values():
-        detach_slice(module, part)
-
-
-def detach_slice(module: GrassModule, part: Slice) -> None:
-    """Take one slice off a module, if it has it, in place: its weight is a trainable parameter again; with its last
-    slice gone, the module is of its own class again."""
-    names = [name for name, own in module.own_slices().items() if own is part]
-    if not names:
-        return
-    for name in names:
-        delattr(module, name)
-    unwatch(part.weight)
-    if int8.is_int8(part.weight):
-        setattr(module, part.parameter, nn.Parameter(int8.dequantize(part.weight)))
-    getattr(module, part.parameter).requires_grad_(True)
-    if not module.own_slices():
-        module.__class__ = plain_class(module)
 
 
 def _hand_on_leadership(model: nn.Module, gone: set[str]) -> None:

@@ -13,7 +13,6 @@ after a trial on two tokens has shown that it computes the base class's function
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from . import experts, int8
 from .distributed import gathered
-from .drift import watch
 from .slices import Slice
 
 
@@ -77,15 +75,17 @@ class TappedInt8Linear(GrassModule):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
         # the tensor's own copy_ would round at random
-        plain = state_dict.pop(prefix + "weight", None)
-        if plain is not None:
+        plain = state_dict.get(prefix + "weight")
+        fits = getattr(plain, "shape", None) == self.weight.shape  # else torch says how they differ
+        if fits:
+            del state_dict[prefix + "weight"]
             found = int8.quantize(plain.to(self.weight.dtype))
             self.weight.int_data.copy_(found.int_data)
             self.weight.scale.copy_(found.scale)
         try:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
         finally:
-            if plain is not None:
+            if fits:
                 state_dict[prefix + "weight"] = plain
                 missing_keys.remove(prefix + "weight")
                 self.weight_slice.take_new_weight()
@@ -139,6 +139,8 @@ def kind_of(module: nn.Module) -> Kind | None:
     return None
 
 
+# What says nothing about a module that is tried: memory, and the estimator's fake tensors, which have no values.
+_NOTHING_SAID = (torch.OutOfMemoryError, MemoryError, DataDependentOutputException, DynamicOutputShapeException)
 _CONVERTED: dict[tuple[type[nn.Module], Kind, bool], type[GrassModule]] = {}
 
 
@@ -174,51 +176,9 @@ def _new(cls: type[nn.Module], kind: Kind, outside: bool) -> GrassModule:
     return converted.__new__(converted)
 
 
-def attach_slice(
-    module: nn.Module,
-    parameter: str,
-    *,
-    transposed: bool = False,
-    sharers: Iterable[nn.Module] = (),
-    as_int8: bool = False,
-    **settings,
-) -> Slice:
-    """Give a module's weight an active slice, in place, and freeze the weight.
-
-    Args:
-        module: of a kind that `kind_of` knows.
-        parameter: name of the weight in it.
-        transposed: the weight is stored (input, output).
-        sharers: other modules that use the same weight; they tap into the same slice.
-        as_int8: store the weight of a linear layer in eight bits.
-        settings: name, rank, side, weighted, dtype and phase, see `Slice`.
-    """
-    weight: nn.Parameter = getattr(module, parameter)
-    weight.requires_grad_(False)
-    weight.grad = None
-    attribute = f"{parameter}_slice"
-    made = Slice(module, parameter, transposed=transposed, **settings)
-    if as_int8 and not int8.is_int8(weight):
-        setattr(module, parameter, int8.quantize(weight))
-    watch(made.weight)
-    _swap(module)
-    setattr(module, attribute, made)
-    made.drift.note(made)
-    for sharer in sharers:
-        _swap(sharer)
-        # not registered, so that the slice has one name and one place
-        sharer.__dict__[attribute] = made
-    return made
-
-
 def plain_class(module: GrassModule) -> type[nn.Module]:
-    """The class that a converted module had."""
+    """The class that a converted module had before."""
     return next(plain for (plain, *_), converted in _CONVERTED.items() if converted is type(module))
-
-
-def _swap(module: nn.Module) -> None:
-    if not isinstance(module, GrassModule):
-        module.__class__ = converted_class(module)
 
 
 def _trial(module: nn.Module) -> Tensor:
@@ -243,6 +203,8 @@ def _reaches(module: nn.Module, kind: Kind) -> bool:
     module.__class__ = type(cls.__name__, (cls, Listener), {})
     try:
         module(_trial(module))
+    except _NOTHING_SAID:
+        raise
     except Exception:  # whatever it wants, it is not one input
         return False
     finally:
@@ -256,6 +218,8 @@ def _computes_product(module: nn.Module, kind: Kind) -> bool:
     x = _trial(module)
     try:
         output = module(x)
+    except _NOTHING_SAID:
+        raise
     except Exception:
         return False
     if kind.base is nn.Embedding:
@@ -273,8 +237,8 @@ def _agree(module: nn.Module, converted: type, *inputs: Tensor) -> bool:
         expected = inspect.unwrap(cls.forward)(module, *inputs)
         module.__class__ = converted
         output = module.forward(*inputs)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        raise  # the estimator's fake tensors have no values: that says nothing about the module
+    except _NOTHING_SAID:
+        raise
     except Exception:
         return False
     finally:

@@ -89,6 +89,13 @@ class Part:
         """The weight's rows (columns) `index`, shaped like the slice and in the weight's dtype."""
         return take_rows(self.weight, self.index, self.dim)
 
+    def loaded(self, dtype: torch.dtype) -> Tensor:
+        """What a slice of a dtype holds that agrees with the weight: ``weight[index] / write``, zero at padding."""
+        rows = self.take().to(dtype)
+        if self.write is None:
+            return rows
+        return (rows / along_slice(self.write, self.dim)).masked_fill(along_slice(self.rho == 0, self.dim), 0.0)
+
     def put(self, rows: Tensor, seed: str | None = None) -> None:
         """Overwrite the weight's rows (columns) `index`; numbers that occur twice must come with equal values.
 

@@ -24,6 +24,9 @@ PRESETS = {
     "all-matrices": {"linear", "Conv1D", "experts", "embedding"},
 }
 
+# The end of a layer's name once PEFT has wrapped it.
+BASE = ".base_layer"
+
 
 @dataclass(frozen=True)
 class Use:
@@ -43,8 +46,9 @@ def uses(model: nn.Module) -> Iterator[Use]:
     for name, module in model.named_modules():
         if experts.is_experts(module):
             yield from (Use(f"{name}.{leaf}".lstrip("."), module, leaf) for leaf in experts.parameters(module))
-        # A list of suffixes or a regular expression may name containers too ("mlp"): only weights can be targets.
-        elif name and isinstance(getattr(module, "weight", None), nn.Parameter):
+        # A list of suffixes or a regular expression may name containers too ("mlp"): only weights can be targets, and
+        # not what shows a weight that lies in a layer within, as PEFT's layers do (``q_proj``, ``q_proj.base_layer``).
+        elif name and isinstance(module._parameters.get("weight"), nn.Parameter):
             yield Use(name, module, "weight")
 
 
@@ -54,7 +58,7 @@ def matched_uses(model: nn.Module, config: GrassConfig) -> tuple[list[Use], set[
     from peft.tuners.tuners_utils import check_target_module_exists
 
     _check_regular_expressions(config)
-    preset = _preset(config.target_modules)
+    preset = preset_name(config.target_modules)
     heads = output_heads(model) if preset == "all-linear" else set()
     # Only the carrier of the patterns; nothing of LoRA is used.
     patterns = LoraConfig(
@@ -63,8 +67,9 @@ def matched_uses(model: nn.Module, config: GrassConfig) -> tuple[list[Use], set[
     )
 
     def check(use: Use) -> object:
-        # experts go by their module's name too
+        # experts go by their module's name too, and what PEFT has wrapped by the name that it had before
         names = {use.name, use.name if use.parameter == "weight" else use.name.rpartition(".")[0]} - {""}
+        names |= {name.removesuffix(BASE) for name in names}
         results = [check_target_module_exists(patterns, name) for name in sorted(names)]
         return next((r for r in results if _is_excluded(r)), any(results))
 
@@ -108,7 +113,13 @@ def output_heads(model: nn.Module) -> set[int]:
     if not callable(get):
         return set()
     head = get()
-    return {id(head)} if head is not None else {id(getattr(model, name, None)) for name in SEQ_CLS_HEAD_NAMES}
+    if head is None:
+        return {id(getattr(model, name, None)) for name in SEQ_CLS_HEAD_NAMES}
+    # PEFT wraps a head that an adapter, or a copy for `modules_to_save`, belongs to
+    copies = getattr(head, "modules_to_save", None)
+    inner = [*(copies.children() if isinstance(copies, nn.ModuleDict) else ())]
+    inner += [getattr(head, name, None) for name in ("base_layer", "original_module")]
+    return {id(head), *(id(module) for module in inner if module is not None)}
 
 
 def _check_regular_expressions(config: GrassConfig) -> None:
@@ -121,7 +132,8 @@ def _check_regular_expressions(config: GrassConfig) -> None:
                 raise ValueError(f"{field}={pattern!r} is not a valid regular expression ({error}).") from error
 
 
-def _preset(patterns) -> str | None:
+def preset_name(patterns) -> str | None:
+    """Which of the two named patterns it is, None for suffixes or a regular expression."""
     name = patterns.lower().replace("_", "-") if isinstance(patterns, str) else None
     return name if name in PRESETS else None
 
@@ -135,7 +147,8 @@ def shown(patterns) -> str:
 
 
 def _suffixes(model: nn.Module) -> set[str]:
-    return {use.name.rsplit(".", 1)[-1] for use in uses(model) if _in_preset(use, "all-linear", set())}
+    linear = (use.name for use in uses(model) if _in_preset(use, "all-linear", set()))
+    return {name.removesuffix(BASE).rsplit(".", 1)[-1] for name in linear}
 
 
 def _nothing_matches(model: nn.Module, config: GrassConfig) -> str:
@@ -143,6 +156,6 @@ def _nothing_matches(model: nn.Module, config: GrassConfig) -> str:
         f"target_modules={shown(config.target_modules)} matches no module of {type(model).__name__} with a weight"
     )
     linear = sorted(_suffixes(model))
-    if isinstance(config.target_modules, str) and not _preset(config.target_modules):
+    if isinstance(config.target_modules, str) and not preset_name(config.target_modules):
         sentence += " (a string is a regular expression for the full name, a list holds suffixes)"
     return f"{sentence}: its linear layers are called {', '.join(linear) or 'nothing, it has none'}."

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, drift, functional, int8
+from .doors import Doors
 from .drift import Drift
 from .exchange import Exchange
 from .functional import accumulation_dtype, selected_dim, take_rows
@@ -40,7 +41,7 @@ def living_slices() -> Iterator[Slice]:
     return iter(list(_LIVING))
 
 
-class Slice(Exchange, nn.Module):
+class Slice(Doors, Exchange, nn.Module):
     """The trained rows or columns of one weight; a child ``<parameter>_slice`` of the module that holds the weight.
 
     Args:
@@ -67,6 +68,7 @@ class Slice(Exchange, nn.Module):
         drift: what it knows of the last moment when it and its weight held the same values.
         norms: the leaf (..., size) that collects squared norms while an observation is due, else None.
         dim: -2 or -1, the dimension of weight and slice along which rows (columns) are selected.
+        before: what the weight was before, `surgery.Before`.
         rank_part: says what this rank has of the weight and the slice; `parts.local_part`, or an engine's own.
     """
 
@@ -103,17 +105,19 @@ class Slice(Exchange, nn.Module):
         self.rank_part: Callable[[Slice, bool], Part] = local_part
         weight = self.weight
         size, batch = weight.shape[self.dim], weight.shape[:-2]
-        index = strided(size, rank, blocks).index.expand(*batch, rank).clone().to(weight.device)
-        stored_as_int8 = int8.is_int8(weight)
-        rows = int8.read_rows(weight, index) if stored_as_int8 else take_rows(weight.detach(), index, self.dim)
-        self.active = nn.Parameter(rows.to(dtype or weight.dtype))
-        self.register_buffer("index", index, persistent=False)
-        multipliers = None
+        index, multipliers = strided(size, rank, blocks).index.expand(*batch, rank).clone(), None
         if weighted:
-            precision = accumulation_dtype(self.active.dtype)
-            multipliers = torch.ones(*batch, rank, dtype=precision, device=weight.device)
-        self.register_buffer("rho", multipliers, persistent=False)
-        self.register_buffer("write", None if multipliers is None else multipliers.clone(), persistent=False)
+            multipliers = torch.ones(*batch, rank, dtype=accumulation_dtype(dtype or weight.dtype))
+        buffers = {"index": index, "rho": multipliers, "write": multipliers}
+        self._kept = {key: values for key, values in buffers.items() if weight.is_meta and values is not None}
+        for key, values in buffers.items():
+            placed = None if values is None else values.to(weight.device, copy=True)
+            self.register_buffer(key, placed, persistent=False)
+        if int8.is_int8(weight):
+            rows = int8.read_rows(weight, self.index)
+        else:
+            rows = take_rows(weight.detach(), self.index, self.dim)
+        self.active = nn.Parameter(rows.to(dtype or weight.dtype))
         self.norms: Tensor | None = None
         trained = torch.full((*batch, size), -1, dtype=torch.int32)
         self.columns = columns
@@ -196,11 +200,6 @@ class Slice(Exchange, nn.Module):
         if self.active.grad is None:
             self.norms.grad = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slice:
-        super()._apply(fn, recurse)
-        self._move_norms()
-        return self
-
     def _move_norms(self) -> None:
         """Have norms that are observed where the slice is: a model may move, and no parameter of it are they."""
         norms = self.norms
@@ -209,20 +208,6 @@ class Slice(Exchange, nn.Module):
         self.observe()
         if norms.grad is not None and not norms.is_meta:
             self.norms.grad = norms.grad.to(device)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
-        # A plain checkpoint has no slice, and the one in a converted model's state dict may belong to another
-        # index: the owner's weight decides, and optimizer.load_state_dict brings index and slice afterwards.
-        # (A slice on the meta device is being filled: accelerate's cpu_ram_efficient_loading.)
-        key = prefix + "active"
-        stored = None if self.active.is_meta else state_dict.pop(key, None)
-        try:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
-        finally:
-            if stored is not None:
-                state_dict[key] = stored
-        if key in missing_keys:
-            missing_keys.remove(key)
 
     def extra_repr(self) -> str:
         return f"rank={self.state.rank}, side={self.side}"

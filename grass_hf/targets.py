@@ -5,6 +5,7 @@ A weight that several modules use (a head tied to the embedding) is one target: 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,8 +14,10 @@ from .config import GrassConfig
 from .distributed import shape_of
 from .int8 import is_int8
 from .modules import converted_class, kind_of
-from .patterns import Use, matched_uses, output_heads, shown, uses
+from .patterns import BASE, Use, matched_uses, output_heads, preset_name, shown, uses
 from .selection import fits
+
+logger = logging.getLogger(__name__)
 
 # Linear layers of one parent module that read the same input, by the field's names for them.
 SIBLINGS = (
@@ -77,13 +80,13 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
     users: dict[int, list[Use]] = {}
     for use in uses(model):
         users.setdefault(id(use.weight), []).append(use)
-    heads = output_heads(model)
+    heads, frozen = output_heads(model), "by PEFT" if any(map(_of_peft, model.modules())) else "by you"
     targets, left_out, too_small = [], {}, []
     for use in matched:
         sharing = [use, *(other for other in users[id(use.weight)] if other.module is not use.module)]
         if any(use.module in target.sharers for target in targets):
             continue
-        reason = _cannot(use) or next((_cannot_share(other, excluded) for other in sharing[1:]), None)
+        reason = _cannot(use, frozen) or next((_cannot_share(other, excluded, frozen) for other in sharing[1:]), None)
         if reason:
             left_out[use.name] = reason
             continue
@@ -109,6 +112,7 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
         targets.append(Target(use.name, *placed, leader, blocks, vocabulary))
     if targets:
         _check_pattern(model, config, targets)
+        _warn_of_adapters(model, config, targets, sum(f"frozen {frozen}" in reason for reason in left_out.values()))
         return Plan(targets, left_out)
     if too_small:
         raise ValueError(
@@ -162,8 +166,39 @@ def _side(sharing: list[Use], vocabulary: bool, config: GrassConfig, transposed:
     return "output" if (columns >= rows if transposed else rows >= columns) else "input"
 
 
-def _cannot(use: Use) -> str | None:
-    """Why a matched weight cannot be compressed, or None."""
+def _warn_of_adapters(model: nn.Module, config: GrassConfig, targets: list[Target], frozen: int) -> None:
+    """Say that a preset takes adapters' factors, where PEFT has frozen layers that it would have taken."""
+    names = _adapters(model)
+    factors = [target.name for target in targets if target.name in names]
+    if factors and frozen and preset_name(config.target_modules):
+        logger.warning(
+            "target_modules=%s takes %d factors of PEFT's adapters (%s, ...), because the %d other layers are frozen "
+            "by PEFT: free those that are to be trained (param.requires_grad_(True)) before converting, or train the "
+            "factors whole with another optim.",
+            shown(config.target_modules),
+            len(factors),
+            factors[0],
+            frozen,
+        )
+
+
+def _adapters(model: nn.Module) -> set[str]:
+    """Names of the modules that PEFT has put beside the layers of a model."""
+    layers = [(name, module) for name, module in model.named_modules() if _of_peft(module, "tuners.")]
+    inner = {f"{name}.{leaf}" for name, layer in layers if hasattr(layer, "base_layer") for leaf in _leaves(layer)}
+    return {name for name in inner if f"{BASE}." not in f"{name}."}
+
+
+def _leaves(layer: nn.Module) -> list[str]:
+    return [name for name, _ in layer.named_modules() if name]
+
+
+def _of_peft(module: nn.Module, package: str = "") -> bool:
+    return type(module).__module__.startswith(f"peft.{package}")
+
+
+def _cannot(use: Use, frozen: str) -> str | None:
+    """Why a matched weight cannot be compressed, or None; `frozen` says by whom it would be."""
     module, weight = use.module, use.weight
     kind = kind_of(module)
     if kind is None:
@@ -171,7 +206,7 @@ def _cannot(use: Use) -> str | None:
     if not weight.is_floating_point():
         return f"its weight is stored as {weight.dtype}: left as it is"
     if not weight.requires_grad and not is_int8(weight):
-        return "frozen by you: left frozen"
+        return f"frozen {frozen}: left frozen"
     if "forward" in vars(module):
         return "its forward was replaced (device_map offloading hooks, say): trained in full"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -183,9 +218,9 @@ def _cannot(use: Use) -> str | None:
     return None
 
 
-def _cannot_share(other: Use, excluded: set[str]) -> str | None:
+def _cannot_share(other: Use, excluded: set[str], frozen: str) -> str | None:
     """Why a weight cannot be compressed because of another module that uses it, or None."""
     if other.name in excluded:
         return f"its weight is tied to {other.name}, which exclude_modules names: trained in full"
-    reason = _cannot(other)
+    reason = _cannot(other, frozen)
     return reason and f"its weight is tied to {other.name}, and there: {reason}"

@@ -39,6 +39,25 @@ def unpack(
 
 
 @commands.command()
+def plain(
+    checkpoint: Path = typer.Argument(..., help="Folder of a checkpoint (safetensors or bin, in shards or not)."),
+) -> None:
+    """Remove slices from a checkpoint's files, in place: what is left has a plain model's names.
+
+    For example, behind DeepSpeed's own script, which writes every parameter of the optimizer:
+
+        python out/checkpoint-500/zero_to_fp32.py out/checkpoint-500 out/final
+
+        grass-hf plain out/final
+
+    Checkpoints of save_pretrained, the Trainer and `accelerate merge-weights` are plain already.
+    """
+    from ..adapters.plain import remove_slices
+
+    typer.echo(f"{checkpoint}: {remove_slices(checkpoint)} slices removed")
+
+
+@commands.command()
 def diff(
     base: str = BASE,
     tuned: str = TUNED,

@@ -1,5 +1,5 @@
 """What `grass_hf.register` changes: in transformers an enum member, some wrapped methods and a default callback, in
-DeepSpeed the function `deepspeed.initialize`."""
+DeepSpeed the function `deepspeed.initialize`, in torch.distributed.checkpoint what loads and saves models."""
 
 from __future__ import annotations
 
@@ -59,6 +59,16 @@ def extend_deepspeed(deepspeed: ModuleType) -> None:
 
     initialize._grass_hf = True
     deepspeed.initialize = initialize
+
+
+def extend_distributed_checkpoint(state_dict: ModuleType) -> None:
+    """Let torch.distributed.checkpoint load and save models whose state dicts have no slices."""
+    from .distributed_checkpoint import get_model_state, load_model_state
+
+    if not getattr(state_dict, "_grass_hf", False):
+        state_dict._grass_hf = True
+        state_dict._load_model_state_dict = load_model_state(state_dict._load_model_state_dict, state_dict._get_fqns)
+        state_dict._get_model_state_dict = get_model_state(state_dict._get_model_state_dict)
 
 
 def _optimizer_factory(original):

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..config import GrassConfig
 from ..controller import GROUP_KEY
-from ..convert import convert_to_grass, describe, describe_settings, is_converted
+from ..convert import convert_to_grass, converted_part, describe, describe_settings, is_converted
 from ..distributed import check_agreement
 from ..optim import attach, grass_optimizer
 from ..optim_args import parse_optim_args
@@ -164,6 +164,8 @@ def grass_class_and_kwargs(args, model: nn.Module | None, factory) -> tuple[type
     if model is None:
         raise ValueError("optim='grass' needs the model: call get_optimizer_cls_and_kwargs(args, model).")
     parsed = _parse(args)
+    # sentence-transformers hands over its loss, which holds the model
+    model = converted_part(model) or model
     _convert(model, parsed.config, args)
     cls, kwargs = base_class_and_kwargs(args, parsed.base or default_base(), parsed.base_args, factory)
     return driven(cls, kwargs, model), kwargs
@@ -171,7 +173,8 @@ def grass_class_and_kwargs(args, model: nn.Module | None, factory) -> tuple[type
 
 def driven_if_converted(cls, kwargs: dict[str, Any], model: nn.Module | None) -> tuple[Any, dict[str, Any]]:
     """Leave another optimizer's class alone, unless a `GrassCallback` has converted the model it is for."""
-    return (driven(cls, kwargs, model), kwargs) if _is_model(model) else (cls, kwargs)
+    part = converted_part(model) if isinstance(model, nn.Module) else None
+    return (cls, kwargs) if part is None else (driven(cls, kwargs, part), kwargs)
 
 
 def convert_rebuilt_model(trainer) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,8 +169,11 @@ class ZeroController(GrassController):
 
         @functools.wraps(save)
         def save_checkpoint(save_dir, tag=None, client_state=None, *args, **kwargs):
-            ours = {CLIENT_KEY: checkpoint.remember(self)}
-            return save(save_dir, tag, {**(client_state or {}), **ours}, *args, **kwargs)
+            asked = inspect.signature(save).bind(save_dir, tag, client_state, *args, **kwargs).arguments
+            asked["client_state"] = {**(client_state or {}), CLIENT_KEY: checkpoint.remember(self)}
+            # the weights of slices are frozen, and trained: a Trainer leaves frozen ones out for adapters
+            asked.pop("exclude_frozen_parameters", None)
+            return save(**asked)
 
         @functools.wraps(load)
         def load_checkpoint(load_dir, tag=None, *args, **kwargs):
@@ -191,6 +194,36 @@ class ZeroController(GrassController):
             return path, client_state
 
         self.engine.save_checkpoint, self.engine.load_checkpoint = save_checkpoint, load_checkpoint
+        for name in ("module_state_dict", "_zero3_consolidated_16bit_state_dict"):
+            setattr(self.engine, name, self._plain(getattr(self.engine, name)))
+
+    def _plain(self, collect: Callable[..., dict[str, Any] | None]) -> Callable[..., dict[str, Any] | None]:
+        """One of DeepSpeed's functions that make a state dict, without slices, which its collector of ZeRO-3 finds
+        because it walks parameters, and with the weights under them, which are frozen and trained."""
+
+        @functools.wraps(collect)
+        def plain(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
+            asked = inspect.signature(collect).bind(*args, **kwargs).arguments
+            leave_out = asked.pop("exclude_frozen_parameters", False)
+            found, names = collect(**asked), _names(self.engine.module)
+            for name, kind in names.items() if found is not None else ():  # only the first rank has it
+                if kind == "slice" or (leave_out and kind == "frozen"):
+                    found.pop(name, None)
+            return found
+
+        return plain
+
+
+def _names(model: nn.Module) -> dict[str, str]:
+    """What each parameter is: "slice", "frozen" by the user, or "trained", by its slice or itself."""
+    parts = list(grass_slices(model))
+    slices, weights = ({id(getattr(part, name)) for part in parts} for name in ("active", "weight"))
+    named = model.named_parameters(remove_duplicate=False)
+    kinds = {True: "trained", False: "frozen"}
+    return {
+        name: "slice" if id(param) in slices else kinds[param.requires_grad or id(param) in weights]
+        for name, param in named
+    }
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""A Trainer with Grass under whatever engine launched it: prints its losses. fsdp_trainer.py SETTINGS [CHECKPOINT]"""
+"""A Trainer with Grass under whatever engine launched it: prints its losses. fsdp_trainer.py SETTINGS [CHECKPOINT]
+
+Beside those of `helpers.arguments`, "model" has settings of `helpers.tiny_llama`.
+"""
 
 import json
 import os
@@ -8,7 +11,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch.distributed as dist
-from helpers import leave, trainer
+from helpers import leave, tiny_llama, trainer
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -22,13 +25,19 @@ class Look(TrainerCallback):
         if parts and all(isinstance(part.active, DTensor) and isinstance(part.weight, DTensor) for part in parts):
             mesh = parts[0].active.device_mesh
             print(f"sharded over {mesh.size()} as {' x '.join(map(str, mesh.shape))}", flush=True)
+        for part in parts:
+            assert part.rank_part(part, False).agrees(), part.state.name
+        print(f"{len(parts)} slices agree with their weights", flush=True)
 
 
 settings = json.loads(sys.argv[1])
-folder = settings.pop("output_dir")
+folder, model = settings.pop("output_dir"), tiny_llama(**settings.pop("model", {}))
 defaults = {"use_cpu": False, "save_strategy": "steps", "save_steps": 4, "max_steps": 8}
 job = trainer(
-    folder, trainer_options={"callbacks": [Look()]}, **{**defaults, "per_device_train_batch_size": 2, **settings}
+    folder,
+    model,
+    trainer_options={"callbacks": [Look()]},
+    **{**defaults, "per_device_train_batch_size": 2, **settings},
 )
 job.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
 world = dist.get_world_size() if dist.is_initialized() else 1
