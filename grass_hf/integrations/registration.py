@@ -91,13 +91,19 @@ def _create_optimizer(original):
 def _train(original):
     @functools.wraps(original)
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        from . import checkpoints, other_engine, trainer
+        from . import checkpoints, first_loss, other_engine, trainer
 
         if resume_from_checkpoint and trainer.is_grass_run(self):
             resume_from_checkpoint = checkpoints.resume_point(resume_from_checkpoint, self.args.output_dir)
             if isinstance(resume_from_checkpoint, str):
                 other_engine.check_engine(self, resume_from_checkpoint)
-        return original(self, resume_from_checkpoint, *args, **kwargs)
+        if not trainer.may_train_slices(self):
+            return original(self, resume_from_checkpoint, *args, **kwargs)
+        first_loss.watch_first_step(self)
+        try:
+            return original(self, resume_from_checkpoint, *args, **kwargs)
+        finally:
+            first_loss.end_watch(self)
 
     return train
 
