@@ -1,4 +1,4 @@
-"""Registration with the Trainer and DeepSpeed, at the moment they are imported and not before.
+"""Registration with the Trainer, DeepSpeed and TRL, at the moment they are imported and not before.
 
 `register` is idempotent and cheap. What it does to them is in `grass_hf.integrations.registration`; here is only
 when: at once for modules that are imported already, else right after their import, by a finder that wraps the loader
@@ -18,6 +18,8 @@ _PATCHES = {
     "transformers.training_args": "extend_optimizer_names",
     "transformers.trainer": "extend_trainer",
     "deepspeed": "extend_deepspeed",
+    "trl.trainer.callbacks": "extend_trl_callbacks",
+    "trl.generation.vllm_generation": "extend_trl_vllm",
 }
 
 

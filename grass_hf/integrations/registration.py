@@ -1,5 +1,5 @@
 """What `grass_hf.register` changes: in transformers an enum member, some wrapped methods and a default callback, in
-DeepSpeed the function `deepspeed.initialize`."""
+DeepSpeed the function `deepspeed.initialize`, in TRL what walks over a model's parameters."""
 
 from __future__ import annotations
 
@@ -59,6 +59,20 @@ def extend_deepspeed(deepspeed: ModuleType) -> None:
 
     initialize._grass_hf = True
     deepspeed.initialize = initialize
+
+
+def extend_trl_callbacks(callbacks: ModuleType) -> None:
+    """See `trl_callbacks.extend_callbacks`."""
+    from . import trl_callbacks
+
+    trl_callbacks.extend_callbacks(callbacks)
+
+
+def extend_trl_vllm(generation: ModuleType) -> None:
+    """See `trl_callbacks.extend_vllm`."""
+    from . import trl_callbacks
+
+    trl_callbacks.extend_vllm(generation)
 
 
 def _optimizer_factory(original):
