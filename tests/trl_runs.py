@@ -15,7 +15,10 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 WORDS = ["<pad>", "<s>", "</s>", "a", "b", "c", "d", "e", "f"]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 TEXTS = [{"text": text} for text in ("a b c d a b c d", "b c d a b c d a", "e f e f a b c d", "d c b a f e d c")]
-PAIRS = [{"prompt": "a b c ", "chosen": "d a", "rejected": "f e"}, {"prompt": "b c d ", "chosen": "a b", "rejected": "f"}]
+PAIRS = [
+    {"prompt": "a b c ", "chosen": "d a", "rejected": "f e"},
+    {"prompt": "b c d ", "chosen": "a b", "rejected": "f"},
+]
 LABELLED = [
     {"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
     for row in PAIRS
