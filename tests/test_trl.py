@@ -1,5 +1,5 @@
-"""TRL's trainers: at rank m each is AdamW to the bit, and a loss that reads a compressed weight behind its module's back
-is refused before a weight has changed."""
+"""TRL's trainers: at rank m each is AdamW to the bit, and a loss that reads a compressed weight without its module is
+refused before a weight has changed."""
 
 import copy
 
@@ -130,7 +130,7 @@ def test_a_cloned_chat_template_resizes_before_the_conversion(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
 def test_adapters_are_adamw(tmp_path, kind):
-    """DPO takes the model without its adapters for the reference: PEFT turns them off and on, every parameter of them."""
+    """DPO's reference is the model without its adapters: PEFT turns them off and on, every parameter of them."""
     adapters = {"peft_config": LoraConfig(r=4, target_modules=["q_proj"]), "ref_model": None}
     extra = adapters if kind == "dpo" else {"peft_config": adapters["peft_config"]}
     run = trainer_of(kind, tmp_path, extra=copy.deepcopy(extra))
