@@ -42,7 +42,7 @@ class GrassModule(nn.Module):
     def keep_frozen(self) -> None:
         """Freeze a weight again that was made trainable with all others, as PEFT does when it turns adapters on."""
         if self.weight.requires_grad:
-            self.weight.requires_grad_(False)
+            self.weight.requires_grad = False
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -111,7 +111,7 @@ class TappedExperts(GrassModule):
 
     def keep_frozen(self) -> None:
         for part in self.own_slices().values():
-            part.weight.requires_grad_(False)
+            part.weight.requires_grad = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         self.keep_frozen()

@@ -55,7 +55,8 @@ class WeightReads:
         self._context = ExitStack()
 
     def __enter__(self) -> WeightReads:
-        # What torch.compile has made runs as it was written, or no operation of it would be seen.
+        # What torch.compile has made runs as it was written: no operation of it would be seen, and what it compiles under
+        # a mode is of no use later.
         self._context.enter_context(torch.compiler.set_stance("force_eager"))
         self._follow(self.model, self._grad_wanted, torch.is_grad_enabled)
         for module in self.model.modules():
@@ -161,8 +162,11 @@ def refuse_reads(model: nn.Module, found: list[Slice]) -> None:
     """Stop a run that reads weights behind the backs of their slices.
 
     Raises:
-        ValueError: there are some; all are named, with the setting that trains just these in full.
+        ValueError: there are some that the model still has; all are named, with the setting that trains just these in
+            full.
     """
+    own = set(grass_slices(model))
+    found = [part for part in found if part in own]
     if not found:
         return
     names = [part.state.name for part in found]
