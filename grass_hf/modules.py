@@ -39,11 +39,6 @@ class GrassModule(nn.Module):
         members = {**self._modules, **self.__dict__}
         return {name: member for name, member in members.items() if isinstance(member, Slice)}
 
-    def keep_frozen(self) -> None:
-        """Freeze a weight again that was made trainable with all others, as PEFT does when it turns adapters on."""
-        if self.weight.requires_grad:
-            self.weight.requires_grad = False
-
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for part in self.own_slices().values():
@@ -58,7 +53,7 @@ class TappedLinear(GrassModule):
     weight_slice: Slice
 
     def forward(self, input: Tensor) -> Tensor:
-        self.keep_frozen()
+        self.weight_slice.keep_weight_frozen()
         return self.weight_slice.tap(super().forward(input), input, transposed=self.transposed)
 
 
@@ -102,19 +97,16 @@ class TappedEmbedding(GrassModule):
     weight_slice: Slice
 
     def forward(self, input: Tensor) -> Tensor:
-        self.keep_frozen()
+        self.weight_slice.keep_weight_frozen()
         return self.weight_slice.embedding_tap(super().forward(input), input, self.padding_idx)
 
 
 class TappedExperts(GrassModule):
     """Gives the 3-D parameters of a module behind transformers' experts interface a slice each."""
 
-    def keep_frozen(self) -> None:
-        for part in self.own_slices().values():
-            part.weight.requires_grad = False
-
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        self.keep_frozen()
+        for part in self.own_slices().values():
+            part.keep_weight_frozen()
         return experts.forward(self, hidden_states, top_k_index, top_k_weights)
 
 

@@ -111,6 +111,11 @@ class Slice(Exchange, nn.Module):
         """The full weight, (..., m, n) or as it is stored."""
         return getattr(self.owner, self.parameter)
 
+    def keep_weight_frozen(self) -> None:
+        """Freeze the weight again if it was made trainable with all others: PEFT does that when it turns adapters on."""
+        if self.weight.requires_grad:
+            self.weight.requires_grad = False
+
     def tap(self, y: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """`functional.tap` for a product ``y`` of this weight, which this use of it may see transposed."""
         if not torch.is_grad_enabled():
