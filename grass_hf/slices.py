@@ -112,7 +112,7 @@ class Slice(Exchange, nn.Module):
         return getattr(self.owner, self.parameter)
 
     def keep_weight_frozen(self) -> None:
-        """Freeze the weight again if it was made trainable with all others: PEFT does that when it turns adapters on."""
+        """Freeze the weight again if it was made trainable with all others, as PEFT does when it turns adapters on."""
         if self.weight.requires_grad:
             self.weight.requires_grad = False
 

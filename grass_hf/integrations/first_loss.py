@@ -11,7 +11,9 @@ a gradient is wanted: metrics under `torch.no_grad` may read what they like.
 from __future__ import annotations
 
 import functools
+import math
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..convert import grass_slices, is_converted
-from ..distributed import is_partitioned, is_sharded
+from ..distributed import is_partitioned, is_sharded, shape_of
 from ..modules import GrassModule
 from ..slices import Slice
 
@@ -48,22 +50,24 @@ class WeightReads:
         self.model = model
         self.found: list[Slice] = []
         self._slices = list(grass_slices(model))
-        self._is_fixed = not any(is_sharded(part.active) or is_partitioned(part.active) for part in self._slices)
-        self._owners: dict[int, Slice] = {}
+        moving = any(is_sharded(part.active) or is_partitioned(part.active) for part in self._slices)
+        # Weights that an engine gathers come and go; only a tensor as large as one is a reason to look where they are.
+        self._sizes = {math.prod(shape_of(part.weight)) for part in self._slices} if moving else set()
+        self._owners: dict[int, list[tuple[int, int, Slice]]] = {}
         self._running: list[int] = []
         self._grad_wanted: list[bool] = []
         self._context = ExitStack()
 
     def __enter__(self) -> WeightReads:
-        # What torch.compile has made runs as it was written: no operation of it would be seen, and what it compiles under
-        # a mode is of no use later.
+        # What torch.compile has made runs as it was written: no operation of it would be seen, and what it compiles
+        # under a mode is of no use later.
         self._context.enter_context(torch.compiler.set_stance("force_eager"))
         self._follow(self.model, self._grad_wanted, torch.is_grad_enabled)
         for module in self.model.modules():
             if isinstance(module, GrassModule):
                 for part in module.own_slices().values():
                     self._follow(module, self._running, functools.partial(id, part))
-        self._owners = self._storages()
+        self._find_weights()
         self._context.enter_context(_Pointers(self))
         self._context.enter_context(_Operations(self))
         return self
@@ -83,29 +87,33 @@ class WeightReads:
         self._context.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
         self._context.callback(module.register_forward_hook(end, always_call=True).remove)
 
-    def _storages(self) -> dict[int, Slice]:
-        """Whose weight lies in a storage at this moment; shards are skipped, engines read them at any time."""
-        return {key: part for part in self._slices for key in _storage_keys(part.weight)}
+    def _find_weights(self) -> None:
+        """Note where weights lie at this moment; shards are skipped, engines read them at any time."""
+        self._owners = {}
+        for part in self._slices:
+            for storage, first, last in _places(part.weight):
+                self._owners.setdefault(storage, []).append((first, last, part))
+
+    def _slices_at(self, tensor: Tensor) -> Iterator[Slice]:
+        for storage, first, last in _places(tensor):
+            for own_first, own_last, part in self._owners.get(storage, ()):
+                if first < own_last and own_first < last:
+                    yield part
 
     def look(self, inputs: Any, outputs: Any) -> None:
         """Note an operation that made `outputs` of `inputs`; one that gives a view has read nothing."""
-        if not self._is_fixed:
-            self._owners = self._storages()
-        read = [
-            (key, self._owners[key])
-            for tensor in tree_leaves(inputs)
-            if isinstance(tensor, Tensor)
-            for key in _storage_keys(tensor)
-            if key in self._owners
-        ]
-        if not read:
+        given = [tensor for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)]
+        if any(tensor.numel() in self._sizes for tensor in given):
+            self._find_weights()
+        read = {part for tensor in given for part in self._slices_at(tensor) if id(part) not in self._running}
+        if not read - set(self.found):
             return
-        made = {key for tensor in tree_leaves(outputs) if isinstance(tensor, Tensor) for key in _storage_keys(tensor)}
-        for key, part in read:
-            if key in made or not (made or outputs is None) or id(part) in self._running or part in self.found:
-                continue
-            if self._is_wanted():
-                self.found.append(part)
+        made = [tensor for tensor in tree_leaves(outputs) if isinstance(tensor, Tensor)]
+        if not made and outputs is not None:  # a number, an answer: no gradient comes back from it
+            return
+        read -= {part for tensor in made for part in self._slices_at(tensor)}
+        if read and self._is_wanted():
+            self.found += [part for part in self._slices if part in read and part not in self.found]
 
     def _is_wanted(self) -> bool:
         """Whether a gradient is wanted of what is computed just now."""
@@ -117,13 +125,16 @@ class WeightReads:
 class _Operations(TorchDispatchMode):
     """Shows every operation of torch."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, reads: WeightReads):
         super().__init__()
         self.reads = reads
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outputs = func(*args, **(kwargs or {}))
-        if outputs is not None and func._schema.name.rpartition("::")[2] not in _SHAPE_ONLY:
+        name = getattr(getattr(func, "_schema", None), "name", "")
+        if outputs is not None and name.rpartition("::")[2] not in _SHAPE_ONLY:
             self.reads.look((args, kwargs), outputs)
         return outputs
 
@@ -141,13 +152,22 @@ class _Pointers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _storage_keys(tensor: Tensor) -> list[int]:
+def _places(tensor: Tensor) -> list[tuple[int, int, int]]:
+    """The memory of a tensor: storages, each with the first byte and the one after the last."""
     if is_sharded(tensor):
         return []
     if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
         # int8 weights and other tensors that are made of tensors
-        return [key for name in tensor.__tensor_flatten__()[0] for key in _storage_keys(getattr(tensor, name))]
-    return [tensor.untyped_storage()._cdata]
+        return [place for name in tensor.__tensor_flatten__()[0] for place in _places(getattr(tensor, name))]
+    try:
+        storage = tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse ones, and other tensors without memory of that kind
+        return []
+    if not tensor.numel():
+        return []
+    span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    first = tensor.storage_offset() * tensor.element_size()
+    return [(storage, first, first + span * tensor.element_size())]
 
 
 def _in_autograd_function() -> bool:
