@@ -1,4 +1,4 @@
-"""Registration with the Trainer, DeepSpeed and torch.distributed.checkpoint, when they are imported and not before.
+"""Registration with the Trainer, DeepSpeed, TRL and torch.distributed.checkpoint, when they are imported.
 
 `register` is idempotent and cheap. What it does to them is in `grass_hf.integrations.registration`; here is only
 when: at once for modules that are imported already, else right after their import, by a finder that wraps the loader
@@ -19,6 +19,8 @@ _PATCHES = {
     "transformers.trainer": "extend_trainer",
     "deepspeed": "extend_deepspeed",
     "torch.distributed.checkpoint.state_dict": "extend_distributed_checkpoint",
+    "trl.trainer.callbacks": "extend_trl_callbacks",
+    "trl.generation.vllm_generation": "extend_trl_vllm",
 }
 
 

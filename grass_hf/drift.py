@@ -151,12 +151,6 @@ def confirm(part: Slice) -> None:
     weight = _weight(part)
     if not _comparable(part, weight):
         return
-    if weight.requires_grad:
-        raise RuntimeError(
-            f"the weight of {part.state.name} requires a gradient although only its slice is trained: something called "
-            "requires_grad_(True) after the conversion. Freeze it again with requires_grad_(False), or name it in "
-            "exclude_modules to train it in full."
-        )
     check_shape(part)
     moved = _moved(part, record)
     if _agree(part, record):

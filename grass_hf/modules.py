@@ -12,7 +12,9 @@ after a trial on two tokens has shown that it computes the base class's function
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from . import experts, int8
 from .distributed import gathered
 from .slices import Slice
+
+logger = logging.getLogger(__name__)
 
 
 class GrassModule(nn.Module):
@@ -45,6 +49,23 @@ class GrassModule(nn.Module):
                 part.take_new_weight()
 
 
+def _keep_frozen(weight: nn.Parameter | None) -> None:
+    """Freeze a weight again that was made trainable with all others, as PEFT does when it turns adapters on: its full
+    gradient would be formed and thrown away."""
+    if weight is not None and weight.requires_grad:
+        weight.requires_grad = False
+        _warn_of_unfreezing()
+
+
+@functools.cache
+def _warn_of_unfreezing() -> None:
+    logger.warning(
+        "weights that have slices were made trainable after the conversion (by model.requires_grad_(True), or by PEFT "
+        "turning adapters on): they are frozen again, because their slices train them. exclude_modules names what is "
+        "to be trained in full."
+    )
+
+
 class TappedLinear(GrassModule):
     """Gives `nn.Linear` an active slice; weight (m, n)."""
 
@@ -52,6 +73,7 @@ class TappedLinear(GrassModule):
     weight_slice: Slice
 
     def forward(self, input: Tensor) -> Tensor:
+        _keep_frozen(self._parameters.get("weight"))
         return self.weight_slice.tap(super().forward(input), input, transposed=self.transposed)
 
 
@@ -97,6 +119,7 @@ class TappedEmbedding(GrassModule):
     weight_slice: Slice
 
     def forward(self, input: Tensor) -> Tensor:
+        _keep_frozen(self._parameters.get("weight"))
         return self.weight_slice.embedding_tap(super().forward(input), input, self.padding_idx)
 
 
@@ -104,6 +127,8 @@ class TappedExperts(GrassModule):
     """Gives the 3-D parameters of a module behind transformers' experts interface a slice each."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        for part in self.own_slices().values():
+            _keep_frozen(part.weight)
         return experts.forward(self, hidden_states, top_k_index, top_k_weights)
 
 

@@ -108,7 +108,6 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if _is_called(running.entry):
             return
         _leave(running)  # an interrupt has ended its forward, without any hook
-    _refuse_trainable(model)
     if _is_compiled(module):
         return
     audit = Audit(module, args, kwargs)
@@ -180,16 +179,6 @@ def read_behind(model: nn.Module, slices: list[Slice], why: str) -> RuntimeError
         f"here on ({why}), and training stopped before any weight was changed. Train just these in full with "
         f"{exclusion(names, others, model.grass.config)}."
     )
-
-
-def _refuse_trainable(model: nn.Module) -> None:
-    names = [part.state.name for part in _slices(model) if part.weight.requires_grad]
-    if names:
-        raise RuntimeError(
-            f"{len(names)} weight(s) that have slices were made trainable after the conversion ({summary(names)}), by "
-            "model.requires_grad_(True) perhaps: their full gradients would be formed and thrown away. Call "
-            "requires_grad_ before convert_to_grass; or call weight.requires_grad_(False) for these after it."
-        )
 
 
 def _slices(model: nn.Module) -> list[Slice]:

@@ -148,13 +148,6 @@ def test_a_forward_that_raises_leaves_nothing_behind(error):
     assert "inner.b" not in names(model) and not modes() and not hooks(model)
 
 
-def test_weights_made_trainable_after_the_conversion_are_named():
-    model = converted(Reader)
-    model.requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"table, inner.a, inner.b, head.*requires_grad_"):
-        model(tokens())
-
-
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
 def test_a_copy_is_looked_at_for_itself(way):
     model = converted(TiedHead)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from grass_hf import GrassConfig, convert_to_grass, drift, grass_optimizer, restore_model
+from grass_hf import GrassConfig, convert_to_grass, drift, grass_optimizer, modules, restore_model
 from grass_hf.convert import grass_slices
 from grass_hf.simulate import enable_checkpointing
 
@@ -352,11 +352,17 @@ def test_a_parametrization_after_the_conversion_stops(name):
         step(model, optimizer)
 
 
-def test_a_weight_that_is_unfrozen_stops():
+def test_a_weight_that_is_unfrozen_is_frozen_again(caplog):
     model, optimizer = driven()
-    model.requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"requires a gradient although only its slice is trained"):
-        step(model, optimizer)
+    straight, its_optimizer = driven()
+    modules._warn_of_unfreezing.cache_clear()
+    for number in range(4):
+        model.requires_grad_(True)
+        model(input_ids=X, labels=X).loss.backward()
+        assert all(part.weight.grad is None and not part.weight.requires_grad for part in grass_slices(model))
+        model.zero_grad()
+        assert step(model, optimizer, number) == step(straight, its_optimizer, number)
+    assert caplog.text.count("were made trainable after the conversion") == 1
 
 
 def test_casting_after_the_conversion_is_followed(caplog):

@@ -1,5 +1,6 @@
 """What `grass_hf.register` changes: in transformers an enum member, some wrapped methods and a default callback, in
-DeepSpeed the function `deepspeed.initialize`, in torch.distributed.checkpoint what loads and saves models."""
+DeepSpeed the function `deepspeed.initialize`, in torch.distributed.checkpoint what loads and saves models, in TRL what
+walks over a model's parameters."""
 
 from __future__ import annotations
 
@@ -71,6 +72,20 @@ def extend_distributed_checkpoint(state_dict: ModuleType) -> None:
         state_dict._get_model_state_dict = get_model_state(state_dict._get_model_state_dict)
 
 
+def extend_trl_callbacks(callbacks: ModuleType) -> None:
+    """See `trl_callbacks.extend_callbacks`."""
+    from . import trl_callbacks
+
+    trl_callbacks.extend_callbacks(callbacks)
+
+
+def extend_trl_vllm(generation: ModuleType) -> None:
+    """See `trl_callbacks.extend_vllm`."""
+    from . import trl_callbacks
+
+    trl_callbacks.extend_vllm(generation)
+
+
 def _optimizer_factory(original):
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args, model=None):
@@ -101,13 +116,19 @@ def _create_optimizer(original):
 def _train(original):
     @functools.wraps(original)
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        from . import checkpoints, other_engine, trainer
+        from . import checkpoints, first_loss, other_engine, trainer
 
         if resume_from_checkpoint and trainer.is_grass_run(self):
             resume_from_checkpoint = checkpoints.resume_point(resume_from_checkpoint, self.args.output_dir)
             if isinstance(resume_from_checkpoint, str):
                 other_engine.check_engine(self, resume_from_checkpoint)
-        return original(self, resume_from_checkpoint, *args, **kwargs)
+        if not trainer.may_train_slices(self):
+            return original(self, resume_from_checkpoint, *args, **kwargs)
+        first_loss.watch_first_step(self)
+        try:
+            return original(self, resume_from_checkpoint, *args, **kwargs)
+        finally:
+            first_loss.end_watch(self)
 
     return train
 

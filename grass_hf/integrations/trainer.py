@@ -29,7 +29,6 @@ from .accelerate import adapt_to_engine, engine_kind, forget_evaluation, fsdp_ve
 from .base import base_class_and_kwargs, default_base, driven
 from .deepspeed import check_config
 from .registration import NAME
-from .trl import refuse_fused_head
 
 logger = logging.get_logger(__name__)
 
@@ -118,7 +117,6 @@ class FollowTraining(TrainerCallback):
                 "the model was converted by Grass, but the Trainer's optimizer does not drive its slices: build it "
                 "with grass_optimizer(model, ...), or let the Trainer build it."
             )
-        refuse_fused_head(model)
         if state.is_world_process_zero:
             console = Console(stderr=True)
             if not console.is_terminal:
@@ -208,6 +206,13 @@ def is_grass_run(trainer) -> bool:
     """Whether a Trainer trains, or is about to train, slices."""
     factory = getattr(trainer, "optimizer_cls_and_kwargs", None) or (None,)
     return _is_model(trainer.model) or _controller(trainer.optimizer) is not None or factory[0] is GrassOptimizerFactory
+
+
+def may_train_slices(trainer) -> bool:
+    """Whether a run that begins may be one of slices, `model_init`'s models included."""
+    callbacks = trainer.callback_handler.callbacks
+    asked = trainer.args.optim == NAME or any(isinstance(callback, GrassCallback) for callback in callbacks)
+    return asked or is_grass_run(trainer)
 
 
 def _parse(args):

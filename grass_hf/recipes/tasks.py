@@ -177,8 +177,6 @@ def _trainer_of_task(recipe: Recipe, prepared: Prepared, model: PreTrainedModel)
     if recipe.task == "sft":
         if recipe.grass is None or not head_is_target(model, recipe.grass):
             return trl.SFTTrainer(**options)
-        # TRL counts right tokens in its fused head only
-        options |= {"compute_metrics": metrics.token_accuracy, "preprocess_logits_for_metrics": metrics.count_tokens}
         return plain_head_trainer()(**options)
     # Whole, and from before the policy is converted. Log-probabilities that are computed in advance need none, and with
     # adapters it is the model without them.

@@ -1,0 +1,125 @@
+"""TRL's own walks over a model's parameters, shown the plain ones.
+
+`SyncRefModelCallback` pairs the parameters of the trained model with those of a reference model, `BEMACallback` with
+those of a new model of the same class, and vLLM is sent every parameter by its name. A converted model has slices
+between its weights, and its weights count as frozen. While these walk over it, a converted model therefore names what
+the plain model would: its weights, trainable, under their names, and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..convert import grass_slices, is_converted
+from ..int8 import dequantize, is_int8
+from ..modules import GrassModule
+
+
+@contextmanager
+def plain_parameters(model: nn.Module) -> Iterator[None]:
+    """Have a model name its parameters and its state dict as if it were not converted.
+
+    A compressed weight comes as another parameter over the same memory, which counts as trainable. One stored as int8
+    has no plain memory: it comes as a copy.
+    """
+    if not is_converted(model):
+        yield
+        return
+    cls = type(model)
+    model.__class__ = _plain_class(cls)
+    try:
+        yield
+    finally:
+        model.__class__ = cls
+
+
+@functools.cache
+def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    class Plain(cls):
+        def __new__(_, *args, **kwargs):
+            return cls(*args, **kwargs)  # a new model of "the same class" is an ordinary one
+
+        def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+            slices = list(grass_slices(self))
+            actives = {id(part.active) for part in slices}
+            weights = {id(part.weight) for part in slices}
+            for name, param in super().named_parameters(*args, **kwargs):
+                if id(param) not in actives:
+                    yield name, _trainable(param) if id(param) in weights else param
+
+        def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+            whole = super().state_dict(*args, **kwargs)
+            for key in [key for key in whole if is_slice_key(key)]:
+                del whole[key]
+            return whole
+
+    Plain.__name__, Plain.__qualname__, Plain.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    return Plain
+
+
+def _trainable(weight: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(dequantize(weight) if is_int8(weight) else weight.detach())
+
+
+def is_slice_key(name: str) -> bool:
+    """Whether a name in a converted model is a slice's."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf == "active" and parent.endswith("_slice")
+
+
+def extend_callbacks(callbacks: ModuleType) -> None:
+    """Have TRL's callbacks walk over plain parameters."""
+    sync, bema = callbacks.SyncRefModelCallback, callbacks.BEMACallback
+    if hasattr(sync._sync_target_model, "_grass_hf"):
+        return
+    sync._sync_target_model = staticmethod(_sync(sync._sync_target_model))
+    bema.on_train_begin = _begin_average(bema.on_train_begin)
+
+
+def _sync(original):
+    @functools.wraps(original)
+    def _sync_target_model(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
+        with plain_parameters(model), plain_parameters(target_model):
+            original(model, target_model, alpha)
+        for part in grass_slices(target_model):  # a reference that was copied from a converted model
+            part.reload()
+
+    _sync_target_model._grass_hf = True
+    return _sync_target_model
+
+
+def _begin_average(original):
+    @functools.wraps(original)
+    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs: Any):
+        inner = self._unwrap_model(model)
+        for name, module in inner.named_modules():
+            if isinstance(module, GrassModule) and any(is_int8(part.weight) for part in module.own_slices().values()):
+                raise ValueError(
+                    f"{type(self).__name__} keeps the trained weights at hand, and {name} is stored as int8: leave "
+                    "weight_dtype='int8' out, or the callback."
+                )
+        with plain_parameters(inner):
+            return original(self, args, state, control, model=model, **kwargs)
+
+    return on_train_begin
+
+
+def extend_vllm(generation: ModuleType) -> None:
+    """Have TRL send vLLM the weights only."""
+    cls = generation.VLLMGeneration
+    original = cls._iter_named_params
+    if hasattr(original, "_grass_hf"):
+        return
+
+    @functools.wraps(original)
+    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, param) for name, param in original(self) if not is_slice_key(name))
+
+    _iter_named_params._grass_hf = True
+    cls._iter_named_params = _iter_named_params
