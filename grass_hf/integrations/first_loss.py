@@ -103,7 +103,9 @@ class WeightReads:
     def look(self, inputs: Any, outputs: Any) -> None:
         """Note an operation that made `outputs` of `inputs`; one that gives a view has read nothing."""
         given = [tensor for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)]
-        if any(tensor.numel() in self._sizes for tensor in given):
+        if self._sizes:
+            if not any(tensor.numel() in self._sizes for tensor in given):
+                return  # what lies where a weight has been says nothing
             self._find_weights()
         read = {part for tensor in given for part in self._slices_at(tensor) if id(part) not in self._running}
         if not read - set(self.found):
