@@ -220,7 +220,8 @@ def watch_first_step(trainer: Trainer) -> None:
 
     @functools.wraps(original)
     def training_step(*args: Any, **kwargs: Any) -> Tensor:
-        if not is_converted(trainer.model):
+        # Under ZeRO-3 a process is aborted now and then when its collectives run beside such a mode.
+        if not is_converted(trainer.model) or any(is_partitioned(p) for p in trainer.model.parameters()):
             return original(*args, **kwargs)
         with WeightReads(trainer.model) as reads:
             loss = original(*args, **kwargs)
