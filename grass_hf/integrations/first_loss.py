@@ -103,7 +103,9 @@ class WeightReads:
     def look(self, inputs: Any, outputs: Any) -> None:
         """Note an operation that made `outputs` of `inputs`; one that gives a view has read nothing."""
         given = [tensor for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)]
-        if any(tensor.numel() in self._sizes for tensor in given):
+        if self._sizes:
+            if not any(tensor.numel() in self._sizes for tensor in given):
+                return  # what lies where a weight has been says nothing
             self._find_weights()
         read = {part for tensor in given for part in self._slices_at(tensor) if id(part) not in self._running}
         if not read - set(self.found):
@@ -218,7 +220,8 @@ def watch_first_step(trainer: Trainer) -> None:
 
     @functools.wraps(original)
     def training_step(*args: Any, **kwargs: Any) -> Tensor:
-        if not is_converted(trainer.model):
+        # Under ZeRO-3 a process is aborted now and then when its collectives run beside such a mode.
+        if not is_converted(trainer.model) or any(is_partitioned(p) for p in trainer.model.parameters()):
             return original(*args, **kwargs)
         with WeightReads(trainer.model) as reads:
             loss = original(*args, **kwargs)
