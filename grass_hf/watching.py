@@ -47,6 +47,7 @@ class _Seen:
         self.structure: int | None = None
         self.names: set[str] = set()
         self.forwards = 0
+        self.over = False
 
 
 def watch(model: nn.Module) -> None:
@@ -85,9 +86,14 @@ def watch_again_if_changed(model: nn.Module) -> None:
 
 
 def watched(model: nn.Module) -> None:
-    """The first step is taken: look no more."""
-    unwatch(model)
-    _seen.setdefault(model, _Seen()).structure = _structure(model)
+    """The first step is taken: look no more.
+
+    Hooks that have never looked stay where they are: the model is compiled, and its graphs would be compiled again.
+    """
+    seen = _seen.setdefault(model, _Seen())
+    seen.structure, seen.over = _structure(model), True
+    if seen.forwards:
+        unwatch(model)
 
 
 def _structure(model: nn.Module) -> int:
@@ -102,6 +108,8 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         return
     model = _root(module)
     if model is None or torch._C._current_graph_task_id() != -1:  # backward runs forwards again, of checkpoints
+        return
+    if (seen := _seen.get(model)) is not None and seen.over:
         return
     running = getattr(_thread, "audit", None)
     if running is not None:
