@@ -22,6 +22,7 @@ from .distributed import is_sharded, shape_of, shard_range, shards, whole, world
 from .freeing import freed
 from .functional import take_rows
 from .parts import local_part
+from .regroup import free_as
 from .selection import aligned, strided
 from .slices import Slice
 
@@ -70,7 +71,7 @@ def recall(saved: dict[str, Any] | None, controller: GrassController) -> None:
         ValueError: as `restore` does.
     """
     meta, entries = _remembered(saved)
-    _free_as(meta, controller)
+    free_as(meta, controller)
     _check(meta, entries, controller)
     _take_up(meta, entries, controller)
 
@@ -96,7 +97,7 @@ def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str
         ValueError: the state dict was not written by Grass, or by another shape of run. Nothing is changed then.
     """
     meta, entries = read(state_dict)
-    _free_as(meta, controller)
+    free_as(meta, controller)
     _check(meta, entries, controller, state_dict)
     unaligned = _take_up(meta, entries, controller)
     if unaligned:
@@ -145,30 +146,6 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
     unaligned = [part.state.name for part in controller.slices if not _restore_slice(part, entries[part.state.name])]
     controller.look_ahead()
     return unaligned
-
-
-def _free_as(meta: dict[str, Any] | None, controller: GrassController) -> None:
-    """Free the weights that the saved run had freed (`grass_hf.audit`), so that both have the same slices.
-
-    Raises:
-        ValueError: this run cannot, or has them in another place of its optimizer.
-    """
-    wanted = set(meta.get("freed", ()) if meta else ()) - freed(controller.model).keys()
-    if not wanted:
-        return
-    parts = [part for part in controller.slices if part.state.name in wanted]
-    if lacking := sorted(wanted - {part.state.name for part in parts}):
-        raise ValueError(
-            f"{lacking[0]} was a Grass layer when the checkpoint's run began, and it was trained in full because its "
-            "model reads it without calling it: resume with the target_modules and exclude_modules of that run."
-        )
-    try:
-        controller.let_go(parts)
-    except ValueError as error:
-        raise ValueError(
-            f"the checkpoint's run has trained {parts[0].state.name} in full, because its model reads it without "
-            f"calling it, and this run cannot ({error}): resume as that run was, or start anew from its weights."
-        ) from error
 
 
 def _meta(controller: GrassController, names: list[str | None]) -> str:

@@ -148,22 +148,8 @@ class GrassController(LettingGo):
                 part.norms.grad = None
 
     def metrics(self) -> dict[str, float]:
-        """``grass/coverage``: share of all rows trained so far; ``grass/energy``: share of the squared gradient
-        norm that the selected rows held when they were selected, absent before the first observation."""
-        trained = total = 0
-        held = seen = 0.0
-        for layer in self.slices:
-            if self.step:
-                layer.mark_trained(reselect.turn_of(self.config, self.step))
-            trained += int((layer.state.trained >= 0).sum())
-            total += layer.state.trained.numel()
-            if layer.state.energy is not None:
-                held += layer.state.energy[0]
-                seen += layer.state.energy[1]
-        metrics = {"grass/coverage": trained / total if total else 0.0}
-        if seen > 0:
-            metrics["grass/energy"] = held / seen
-        return metrics
+        """``grass/coverage`` and ``grass/energy``, see `reselect.metrics`."""
+        return reselect.metrics(self.slices, self.config, self.step)
 
     def settle(self) -> None:
         """Multiply in all weight decay that rows are owed: the end of training."""

@@ -17,10 +17,11 @@ from torch import nn
 
 from .config import GrassConfig
 from .driving import plain_class
-from .freeing import free
+from .freeing import free, freed
 from .slices import Slice
 
 if TYPE_CHECKING:
+    from .controller import GrassController
     from .link import Link
 
 # A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
@@ -167,3 +168,27 @@ class LettingGo:
         replace(self.optimizer, self.config, dict(free(self.link.model, parts)))
         self.due -= {part.state.name for part in parts}
         self.link.refresh()
+
+
+def free_as(meta: dict[str, Any] | None, controller: GrassController) -> None:
+    """Free the weights that the saved run had freed (`grass_hf.audit`), so that both have the same slices.
+
+    Raises:
+        ValueError: this run cannot, or has them in another place of its optimizer.
+    """
+    wanted = set(meta.get("freed", ()) if meta else ()) - freed(controller.model).keys()
+    if not wanted:
+        return
+    parts = [part for part in controller.slices if part.state.name in wanted]
+    if lacking := sorted(wanted - {part.state.name for part in parts}):
+        raise ValueError(
+            f"{lacking[0]} was a Grass layer when the checkpoint's run began, and it was trained in full because its "
+            "model reads it without calling it: resume with the target_modules and exclude_modules of that run."
+        )
+    try:
+        controller.let_go(parts)
+    except ValueError as error:
+        raise ValueError(
+            f"the checkpoint's run has trained {parts[0].state.name} in full, because its model reads it without "
+            f"calling it, and this run cannot ({error}): resume as that run was, or start anew from its weights."
+        ) from error

@@ -84,3 +84,24 @@ def _observed(due: list[Slice], replicas: dist.ProcessGroup | None) -> dict[Slic
     norms = distributed.sum_over_ranks([part.end_observation() for part in due], replicas)
     vectors = [vector.double().cpu() for vector in norms]
     return {part: v if bool(v.isfinite().all()) else None for part, v in zip(due, vectors, strict=True)}
+
+
+def metrics(slices: list[Slice], config: GrassConfig, step: int) -> dict[str, float]:
+    """What logs say of the selection.
+
+    Returns:
+        ``grass/coverage``: share of all rows trained so far; ``grass/energy``: share of the squared gradient norm that the
+        selected rows held when they were selected, absent before the first observation.
+    """
+    trained = total = 0
+    held = seen = 0.0
+    for part in slices:
+        if step:
+            part.mark_trained(turn_of(config, step))
+        trained += int((part.state.trained >= 0).sum())
+        total += part.state.trained.numel()
+        if part.state.energy is not None:
+            held += part.state.energy[0]
+            seen += part.state.energy[1]
+    found = {"grass/coverage": trained / total if total else 0.0}
+    return found | {"grass/energy": held / seen} if seen > 0 else found
