@@ -90,8 +90,8 @@ def metrics(slices: list[Slice], config: GrassConfig, step: int) -> dict[str, fl
     """What logs say of the selection.
 
     Returns:
-        ``grass/coverage``: share of all rows trained so far; ``grass/energy``: share of the squared gradient norm that the
-        selected rows held when they were selected, absent before the first observation.
+        ``grass/coverage``: share of all rows trained so far; ``grass/energy``: share of the squared gradient norm that
+        the selected rows held when they were selected, absent before the first observation.
     """
     trained = total = 0
     held = seen = 0.0
