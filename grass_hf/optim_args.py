@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,3 +52,30 @@ def parse_optim_args(text: str | None, **defaults: Any) -> OptimArgs:
         for name in {"rank", "density"} - seen:
             values.pop(name, None)
     return OptimArgs(*config_and_base(values), base_args)
+
+
+def optim_args_text(values: Mapping[str, Any]) -> str:
+    """The text that `parse_optim_args` reads as these settings: for tools whose files have mappings.
+
+    Args:
+        values: of the keys that the text has; lists and mappings of patterns are written with semicolons.
+
+    Raises:
+        ValueError: a value has a comma or a semicolon, by which the text would be taken apart.
+    """
+    return ",".join(f"{key}={_value_text(key, value)}" for key, value in values.items())
+
+
+def _value_text(key: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        items = [f"{pattern}:{number}" for pattern, number in value.items()]
+    else:
+        items = [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+    for item in items:
+        if "," in item or (";" in item and not isinstance(value, str)):
+            raise ValueError(
+                f"optim_args: {key}: {item!r} has a comma or a semicolon, which separate settings and the items of a "
+                "list: write it without."
+            )
+    # one suffix alone would be read as a regular expression
+    return ";".join(items) + (";" if isinstance(value, (list, tuple)) and len(items) == 1 else "")
