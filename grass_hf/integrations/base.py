@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from ..fields import unknown_key
 from ..muon import MuonAdamW
 from ..optim import attach
+from ..optim_args import optim_args_text, parse_optim_args
 
 # Families that cannot run over slices, by the start of their Trainer name.
 _REFUSED = {
@@ -80,6 +82,26 @@ def base_class_and_kwargs(
         else:
             raise ValueError(f"optim_args: base.{unknown_key(key, accepted, f'an argument of {cls.__name__}')}")
     return cls, build(read)[1] | passed
+
+
+def text_with_base(text: str | None, optim: str) -> str | None:
+    """What ``--optim_args`` says, with the base optimizer that a tool's own ``--optim`` says, as in ms-swift.
+
+    Args:
+        text: ``key=value,key=value``, or a mapping as JSON.
+        optim: a Trainer name. The Trainer's default says nothing: then ``base=`` or a preset may name one.
+
+    Raises:
+        ValueError: both name one, or a setting is wrong.
+    """
+    if text and text.lstrip().startswith("{"):
+        text = optim_args_text(json.loads(text))
+    base = parse_optim_args(text).base
+    if optim in (base, default_base()):
+        return text
+    if base is not None:
+        raise ValueError(f"--optim {optim} and base={base} in --optim_args name two base optimizers: keep one.")
+    return ",".join(filter(None, (text, f"base={optim}")))
 
 
 def driven(cls: Any, kwargs: dict[str, Any], model: nn.Module) -> type[torch.optim.Optimizer]:

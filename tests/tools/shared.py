@@ -15,7 +15,24 @@ from pathlib import Path
 
 DENSITY = 0.25
 SETTINGS = f"density={DENSITY},update_interval=200"
-WORDS = ["red", "blue", "green", "one", "two", "three", "sky", "sea", "sun", "is", "the", "of", "what", "say", "a", "to"]
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "one",
+    "two",
+    "three",
+    "sky",
+    "sea",
+    "sun",
+    "is",
+    "the",
+    "of",
+    "what",
+    "say",
+    "a",
+    "to",
+]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", ":"]
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' + eos_token + ' ' }}{% endfor %}"
@@ -79,7 +96,7 @@ def chats(file: Path, count: int = 32) -> Path:
 
 
 def run(command: list[str | Path], **environment: str) -> str:
-    """Run a tool's command to its end, and give what it printed. What ends badly ends the trial with all that it said."""
+    """Run a tool's command to its end, and give what it printed; one that ends badly ends the trial."""
     command = [str(part) for part in command]
     # as in an environment that is activated: tools start accelerate and torchrun by name
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
