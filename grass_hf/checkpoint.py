@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import base_record
 from .distributed import is_sharded, shape_of, shard_range, shards, whole, world_size
 from .functional import take_rows
 from .parts import local_part
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 KEY = "grass"
 PREFIX = "grass_"
 VERSION = 4
+# Of what is read, and not of what is written: the settings of each slice's parameter group.
+ASKED = "asked"
 
 
 def add(state_dict: dict[str, Any], controller: GrassController) -> dict[str, Any]:
@@ -64,9 +67,20 @@ def recall(saved: dict[str, Any] | None, controller: GrassController) -> None:
     Raises:
         ValueError: as `restore` does.
     """
-    meta, entries = (json.loads(saved[KEY]), saved["slices"]) if saved else (None, {})
+    meta, entries = _remembered(saved)
     _check(meta, entries, controller)
     _take_up(meta, entries, controller)
+
+
+def check_remembered(saved: dict[str, Any] | None, controller: GrassController) -> None:
+    """What `recall` would raise, for an engine that loads the rest first."""
+    _check(*_remembered(saved), controller)
+
+
+def _remembered(saved: dict[str, Any] | None) -> tuple[dict[str, Any] | None, dict[str, dict[str, Tensor]]]:
+    if not saved:
+        return None, {}
+    return read_meta([saved]), saved["slices"]
 
 
 def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str, Any]:
@@ -79,7 +93,7 @@ def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str
         ValueError: the state dict was not written by Grass, or by another shape of run. Nothing is changed then.
     """
     meta, entries = read(state_dict)
-    _check(meta, entries, controller)
+    _check(meta, entries, controller, state_dict)
     unaligned = _take_up(meta, entries, controller)
     if unaligned:
         logger.warning(
@@ -94,15 +108,20 @@ def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str
 
 def read(state_dict: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, dict[str, Tensor]]]:
     """What Grass wrote into a state dict: the common part, None if it wrote nothing, and the tensors by slice."""
-    meta, entries = None, {}
+    entries = {}
     for group in state_dict["param_groups"]:
-        if KEY not in group:
-            continue
-        meta = json.loads(group[KEY])
-        slices = (state_dict["state"].get(key, {}) for key in group["params"])
-        own = [{k.removeprefix(PREFIX): v for k, v in s.items() if str(k).startswith(PREFIX)} for s in slices]
-        entries.update(zip(meta["layers"], own, strict=True))
-    return meta, entries
+        if KEY in group:
+            slices = (state_dict["state"].get(key, {}) for key in group["params"])
+            own = [{k.removeprefix(PREFIX): v for k, v in s.items() if str(k).startswith(PREFIX)} for s in slices]
+            entries.update(zip(json.loads(group[KEY])["layers"], own, strict=True))
+    return read_meta(state_dict["param_groups"]), entries
+
+
+def read_meta(groups: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The common part of what Grass wrote into parameter groups, None if it wrote nothing."""
+    metas = [json.loads(group[KEY]) for group in groups if KEY in group]
+    asked = {name: settings for meta in metas for name, settings in base_record.by_layer(meta).items()}
+    return {**metas[-1], ASKED: asked} if metas else None
 
 
 def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], controller: GrassController) -> list[str]:
@@ -117,6 +136,7 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
         )
     controller.step = meta["step"]
     controller.due = set(meta["due"])
+    base_record.take_up(meta[ASKED], controller)
     unaligned = [part.state.name for part in controller.slices if not _restore_slice(part, entries[part.state.name])]
     controller.look_ahead()
     return unaligned
@@ -124,9 +144,8 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
 
 def _meta(controller: GrassController, names: list[str]) -> str:
     meta = {"version": VERSION, "config": controller.config.to_dict(), "step": controller.step}
-    return json.dumps(
-        {**meta, "due": sorted(controller.due), "layers": names, "ranks": world_size(controller.replicas)}
-    )
+    meta |= {"due": sorted(controller.due), "layers": names, "ranks": world_size(controller.replicas)}
+    return json.dumps(meta | {base_record.KEY: base_record.record(controller, names)})
 
 
 def _stripped(state_dict: dict[str, Any], without_state: set[str]) -> dict[str, Any]:
@@ -196,7 +215,12 @@ def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
     return True
 
 
-def _check(meta: dict[str, Any] | None, entries: dict[str, dict[str, Tensor]], controller: GrassController) -> None:
+def check_meta(meta: dict[str, Any] | None, controller: GrassController) -> None:
+    """What can be said of a checkpoint without its tensors: by whom it was written, and over which optimizer.
+
+    Raises:
+        ValueError: as `restore` does.
+    """
     if meta is None:
         raise ValueError(
             "this optimizer state was not written by a Grass run, it has no 'grass' entry: resume from a checkpoint of "
@@ -207,6 +231,18 @@ def _check(meta: dict[str, Any] | None, entries: dict[str, dict[str, Tensor]], c
             f"this optimizer state has Grass format {meta['version']}, and this grass-hf reads format {VERSION}: "
             "resume with the version that wrote it."
         )
+    base_record.check(meta, meta[ASKED], controller)
+
+
+def _check(
+    meta: dict[str, Any] | None,
+    entries: dict[str, dict[str, Tensor]],
+    controller: GrassController,
+    state_dict: dict[str, Any] | None = None,
+) -> None:
+    check_meta(meta, controller)
+    if base_record.KEY not in meta and state_dict is not None:
+        base_record.check_state(state_dict, PREFIX, controller)
     slices = {part.state.name: part for part in controller.slices}
     if entries.keys() != slices.keys():
         name = sorted(entries.keys() ^ slices.keys())[0]

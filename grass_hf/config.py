@@ -260,11 +260,12 @@ class GrassConfig:
         return cls.from_dict(values)
 
     @classmethod
-    def from_optim_args(cls, text: str | None) -> GrassConfig:
-        """Build from the Trainer's ``optim_args`` string alone; see `grass_hf.optim_args` for its other parts."""
+    def from_optim_args(cls, given: str | Mapping[str, Any] | None) -> GrassConfig:
+        """Build from the Trainer's ``optim_args`` alone, text or a mapping; see `grass_hf.optim_args` for its other
+        parts."""
         from .optim_args import parse_optim_args
 
-        return parse_optim_args(text).config
+        return parse_optim_args(given).config
 
 
 def _check_rank(name: str, rank: int | None) -> None:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, guards, reselect, selection, warmup
+from . import base_record, checkpoint, guards, reselect, selection, warmup
 from .convert import describe, grass_slices
 from .distributed import check_agreement, local, world_size
 from .remap import carry_rows
@@ -51,6 +51,7 @@ class GrassController:
         config: the model's `GrassConfig`.
         step: optimizer steps done.
         due: names of the layers that select after the current step.
+        asked: settings with which the optimizer was made, by slice; a checkpoint remembers them.
         following: whether the optimizer's steps count; an engine that takes the optimizer over ends it.
     """
 
@@ -64,6 +65,7 @@ class GrassController:
         self._has_stepped = False
         self._slices_of: Any = None
         self._slices: list[Slice] = []
+        self.asked = base_record.asked(self)
         self._follow_step()
         self._follow_zero_grad()
         self._follow_state()

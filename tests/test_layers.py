@@ -17,6 +17,7 @@ FLOORS = {
         "reselect",
         "seeding",
         "remap",
+        "base_record",
         "checkpoint",
         "stepping",
         "warmup",

@@ -37,6 +37,7 @@ MORE_CASES = [
     "float16_with_dynamic_loss_scaling",
     "staggered_selections_and_warm_up_equal_ddp",
     "incomplete_checkpoints_are_refused",
+    "another_base_is_refused",
     "state_in_blocks_is_refused",
 ]
 

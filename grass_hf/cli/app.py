@@ -11,6 +11,7 @@ from ..config import GrassConfig, parse_field
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
 from .bench_commands import memory, speed
+from .errors import is_ours
 from .network_commands import TARGETS, comm, names, net
 from .quality import quality, report
 
@@ -56,9 +57,9 @@ def run(
     The same under other launchers: `python -m grass_hf run ...`, `accelerate launch -m grass_hf run ...`,
     `torchrun -m grass_hf run ...`.
     """
-    from .run import run_script
+    from .run import Script
 
-    run_script(script, context.args)
+    raise Script(script, context.args)  # to `main`: it runs when typer has nothing to say any more
 
 
 _RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -267,9 +268,23 @@ def estimate(
 
 
 def main() -> None:
-    """Entry point of ``grass-hf``: errors of the user's making are one sentence and exit code 2."""
+    """Entry point of ``grass-hf``: our own sentences about what the user asked for are one line and exit code 2.
+
+    They are the `ValueError`s that this package raises (`errors.is_ours`). Errors of other packages and of the user's
+    script, and ours about what happened while training (not finite, ranks that part), keep their traceback.
+    """
+    from .run import Script, run_script
+
     try:
-        app(prog_name="grass-hf")
+        try:
+            app(prog_name="grass-hf")
+        except Script as asked:
+            script, words = asked.script, asked.words
+        else:
+            return
+        run_script(script, words)
     except (autoload_module.AutoloadError, ValueError) as error:
+        if not is_ours(error):
+            raise
         print(f"grass-hf: {error}", file=sys.stderr)
         sys.exit(2)

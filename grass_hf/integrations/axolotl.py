@@ -6,9 +6,8 @@
     optim_args:
       density: 0.25
 
-axolotl imports its plugins in every process, before it checks the file: importing this module makes the name "grass"
-known to the Trainer, and from there everything is as in any other Trainer. The plugin itself only writes the settings
-as the Trainer wants them.
+axolotl imports its plugins in every process, before it checks the file: importing this package makes the name "grass"
+known to the Trainer, to which axolotl hands every name that is not its own. From there all is as in any Trainer.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from axolotl.integrations.base import BasePlugin
 
 import grass_hf
 
-from ..optim_args import optim_args_text
 from .registration import NAME
 
 
@@ -28,17 +26,8 @@ class GrassPlugin(BasePlugin):
     """
 
     def register(self, cfg) -> None:
-        """Write a mapping of settings as text, before axolotl does it, which has no way to write lists.
-
-        Args:
-            cfg: the YAML file as a mapping, not checked yet.
-
-        Raises:
-            ValueError: a setting cannot be written as text.
-        """
+        """Called with the YAML file as a mapping, before axolotl checks it."""
         grass_hf.register()
-        if cfg.get("optimizer") == NAME and isinstance(cfg.get("optim_args"), dict):
-            cfg["optim_args"] = optim_args_text(cfg["optim_args"])
 
     def pre_model_load(self, cfg) -> None:
         """Say "all-linear" as the Trainer and Grass spell it; axolotl's own check allows "all_linear" only."""

@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from ..fields import unknown_key
 from ..muon import MuonAdamW
 from ..optim import attach
-from ..optim_args import optim_args_text, parse_optim_args
+from ..optim_args import parse_optim_args
 
 # Families that cannot run over slices, by the start of their Trainer name.
 _REFUSED = {
@@ -75,7 +75,8 @@ def base_class_and_kwargs(
     accepted = inspect.signature(cls).parameters
     read, passed = {}, {}
     for key, text in base_args.items():
-        if build({key: text})[1] != defaults:
+        # the Trainer's factory splits its text at every comma
+        if "," not in text and build({key: text})[1] != defaults:
             read[key] = text
         elif key in accepted:
             passed[key] = _literal(text)
@@ -84,24 +85,24 @@ def base_class_and_kwargs(
     return cls, build(read)[1] | passed
 
 
-def text_with_base(text: str | None, optim: str) -> str | None:
+def with_base(settings: str | None, optim: str) -> str | None:
     """What ``--optim_args`` says, with the base optimizer that a tool's own ``--optim`` says, as in ms-swift.
 
     Args:
-        text: ``key=value,key=value``, or a mapping as JSON.
+        settings: ``key=value,key=value``, or a mapping as JSON.
         optim: a Trainer name. The Trainer's default says nothing: then ``base=`` or a preset may name one.
 
     Raises:
         ValueError: both name one, or a setting is wrong.
     """
-    if text and text.lstrip().startswith("{"):
-        text = optim_args_text(json.loads(text))
-    base = parse_optim_args(text).base
+    base = parse_optim_args(settings).base
     if optim in (base, default_base()):
-        return text
+        return settings
     if base is not None:
         raise ValueError(f"--optim {optim} and base={base} in --optim_args name two base optimizers: keep one.")
-    return ",".join(filter(None, (text, f"base={optim}")))
+    if settings and settings.lstrip().startswith("{"):
+        return json.dumps({**json.loads(settings), "base": optim})
+    return ",".join(filter(None, (settings, f"base={optim}")))
 
 
 def driven(cls: Any, kwargs: dict[str, Any], model: nn.Module) -> type[torch.optim.Optimizer]:
@@ -124,7 +125,10 @@ def driven(cls: Any, kwargs: dict[str, Any], model: nn.Module) -> type[torch.opt
 
 
 def _literal(text: str) -> Any:
+    if text.lower() == "null":  # a YAML file's None that a tool has made text of
+        return None
     try:
-        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
+        value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
     except (ValueError, SyntaxError):
         return text
+    return tuple(value) if isinstance(value, list) else value  # betas

@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
 
+from ..checkpoint import KEY, check_meta, read_meta
+
 logger = logging.get_logger(__name__)
 
 PLAIN, FULL, SHARDED = "plain", "full", "sharded"
@@ -71,6 +73,10 @@ def load_weights(trainer, checkpoint: str, model: nn.Module | None, original: Ca
 def load_optimizer(trainer, checkpoint: str, original: Callable) -> None:
     """The Trainer's ``_load_optimizer_and_scheduler``, for a checkpoint of any engine."""
     saved, runs = saved_as(checkpoint), runs_as(trainer)
+    if saved != PLAIN and runs is not None:
+        # torch.distributed.checkpoint looks for this run's state in it, and has no sentence for what is not there
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        check_meta(read_meta(_groups(checkpoint, saved)), optimizer.grass)
     if saved == runs or runs is None or not os.path.isfile(os.path.join(checkpoint, "scheduler.pt")):
         return original(checkpoint)
     if PLAIN not in (saved, runs):
@@ -85,6 +91,19 @@ def load_optimizer(trainer, checkpoint: str, original: Callable) -> None:
     set_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), state, options=options)
     scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), map_location="cpu", weights_only=True)
     trainer.lr_scheduler.load_state_dict(scheduler)
+
+
+def _groups(checkpoint: str, form: str) -> list[dict[str, Any]]:
+    """What Grass wrote into the optimizer's parameter groups of a checkpoint of FSDP2; no tensor is read."""
+    if form == FULL:
+        return _load(os.path.join(checkpoint, "optimizer.bin"))["param_groups"]
+    import torch.distributed.checkpoint as dcp
+
+    folder = os.path.join(checkpoint, "optimizer_0")
+    paths = dcp.FileSystemReader(folder).read_metadata().planner_data
+    texts: dict[str, Any] = {key: None for key, path in paths.items() if path[-1] == KEY}
+    dcp.load(texts, checkpoint_id=folder)
+    return [{KEY: text} for text in texts.values()]
 
 
 def saved_as(checkpoint: str) -> str:

@@ -38,7 +38,7 @@ from ..modules import GrassModule
 from ..remap import carry_rows
 from ..seeding import Seed
 from ..slices import Slice
-from .zero_checkpoint import check_files
+from .zero_checkpoint import check_files, read_client_state
 from .zero_parts import rank_part, set_master
 
 CLIENT_KEY = "grass"
@@ -79,7 +79,7 @@ class ZeroController(GrassController):
                 dtype = accumulation_dtype(part.active.dtype)
                 part.rho, part.write = part.rho.to(dtype), part.write.to(dtype)
         super().__init__(previous.model, engine.optimizer, previous.replicas)
-        self.base = base
+        self.base, self.asked = base, previous.asked
         self.optimizer.grass = base.grass = self
 
     # -- the engine's step --------------------------------------------------------------------------------------
@@ -183,6 +183,7 @@ class ZeroController(GrassController):
                     "the saved model with from_pretrained, and convert it."
                 )
             check_files(self.engine, load_dir, tag)
+            checkpoint.check_remembered(read_client_state(self.engine, load_dir, tag).get(CLIENT_KEY), self)
             path, client_state = load(load_dir, tag, *args, **kwargs)
             if path is not None:
                 checkpoint.recall(client_state.pop(CLIENT_KEY, None), self)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import zipfile
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -34,14 +36,24 @@ def check_files(engine, folder: str, tag: str | None) -> None:
         )
 
 
+def read_client_state(engine, folder: str, tag: str | None) -> dict[str, Any]:
+    """What was saved beside DeepSpeed's own model states, before DeepSpeed loads any; tensors are left on the disk."""
+    name = engine._get_ckpt_name(folder, _tag(folder, tag))
+    # as DeepSpeed itself reads it: the file holds objects of its own
+    return torch.load(name, map_location="cpu", mmap=True, weights_only=False)
+
+
+def _tag(folder: str, tag: str | None) -> str:
+    if tag is not None:
+        return str(tag)
+    with open(os.path.join(folder, "latest"), encoding="utf-8") as file:
+        return file.read().strip()
+
+
 def _fault(engine, folder: str, tag: str | None) -> str | None:
-    if tag is None:
-        latest = os.path.join(folder, "latest")
-        if not os.path.isfile(latest):
-            return f"{latest} is missing"
-        with open(latest, encoding="utf-8") as file:
-            tag = file.read().strip()
-    tag = str(tag)
+    if tag is None and not os.path.isfile(latest := os.path.join(folder, "latest")):
+        return f"{latest} is missing"
+    tag = _tag(folder, tag)
     names = [engine._get_ckpt_name(folder, tag), engine._get_zero_ckpt_name(folder, tag)]
     for name in names:
         if not os.path.isfile(name):

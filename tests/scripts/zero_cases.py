@@ -465,6 +465,35 @@ def incomplete_checkpoints_are_refused():
         shutil.rmtree(folder[0])
 
 
+def another_base_is_refused():
+    """And other settings of it, before DeepSpeed has loaded anything."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    for stage in (1, 2, 3):
+        engine = zero(stage)
+        train(engine, range(2))
+        engine.save_checkpoint(folder[0], tag=f"stage{stage}")
+        for words, given in (
+            ("is that of torch.optim.adamw.AdamW, and this run has torch.optim.sgd.SGD", {"base": torch.optim.SGD}),
+            ("resuming with betas=(0.9, 0.95)", {"arguments": {"betas": (0.9, 0.95)}}),
+        ):
+            other = zero(stage, **given)
+            before = weights(other.module)
+            masters = [flat.values.clone() for flat in other.optimizer.grass._place.values()]
+            try:
+                other.load_checkpoint(folder[0], tag=f"stage{stage}")
+            except ValueError as error:
+                assert words in str(error), error
+            else:
+                raise AssertionError(given)
+            assert all(torch.equal(value, before[name]) for name, value in weights(other.module).items())
+            after = [flat.values for flat in other.optimizer.grass._place.values()]
+            assert all(map(torch.equal, masters, after)) and other.optimizer.grass.step == 0
+        dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
 def main(ranks: int, names: list[str]) -> None:
     """Run the cases of these names; rank 0 says "ok NAME" of each that has ended well."""
     deepspeed.init_distributed("gloo")

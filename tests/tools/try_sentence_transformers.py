@@ -3,7 +3,18 @@
 import sys
 from pathlib import Path
 
-from shared import SETTINGS, WORDS, assert_driven, assert_logged, assert_table, history, run, script, tiny_llama, weights
+from shared import (
+    SETTINGS,
+    WORDS,
+    assert_driven,
+    assert_logged,
+    assert_table,
+    history,
+    run,
+    script,
+    tiny_llama,
+    weights,
+)
 
 
 def train() -> None:

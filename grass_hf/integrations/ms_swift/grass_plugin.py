@@ -9,7 +9,7 @@ from __future__ import annotations
 from swift.optimizers import OptimizerCallback, optimizers_map
 
 import grass_hf
-from grass_hf.integrations.base import text_with_base
+from grass_hf.integrations.base import with_base
 from grass_hf.integrations.registration import NAME
 
 
@@ -27,7 +27,7 @@ class GrassOptimizerCallback(OptimizerCallback):
         super().__init__(args, trainer)
         if args.optim == NAME:
             return
-        args.optim_args = text_with_base(args.optim_args, str(getattr(args.optim, "value", args.optim)))
+        args.optim_args = with_base(args.optim_args, str(getattr(args.optim, "value", args.optim)))
         args.optim = type(args.optim)(NAME)
 
 
