@@ -1,4 +1,4 @@
-"""Lightning's Trainer.fit: automatic optimisation, whose step has a closure, and manual; a checkpoint and its resume."""
+"""Lightning's Trainer.fit: automatic optimisation, whose step has a closure, and manual; a checkpoint and resume."""
 
 import json
 from pathlib import Path

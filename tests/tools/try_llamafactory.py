@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import yaml
-from shared import SETTINGS, assert_trained, chats, run, script, tiny_llama
+from shared import DENSITY, SETTINGS, assert_trained, chats, run, script, tiny_llama
 
 model = tiny_llama(Path("model"))
 chats(Path("chats.jsonl"))
@@ -36,3 +36,12 @@ Path("run.yaml").write_text(yaml.safe_dump(config))
 said = run([script("grass-hf"), "run", script("llamafactory-cli"), "train", "run.yaml"])
 assert_trained(model, Path("out"), said, Path("out"))
 assert_trained(model, Path("out/checkpoint-2"), said, Path("out"))
+
+# processes that it starts itself by torchrun, and settings as a mapping
+config["optim_args"] = {"density": DENSITY, "update_interval": 200, "exclude_modules": ["lm_head"]}
+config["output_dir"] = "ranks"
+Path("ranks.yaml").write_text(yaml.safe_dump(config))
+command = [script("grass-hf"), "run", script("llamafactory-cli"), "train", "ranks.yaml"]
+said = run(command, FORCE_TORCHRUN="1", NPROC_PER_NODE="1")
+assert "Initializing 1 distributed tasks" in said, said
+assert_trained(model, Path("ranks"), said, Path("ranks"))
