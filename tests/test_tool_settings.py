@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers.trainer
+from helpers import trainer
+from transformers.trainer_callback import DefaultFlowCallback
 
 from grass_hf.integrations.base import default_base, with_base
 from grass_hf.optim_args import parse_optim_args
@@ -34,3 +37,11 @@ def test_file_for_ms_swift_stands_alone_in_its_folder():
     # ms-swift puts this folder first on Python's path: nothing in it may have the name of a package
     names = {path.stem for path in plugin.parent.iterdir() if path.stem != "__pycache__"}
     assert plugin.is_file() and names == {"__init__", "__main__", "grass_plugin"}
+
+
+def test_tool_with_default_callbacks_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [DefaultFlowCallback])  # as ms-swift does
+    job = trainer(tmp_path, max_steps=2)
+    job.train()
+    assert all(row["grass/coverage"] > 0 for row in job.state.log_history if "loss" in row)
+    assert "Grass trains a slice of" in capsys.readouterr().err

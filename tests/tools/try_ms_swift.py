@@ -47,3 +47,10 @@ config = {key: value for key, value in config.items() if key not in ("optim_args
 Path("flags.yaml").write_text(yaml.safe_dump(config))
 said = run([script("swift"), "sft", "flags.yaml", "--optim_args", SETTINGS, "--output_dir", "out_flags"])
 assert_trained(model, Path("out_flags/checkpoint-2"), said, Path("out_flags"))
+
+# without a plugin, where the name is known before the arguments are checked
+config = {key: value for key, value in config.items() if key not in ("external_plugins", "optimizer")}
+Path("named.yaml").write_text(yaml.safe_dump({**config, "optim": "grass"}))
+command = [script("grass-hf"), "run", script("swift"), "sft", "named.yaml"]
+said = run([*command, "--optim_args", SETTINGS, "--output_dir", "out_named"])
+assert_trained(model, Path("out_named/checkpoint-2"), said, Path("out_named"))
