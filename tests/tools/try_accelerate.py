@@ -4,7 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from shared import DENSITY, assert_driven, chats, run, script, tiny_llama, weights
+from checks import assert_driven, weights
+from shared import DENSITY, chats, run, script, tiny_llama
 
 MODEL = Path("model")
 

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import lightning
+import rich
 import torch
+from checks import assert_driven, weights
 from lightning.pytorch.loggers import CSVLogger
-from shared import DENSITY, assert_driven, chats, tiny_llama, weights
+from shared import DENSITY, chats, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
+from grass_hf.report import render, start_report
 
 folder = tiny_llama(Path("model"))
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -28,6 +31,9 @@ class Automatic(lightning.LightningModule):
 
     def configure_optimizers(self):
         return grass_optimizer(self.model, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+
+    def on_train_start(self):
+        rich.print(render(start_report(self.model, self.optimizers(use_pl_optimizer=False))))
 
     def loss(self, batch):
         return self.model(**batch, labels=batch["input_ids"]).loss

@@ -3,18 +3,8 @@
 import sys
 from pathlib import Path
 
-from shared import (
-    SETTINGS,
-    WORDS,
-    assert_driven,
-    assert_logged,
-    assert_table,
-    history,
-    run,
-    script,
-    tiny_llama,
-    weights,
-)
+from checks import assert_driven, assert_logged, assert_table, history, weights
+from shared import SETTINGS, WORDS, run, script, tiny_llama
 
 
 def train() -> None:

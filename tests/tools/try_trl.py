@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import yaml
-from shared import DENSITY, SETTINGS, assert_trained, chats, run, script, tiny_llama
+from checks import assert_trained
+from shared import DENSITY, SETTINGS, chats, run, script, tiny_llama
 
 model = tiny_llama(Path("model"))
 Path("data").mkdir()
