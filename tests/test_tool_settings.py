@@ -1,16 +1,20 @@
 """What the files for other tools do by themselves; `make test-tools` runs them in the tools."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import transformers.trainer
+import yaml
 from helpers import trainer
 from transformers.trainer_callback import DefaultFlowCallback
 
 from grass_hf.integrations.base import default_base, with_base
 from grass_hf.optim_args import parse_optim_args
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_base_optimizer_of_the_tools_own_flag():
@@ -45,3 +49,15 @@ def test_tool_with_default_callbacks_of_its_own(tmp_path, monkeypatch, capsys):
     job.train()
     assert all(row["grass/coverage"] > 0 for row in job.state.log_history if "loss" in row)
     assert "Grass trains a slice of" in capsys.readouterr().err
+
+
+def test_page_has_the_versions_that_are_tried():
+    page = (ROOT / "docs" / "tools.md").read_text()
+    rows = re.findall(r"^\| \[([^]]+)\]\(#[\w-]+\) \| ([\d.]+) \| ([\d.]+) \|", page, flags=re.M)
+    tools = yaml.safe_load((ROOT / "tests" / "tools" / "tools.yaml").read_text())
+    assert [name.lower().replace("llama-factory", "llamafactory") for name, _, _ in rows] == [t["name"] for t in tools]
+    for tool, (_, version, transformers_version) in zip(tools, rows, strict=True):
+        pins = (ROOT / re.search(r"constraints/\S+", " ".join(tool["pip"]))[0]).read_text().replace("_", "-")
+        assert f"\n{tool['package']}=={version}\n" in pins
+        assert f"\ntransformers=={transformers_version}\n" in pins
+        assert (ROOT / "tests" / "tools" / f"try_{tool['name'].replace('-', '_')}.py").is_file()
