@@ -62,17 +62,6 @@ def extend_deepspeed(deepspeed: ModuleType) -> None:
     deepspeed.initialize = initialize
 
 
-def _init(original):
-    @functools.wraps(original)
-    def __init__(self, *args, **kwargs):
-        from . import trainer
-
-        original(self, *args, **kwargs)
-        trainer.follow(self)
-
-    return __init__
-
-
 def _optimizer_factory(original):
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args, model=None):
@@ -98,6 +87,17 @@ def _create_optimizer(original):
         return optimizer
 
     return create_optimizer
+
+
+def _init(original):
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        from . import trainer
+
+        original(self, *args, **kwargs)
+        trainer.follow(self)
+
+    return __init__
 
 
 def _train(original):
