@@ -10,7 +10,7 @@ OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_prec
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo finetune test test-slow test-dist stress mutate test-oldest test-newest test-gpu support-table quality bench bench-smoke bench-speed \
+.PHONY: help venv demo finetune test test-slow test-dist test-tools stress mutate test-oldest test-newest test-gpu support-table quality bench bench-smoke bench-speed \
 	bench-net bench-memory proof-13b proof-7b proof-13b-int8 proof-gpu docs clean
 
 help: ## List the commands
@@ -47,6 +47,10 @@ $(VENV)/.stamp-packaged: constraints/dev.txt | $(VENV)/.stamp-dev
 
 test-dist: $(VENV)/.stamp-dev ## Run the distributed tests with up to eight processes
 	$(BIN)/python -m pytest -m dist
+
+TOOL ?=
+test-tools: $(VENV)/.stamp-dev ## Train two steps in axolotl, LLaMA-Factory and others, TOOL=axolotl in one (.venv-tools; large downloads)
+	$(BIN)/python scripts/test_tools.py $(if $(TOOL),--tool $(TOOL)) --json runs/test_tools.json
 
 stress: $(VENV)/.stamp-dev ## Kill two-rank runs 30 times at random and compare their ends with undisturbed runs' (runs/stress.json)
 	$(BIN)/python tests/stress.py --kills 30 --json runs/stress.json
@@ -118,5 +122,5 @@ docs: $(VENV)/.stamp-docs ## Build the documentation site (site/)
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove the environment and everything that was generated
-	rm -rf $(VENV) .venv-oldest build dist site runs *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-tools build dist site runs *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

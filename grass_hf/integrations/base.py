@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from ..fields import unknown_key
 from ..muon import MuonAdamW
 from ..optim import attach
+from ..optim_args import parse_optim_args
 
 # Families that cannot run over slices, by the start of their Trainer name.
 _REFUSED = {
@@ -81,6 +83,26 @@ def base_class_and_kwargs(
         else:
             raise ValueError(f"optim_args: base.{unknown_key(key, accepted, f'an argument of {cls.__name__}')}")
     return cls, build(read)[1] | passed
+
+
+def with_base(settings: str | None, optim: str) -> str | None:
+    """What ``--optim_args`` says, with the base optimizer that a tool's own ``--optim`` says, as in ms-swift.
+
+    Args:
+        settings: ``key=value,key=value``, or a mapping as JSON.
+        optim: a Trainer name. The Trainer's default says nothing: then ``base=`` or a preset may name one.
+
+    Raises:
+        ValueError: both name one, or a setting is wrong.
+    """
+    base = parse_optim_args(settings).base
+    if optim in (base, default_base()):
+        return settings
+    if base is not None:
+        raise ValueError(f"--optim {optim} and base={base} in --optim_args name two base optimizers: keep one.")
+    if settings and settings.lstrip().startswith("{"):
+        return json.dumps({**json.loads(settings), "base": optim})
+    return ",".join(filter(None, (settings, f"base={optim}")))
 
 
 def driven(cls: Any, kwargs: dict[str, Any], model: nn.Module) -> type[torch.optim.Optimizer]:

@@ -32,6 +32,7 @@ def extend_trainer(trainer_module: ModuleType) -> None:
     if getattr(trainer, "_grass_hf", False):
         return
     trainer._grass_hf = True
+    trainer.__init__ = _init(trainer.__init__)
     trainer.get_optimizer_cls_and_kwargs = staticmethod(_optimizer_factory(trainer.get_optimizer_cls_and_kwargs))
     trainer.create_optimizer = _create_optimizer(trainer.create_optimizer)
     trainer.train = _train(trainer.train)
@@ -111,6 +112,17 @@ def _create_optimizer(original):
         return optimizer
 
     return create_optimizer
+
+
+def _init(original):
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        from . import trainer
+
+        original(self, *args, **kwargs)
+        trainer.follow(self)
+
+    return __init__
 
 
 def _train(original):

@@ -175,6 +175,16 @@ def driven_if_converted(cls, kwargs: dict[str, Any], model: nn.Module | None) ->
     return (cls, kwargs) if part is None else (driven(cls, kwargs, part), kwargs)
 
 
+def follow(trainer) -> None:
+    """Give a new Trainer the callback that it lacks where a tool has put its own list in place of DEFAULT_CALLBACKS.
+
+    ms-swift does.
+    """
+    if not any(isinstance(callback, FollowTraining) for callback in trainer.callback_handler.callbacks):
+        trainer.add_callback(FollowTraining)
+        FollowTraining().on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
 def convert_rebuilt_model(trainer) -> None:
     """Convert the model that `model_init` made for this run, before its parameters are sorted into groups."""
     if trainer.model_init is None or _is_model(trainer.model):
