@@ -10,9 +10,11 @@ found runs once, and the hooks are gone after that.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -100,6 +102,19 @@ def _structure(model: nn.Module) -> int:
     return hash(tuple((id(module), type(module), "forward" in vars(module)) for module in model.modules()))
 
 
+@contextlib.contextmanager
+def leaving_heads() -> Iterator[None]:
+    """Free no embeddings and heads here: the caller refuses a run that reads them behind their slices' backs.
+
+    They are the largest matrices, and whoever asked for them to be compressed may lack the memory for the whole of them.
+    """
+    _thread.heads_are_refused = True
+    try:
+        yield
+    finally:
+        _thread.heads_are_refused = False
+
+
 # -- hooks: functions of the module, so that models with them can be copied and pickled --------------------------------
 
 
@@ -146,7 +161,10 @@ def _end(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) ->
 
 def _mend(model: nn.Module, audit: Audit, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """See [Note: the forward that found something]."""
-    slices = [part for part in _slices(model) if part in audit.found]
+    refused = getattr(_thread, "heads_are_refused", False)
+    slices = [part for part in _slices(model) if part in audit.found and not (refused and part.vocabulary)]
+    if not slices:
+        return output
     link = model.grass.driver and model.grass.driver()
     driver = link and link.optimizer.grass
     try:

@@ -27,6 +27,7 @@ from ..convert import grass_slices, is_converted
 from ..distributed import is_partitioned, is_sharded, shape_of
 from ..modules import GrassModule
 from ..slices import Slice
+from ..watching import leaving_heads
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -220,10 +221,10 @@ def watch_first_step(trainer: Trainer) -> None:
 
     @functools.wraps(original)
     def training_step(*args: Any, **kwargs: Any) -> Tensor:
-        # Under ZeRO-3 a process is aborted now and then when its collectives run beside such a mode.
+        # Under ZeRO-3 a run was aborted with such a mode in force, nearly every time; the reason was not found.
         if not is_converted(trainer.model) or any(is_partitioned(p) for p in trainer.model.parameters()):
             return original(*args, **kwargs)
-        with WeightReads(trainer.model) as reads:
+        with leaving_heads(), WeightReads(trainer.model) as reads:
             loss = original(*args, **kwargs)
         end_watch(trainer)
         refuse_reads(trainer.model, reads.found)
