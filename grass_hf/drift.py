@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,14 +84,15 @@ class Drift:
         passes: training forward passes so far.
         look: whether the next forward pass compares values whatever the marks say.
         seen: whether a forward pass has looked since the last step.
-        sharded: whether parameters are sharded, and marks are compared at steps only.
+        sharded: whether parameters are sharded, and marks are compared at steps only; None before the first step.
     """
 
     def __init__(self):
         self.marks: tuple | None = None
         self.dtype: torch.dtype | None = None
         self.passes = 0
-        self.look = self.seen = self.sharded = False
+        self.look = self.seen = False
+        self.sharded: bool | None = None
 
     def __getstate__(self):
         return {**vars(self), "marks": None}  # a copy has tensors of its own
@@ -122,17 +124,22 @@ def check_pass(part: Slice) -> None:
         confirm(part)
 
 
-def check_step(part: Slice) -> None:
-    """Look before an optimizer's step, where no forward pass could.
+def check_step(parts: Iterable[Slice]) -> None:
+    """Look before an optimizer's step at slices that no forward pass could look at.
 
     Raises:
         RuntimeError: as `check_pass`.
     """
-    record = part.drift
-    record.sharded = record.sharded or distributed.is_sharded(part._parameters["active"])
-    seen, record.seen = record.seen, False
-    if (record.sharded or not seen) and _changed(part, record):
-        confirm(part)
+    for part in parts:
+        record = part.drift
+        if record.sharded is None:
+            record.sharded = distributed.is_sharded(part.active)
+        if record.seen and not record.sharded:
+            record.seen = False
+            continue
+        record.seen = False
+        if _changed(part, record):
+            confirm(part)
 
 
 def check_after_evaluation(part: Slice) -> None:
@@ -220,7 +227,7 @@ def _weight(part: Slice) -> nn.Parameter:
 def _marks(part: Slice, weight: nn.Parameter) -> tuple:
     active = part._parameters["active"]
     if type(active) is nn.Parameter and type(weight) is FrozenWeight:
-        return active._version, active.data_ptr(), weight._version, weight.data_ptr()
+        return active._version, active.data_ptr(), weight._version  # which knows when it gets another address
     return *_mark(active), *_mark(weight)
 
 
