@@ -1,0 +1,387 @@
+"""What must hold of every model that Grass trains, each against the plain model: the oracles of the support matrix.
+
+* gradients: at density 1 the gradient of every slice is the plain weight's, and so is every ordinary parameter's;
+  squared norms that are observed are those of its rows (columns);
+* trajectory: at density 1 two steps of AdamW end at the plain run's weights;
+* movement: at density 1/4 a step moves the rows (columns) of the slices to where the plain step moves them, ordinary
+  parameters likewise, and nothing else by a single bit; a second step moves nothing but its own selection;
+* files: the checkpoint has the plain one's keys, shapes and dtypes, and loads to the trained weights.
+
+Everything in float64, or in float32 where the model knows no float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import tempfile
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import matrix_cases
+import numpy as np
+import tiny_inputs
+import torch
+from matrix_cases import Case
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf.convert import grass_slices
+from grass_hf.functional import take_rows
+from grass_hf.modules import kind_of
+from grass_hf.report import start_report
+
+RATE = 1e-2
+# Largest model that is worth its time; the rules of tiny_configs.py missed a width of a larger one.
+MOST_PARAMETERS = 20_000_000
+
+
+@dataclass
+class Found:
+    """What came of one case.
+
+    Attributes:
+        name, kind, cls, model_type: the case.
+        status: "ok", "wrong", or "not built".
+        dtype: "float64" or "float32".
+        inputs: what it was tried on.
+        targets: number of compressed weights by kind.
+        coverage: share of the parameters in matrices (two dimensions or more) that is compressed.
+        left_out: share by reason, of what is not.
+        idle: weights that get no gradient in plain training on these inputs either.
+        wrong: what does not hold.
+        why: reason of what was not built.
+        seconds: it took.
+    """
+
+    name: str
+    kind: str
+    cls: str
+    model_type: str
+    status: str = "not built"
+    dtype: str = "float64"
+    inputs: str = ""
+    targets: dict[str, int] = field(default_factory=dict)
+    coverage: float = 0.0
+    left_out: dict[str, float] = field(default_factory=dict)
+    idle: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    why: str = ""
+    seconds: float = 0.0
+
+
+class NotBuilt(Exception):
+    """A case cannot be tried; says why."""
+
+
+def check(case: Case) -> Found:
+    """Try one class."""
+    found = Found(case.name, case.kind, case.cls, case.model_type)
+    start = time.perf_counter()
+    try:
+        trial = Trial(case)
+    except NotBuilt as reason:
+        found.why = str(reason)
+        return found
+    found.dtype, found.inputs, found.idle = str(trial.dtype).removeprefix("torch."), trial.label, trial.idle
+    for oracle in (trial.check_gradients, trial.check_trajectory, trial.check_movement_and_files):
+        try:
+            found.wrong += oracle(found)
+        except Exception as error:
+            found.wrong.append(f"{oracle.__name__}: {type(error).__name__}: {str(error)[:300]}")
+    found.status = "wrong" if found.wrong else "ok"
+    found.seconds = round(time.perf_counter() - start, 2)
+    return found
+
+
+def as_json(found: Found) -> dict:
+    return asdict(found)
+
+
+class Trial:
+    """A plain model, inputs that it takes, and what one plain step makes of it."""
+
+    def __init__(self, case: Case):
+        skip = matrix_cases.settings(case)["skip"]
+        if skip:
+            raise NotBuilt(skip)
+        try:
+            self.plain = matrix_cases.build(case).train()
+        except Exception as error:
+            raise NotBuilt(_short(error)) from error
+        count = sum(p.numel() for p in self.plain.parameters())
+        if count > MOST_PARAMETERS:
+            raise NotBuilt(f"its smallest configuration that we know has {count:,} parameters")
+        self._find_inputs(case)
+        size = sum(p.grad.abs().max().item() for p in self.plain.parameters() if p.grad is not None)
+        if not size > 0:
+            raise NotBuilt("no parameter gets a gradient")
+        self.grads = {name: p.grad for name, p in self.plain.named_parameters(remove_duplicate=False)}
+        self.plain.zero_grad()
+        self.idle = sorted(
+            name for name, p in self.plain.named_parameters() if p.requires_grad and p.dim() > 1 and self.grads[name] is None
+        )
+
+    def _find_inputs(self, case: Case) -> None:
+        extra = matrix_cases.settings(case)["inputs"]
+        errors = []
+        single = self.plain
+        for self.dtype in (torch.float64, torch.float32):
+            model = copy.deepcopy(single).to(self.dtype)
+            for self.label, self.inputs in tiny_inputs.candidates(case.kind, model, extra):
+                try:
+                    with _counted(model) as self.calls:
+                        self.loss(model).backward()
+                except Exception as error:
+                    errors.append(_short(error))
+                    model.zero_grad()
+                    continue
+                self.plain = model
+                return
+        raise NotBuilt(errors[0] if errors else "no inputs of its kind")
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """The model's own loss, or a fixed function of what it returns; with the same random draws at every call."""
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        out = model(**copy.deepcopy(self.inputs))
+        loss = out.get("loss") if hasattr(out, "get") else None
+        if loss is not None and loss.requires_grad:
+            return loss.sum()
+        parts = [_fixed_function(t) for t in _tensors(out) if t.is_floating_point() and t.requires_grad]
+        if not parts:
+            raise NotBuilt("nothing that it returns has a gradient")
+        return sum(parts)
+
+    def convert(self, density: float, targets: str = "all-matrices", every: int = 2) -> nn.Module:
+        """A converted copy; weights without a gradient in plain training are left alone."""
+        excluded = sorted({_module_of(name) for name in self.idle}) or None
+        config = GrassConfig(density=density, target_modules=targets, exclude_modules=excluded, update_interval=every)
+        return convert_to_grass(copy.deepcopy(self.plain), config)
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-9 if self.dtype == torch.float64 else 2e-4
+
+    def adamw(self, model: nn.Module, make=None, decay: float = 0.0):
+        eps = 1e-8 if self.dtype == torch.float64 else 1e-2
+        settings = {"lr": RATE, "eps": eps, "weight_decay": decay}
+        return make(model, torch.optim.AdamW, **settings) if make else torch.optim.AdamW(model.parameters(), **settings)
+
+    # the oracles, each a list of sentences
+
+    def check_gradients(self, found: Found) -> list[str]:
+        wrong = []
+        for targets in ("all-matrices", "all-linear"):
+            try:
+                ours = self.convert(1.0, targets)
+            except ValueError as error:
+                if targets == "all-linear" and "matches no module" in str(error):
+                    continue
+                raise
+            optimizer = self.adamw(ours, grass_optimizer)
+            if targets == "all-matrices":
+                self._describe(ours, optimizer, found)
+            loss = self.loss(ours)
+            loss.backward()
+            wrong += [f"{targets}: {sentence}" for sentence in self._compare_gradients(ours)]
+        return wrong
+
+    def _compare_gradients(self, ours: nn.Module) -> list[str]:
+        wrong = []
+        largest = max(g.abs().max().item() for g in self.grads.values() if g is not None)
+        names = {id(p): name for name, p in ours.named_parameters()}
+        pairs = [(names[id(p.weight)], p.active.grad, p) for p in grass_slices(ours)]
+        slices = {id(part.active) for *_, part in pairs}
+        pairs += [(n, p.grad, None) for n, p in ours.named_parameters() if p.requires_grad and id(p) not in slices]
+        for name, grad, part in pairs:
+            expected = self.grads[name]
+            if expected is None and (grad is None or not grad.any()):
+                continue
+            if expected is None or grad is None:
+                wrong.append(f"{name} has {'a' if expected is None else 'no'} gradient, unlike the plain weight")
+                continue
+            whole, norms = expected, None
+            if part is not None:
+                expected = take_rows(expected, part.index, part.dim)
+                norms = part.norms.grad if part.norms is not None else None
+            apart = (grad - expected).abs().max().item()
+            if not apart <= self.tolerance * max(largest, 1e-3):
+                wrong.append(f"gradient of {name} is {apart:.1e} from the plain one of {expected.abs().max().item():.1e}")
+            elif norms is not None and self._called_once(part, ours) and not self._norms_agree(norms, whole, part):
+                wrong.append(f"squared norms of {name} are not those of its gradient")
+        return wrong
+
+    def _called_once(self, part, ours: nn.Module) -> bool:
+        # a weight that is used several times in a step gets the sum of its uses' own norms: see functional.py
+        users = [name for name, m in ours.named_modules() if part in getattr(m, "own_slices", dict)().values()]
+        return len(users) == 1 and self.calls[users[0]] == 1
+
+    def _norms_agree(self, norms: Tensor, grad: Tensor, part) -> bool:
+        squares = grad.to(norms.dtype).square().sum(-1 if part.dim == -2 else -2)
+        precision = 1e-6 if self.dtype == torch.float64 else 1e-2
+        return (norms - squares).abs().max() <= precision * squares.max() + self.tolerance**2
+
+    def _describe(self, ours: nn.Module, optimizer, found: Found) -> None:
+        found.targets = dict(Counter(kind_of(part.owner).name for part in grass_slices(ours)))
+        matrices = sum(p.numel() for p in self.plain.parameters() if p.dim() > 1) or 1
+        compressed = {id(part.weight): part.weight.numel() for part in grass_slices(ours)}
+        found.coverage = sum(compressed.values()) / matrices
+        shares: Counter = Counter()
+        idle = {_module_of(name) for name in self.idle}
+        for _, pattern, elements, reason in start_report(ours, optimizer).ordinary:
+            if reason.startswith("a vector"):
+                continue
+            if reason == "not in target_modules" and idle:
+                reason = "no gradient in plain training either"
+            shares[f"{pattern}: {reason}"] += elements
+        found.left_out = {reason: count / matrices for reason, count in shares.most_common()}
+
+    def check_trajectory(self, found: Found) -> list[str]:
+        theirs, ours = copy.deepcopy(self.plain), self.convert(1.0)
+        pairs = [(theirs, self.adamw(theirs, decay=0.1)), (ours, self.adamw(ours, grass_optimizer, decay=0.1))]
+        for model, optimizer in pairs:
+            for _ in range(2):
+                self.loss(model).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        final = dict(restore_model(ours).named_parameters())
+        wrong = []
+        for name, param in theirs.named_parameters():
+            apart = (final[name] - param).abs().max().item() if param.numel() else 0.0
+            if not apart <= self.tolerance * RATE * 100:
+                wrong.append(f"after two steps at density 1 {name} is {apart:.1e} from plain AdamW's")
+        return wrong
+
+    def check_movement_and_files(self, found: Found) -> list[str]:
+        theirs, ours = copy.deepcopy(self.plain), self.convert(0.25)
+        start = {name: p.detach().clone() for name, p in theirs.named_parameters()}
+        wrong: list[str] = []
+        optimizer = self.adamw(ours, grass_optimizer)
+        selected = {id(part.weight): part.index.clone() for part in grass_slices(ours)}
+        for model, steps in ((theirs, self.adamw(theirs)), (ours, optimizer)):
+            self.loss(model).backward()
+            steps.step()
+            steps.zero_grad()
+        full, dims = dict(theirs.named_parameters()), {id(p.weight): p.dim for p in grass_slices(ours)}
+        moved = False
+        for name, param in _plain_parameters(ours):
+            expected = full[name].detach()
+            if id(param) in selected:
+                mask = _mask(param, selected[id(param)], dims[id(param)])
+                expected = torch.where(mask, expected, start[name])
+            moved |= not torch.equal(param, start[name])
+            if not (param - expected).abs().max().item() <= self.tolerance * RATE * 10:
+                wrong.append(f"a step at density 1/4 does not move {name} as the plain step moves the same rows")
+            elif id(param) in selected and not torch.equal(param[~mask], start[name][~mask]):
+                wrong.append(f"a step at density 1/4 moves {name} outside of its slice")
+        if not moved:
+            wrong.append("nothing moved")
+        return wrong + self._second_step(ours, optimizer) + self._files(ours)
+
+    def _second_step(self, ours: nn.Module, optimizer) -> list[str]:
+        before = {name: p.detach().clone() for name, p in _plain_parameters(ours)}
+        selected = {id(part.weight): (part.index.clone(), part.dim) for part in grass_slices(ours)}
+        self.loss(ours).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wrong = []
+        for name, param in _plain_parameters(ours):
+            if id(param) in selected:
+                mask = _mask(param, *selected[id(param)])
+                if not torch.equal(param[~mask], before[name][~mask]):
+                    wrong.append(f"the second step at density 1/4 moves {name} outside of its slice")
+        return wrong
+
+    def _files(self, ours: nn.Module) -> list[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            theirs, mine = Path(folder) / "plain", Path(folder) / "grass"
+            _generation_may_be_odd(self.plain), _generation_may_be_odd(ours)
+            self.plain.save_pretrained(theirs)
+            ours.save_pretrained(mine)
+            expected, got = _contents(theirs), _contents(mine)
+            if expected != got:
+                odd = sorted({*expected.items()} ^ {*got.items()})
+                return [f"the checkpoint differs from the plain one in {odd[:4]}"]
+            trained = restore_model(ours)
+            values = {k: v for k, v in trained.state_dict().items()}
+            loaded = type(trained).from_pretrained(mine, dtype=self.dtype)
+            found = loaded.state_dict()
+            odd = [key for key in values if key not in found or not torch.equal(values[key], found[key])]
+            if odd:
+                again = type(trained).from_pretrained(theirs, dtype=self.dtype).state_dict()
+                plain = self.plain.state_dict()
+                # what a plain model does not load back either is none of ours
+                odd = [key for key in odd if key in again and torch.equal(again[key], plain[key])]
+        return [f"loading the checkpoint gives other values of {key}" for key in odd[:4]]
+
+
+@contextmanager
+def _counted(model: nn.Module):
+    """How often each module is called, by name."""
+    calls: Counter = Counter()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: calls.update([name])) for name, module in model.named_modules()
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _generation_may_be_odd(model: nn.Module) -> None:
+    # a tiny model's settings of generation are its defaults', and saving checks them
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config = type(model.generation_config)()
+
+
+def _contents(folder: Path) -> dict[str, tuple]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():
+                part = file.get_slice(key)
+                found[key] = (tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+def _plain_parameters(model: nn.Module):
+    slices = {id(part.active) for part in grass_slices(model)}
+    return [(name, p) for name, p in model.named_parameters() if id(p) not in slices]
+
+
+def _mask(param: Tensor, index: Tensor, dim: int) -> Tensor:
+    chosen = torch.zeros(*param.shape[:-2], param.shape[dim], dtype=torch.bool).scatter_(-1, index, True)
+    return chosen.unsqueeze(-1 if dim == -2 else -2).expand(param.shape)
+
+
+def _fixed_function(values: Tensor) -> Tensor:
+    values = values.reshape(-1)
+    values = values[values.detach().isfinite()]
+    return (values * torch.arange(values.numel(), dtype=values.dtype).cos()).sum() / max(values.numel(), 1) ** 0.5
+
+
+def _tensors(out: object) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    if isinstance(out, dict):
+        return [t for key, value in out.items() if "key_values" not in key for t in _tensors(value)]
+    if isinstance(out, list | tuple):
+        return [t for value in out for t in _tensors(value)]
+    return []
+
+
+def _module_of(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, NotBuilt):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
