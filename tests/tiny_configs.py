@@ -152,7 +152,7 @@ def _small_list(name: str, values):
     if re.fullmatch(r"(.*_)?(depths|layers|num_layers|num_blocks|layer_depths)", name):
         return kind(1 for _ in values)
     if re.fullmatch(r"(.*_)?(num_heads|num_attention_heads|heads)", name):
-        return kind(min(v, 4) for v in values)
+        return kind(min(2 ** (v.bit_length() - 1), 4) for v in values)
     if re.fullmatch(r"(.*_)?(hidden_sizes|embed_dims?|encoder_hidden_sizes|dims|channels|hidden_channels|widths)", name):
         return kind(16 * (v // min(values)) if v % min(values) == 0 else 16 for v in values)
     return values

@@ -77,6 +77,7 @@ def _of(kind: str, model: nn.Module) -> Iterator[tuple[str, Inputs]]:
 
 def _text(model: nn.Module) -> dict[str, Tensor]:
     ids = torch.randint(3, FIRST_SPECIAL, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
+    ids[:, -1] = 2  # the end of the sequence, which some heads look for
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
