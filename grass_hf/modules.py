@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
-from . import experts, int8
-from .distributed import gathered
+from . import experts, int8, products
+from .distributed import gathered, shape_of
 from .slices import Slice
 
 
@@ -106,6 +106,28 @@ class TappedExperts(GrassModule):
         return experts.forward(self, hidden_states, top_k_index, top_k_weights)
 
 
+class TappedProducts(GrassModule):
+    """Gives parameters that a forward of its own multiplies with a slice each; see [Note: products by storage]."""
+
+    @torch.compiler.disable
+    def forward(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        layouts = products.layouts(self)
+        parts = {part.parameter: part for part in self.own_slices().values()}
+        views = {name: part.matrices(layouts[name]) for name, part in parts.items()}
+        weights = {name: part.weight for name, part in parts.items()}
+        try:
+            with products.Products(weights, lambda name, y, x, matrix: views[name].tap(y, x, matrix)):
+                return super().forward(*args, **kwargs)
+        except products.NotUnderstood as use:
+            names = [part.state.name for part in parts.values()]
+            raise RuntimeError(
+                f"{type(self).__name__} uses a weight in another way than the trial before its conversion showed ({use}), "
+                f"which no slice can follow: train it in full with exclude_modules={names}."
+            ) from use
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of module that can be converted.
@@ -135,7 +157,23 @@ def kind_of(module: nn.Module) -> Kind | None:
     conv1d = next((cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D"), None)
     if conv1d is not None and conv1d.__module__ == "transformers.pytorch_utils":
         return Kind("Conv1D", conv1d, TappedConv1D, True)
-    return None
+    return _OF_PRODUCTS if products.layouts(module) else None
+
+
+_OF_PRODUCTS = Kind("experts", None, TappedProducts, False)
+
+
+def layout_of(module: nn.Module, parameter: str) -> products.Layout:
+    """How many matrices a weight of a known kind is, and whether they are stored (input, output)."""
+    found = products.layouts(module).get(parameter) if converts_products(module) else None
+    weight = shape_of(getattr(module, parameter))
+    return found or products.Layout(1, weight[-2], kind_of(module).transposed)
+
+
+def converts_products(module: nn.Module) -> bool:
+    """Whether a module's products are found by their storage."""
+    cls = type(module) if isinstance(module, GrassModule) else converted_class(module)
+    return cls is not None and issubclass(cls, TappedProducts)
 
 
 _CONVERTED: dict[tuple[type[nn.Module], Kind, bool], type[GrassModule]] = {}
@@ -152,12 +190,16 @@ def converted_class(module: nn.Module) -> type[GrassModule] | None:
     if kind.base is not None and cls.forward is kind.base.forward:
         return _class(cls, kind, False)
     with gathered(module.parameters()):
+        if kind is _OF_PRODUCTS:
+            return _class(cls, kind, True)
         if kind.base is None:
             converted = _class(cls, kind, True)
             return converted if _agree(module, converted, *experts.trial_input(module)) else None
         if _reaches(module, kind):
             return _class(cls, kind, False)
-        return _class(cls, kind, True) if _computes_product(module, kind) else None
+        if _computes_product(module, kind):
+            return _class(cls, kind, True)
+        return _class(cls, _OF_PRODUCTS, True) if products.layouts(module) else None
 
 
 def _class(cls: type[nn.Module], kind: Kind, outside: bool) -> type[GrassModule]:

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from torch import nn
 
-from . import experts
+from . import experts, products
 from .controller import GROUP_KEY, VOCABULARY_KEY
 from .convert import grass_slices
 from .distributed import shape_of
@@ -109,7 +109,7 @@ def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
     kind = kind_of(module)
     if kind is None:
         return f"a parameter of {type(module).__name__}, which is no linear layer, Conv1D, embedding or experts"
-    if leaf != "weight" and leaf not in experts.parameters(module):
+    if leaf != "weight" and leaf not in {*experts.parameters(module), *products.layouts(module)}:
         return f"a parameter beside the {kind.name} weights"
     return "not in target_modules"
 
