@@ -1,9 +1,9 @@
 """A slice of a parameter that is several matrices, as the single ones see it.
 
-The parameter is (E, m, n) with a slice (E, r, n), or it is flat, (E m, n) with a slice (E r, n) whose E blocks choose for
-themselves; on the other side the slice of a flat one is (E m, r), with one choice of columns for all of its matrices.
-Everything is a view that autograd follows, made once per forward: the gradients of the matrices come back stacked, zero
-for those without tokens.
+The parameter is (E, m, n) with a slice (E, r, n), or it is flat, (E m, n) with a slice (E r, n) whose E blocks choose
+for themselves; on the other side the slice of a flat one is (E m, r), with one choice of columns for all of its
+matrices. Everything is a view that autograd follows, made once per forward: the gradients of the matrices come back
+stacked, zero for those without tokens.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ class Matrices:
         """`functional.tap` for a product ``y`` of one of the matrices, or of all of them."""
         placed = {"side": self.side, "transposed": self.transposed}
         if matrix.whole:
-            return batched_tap(
-                y, x, self.active, self.index, multiplier=self.multiplier, norms=self.norms, **placed
-            )
+            return batched_tap(y, x, self.active, self.index, multiplier=self.multiplier, norms=self.norms, **placed)
         active, index, multiplier, norms = self._single
         e = matrix.first
         return tap(y, x, active[e], index[e], multiplier=multiplier[e], norms=norms[e], **placed)

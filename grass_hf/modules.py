@@ -12,18 +12,16 @@ after a trial on two tokens has shown that it computes the base class's function
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
 from . import experts, int8, products
 from .distributed import gathered, shape_of
 from .slices import Slice
+from .trials import agree, computes_product, reaches
 
 
 class GrassModule(nn.Module):
@@ -123,8 +121,8 @@ class TappedProducts(GrassModule):
         except products.NotUnderstood as use:
             names = [part.state.name for part in parts.values()]
             raise RuntimeError(
-                f"{type(self).__name__} uses a weight in another way than the trial before its conversion showed ({use}), "
-                f"which no slice can follow: train it in full with exclude_modules={names}."
+                f"{type(self).__name__} uses a weight in another way than the trial before its conversion showed "
+                f"({use}), which no slice can follow: train it in full with exclude_modules={names}."
             ) from use
 
 
@@ -194,10 +192,10 @@ def converted_class(module: nn.Module) -> type[GrassModule] | None:
             return _class(cls, kind, True)
         if kind.base is None:
             converted = _class(cls, kind, True)
-            return converted if _agree(module, converted, *experts.trial_input(module)) else None
-        if _reaches(module, kind):
+            return converted if agree(module, converted, *experts.trial_input(module)) else None
+        if reaches(module, kind):
             return _class(cls, kind, False)
-        if _computes_product(module, kind):
+        if computes_product(module, kind):
             return _class(cls, kind, True)
         return _class(cls, _OF_PRODUCTS, True) if products.layouts(module) else None
 
@@ -263,73 +261,3 @@ def detach_slices(module: GrassModule) -> None:
 def _swap(module: nn.Module) -> None:
     if not isinstance(module, GrassModule):
         module.__class__ = converted_class(module)
-
-
-def _trial(module: nn.Module) -> Tensor:
-    weight: Tensor = module.weight
-    if isinstance(module, nn.Embedding):
-        return torch.zeros(1, 2, dtype=torch.int64, device=weight.device)
-    features = weight.shape[0 if kind_of(module).transposed else 1]
-    values = torch.linspace(-1.0, 1.0, 2 * features, device=weight.device)
-    return values.view(1, 2, features).to(weight.dtype)
-
-
-@torch.no_grad()
-def _reaches(module: nn.Module, kind: Kind) -> bool:
-    """Whether the module's forward calls its base class's."""
-    cls, reached = type(module), []
-
-    class Listener(kind.base):
-        def forward(self, input):
-            reached.append(True)
-            return super().forward(input)
-
-    module.__class__ = type(cls.__name__, (cls, Listener), {})
-    try:
-        module(_trial(module))
-    except Exception:  # whatever it wants, it is not one input
-        return False
-    finally:
-        module.__class__ = cls
-    return bool(reached)
-
-
-@torch.no_grad()
-def _computes_product(module: nn.Module, kind: Kind) -> bool:
-    """Whether a module that does not call its base class's forward computes the same."""
-    x = _trial(module)
-    try:
-        output = module(x)
-    except Exception:
-        return False
-    if kind.base is nn.Embedding:
-        expected = F.embedding(x, module.weight)
-    else:
-        expected = F.linear(x, module.weight.t() if kind.transposed else module.weight, module.bias)
-    return _same(output, expected)
-
-
-@torch.no_grad()
-def _agree(module: nn.Module, converted: type, *inputs: Tensor) -> bool:
-    """Whether the module computes the same with another class; its own plain forward is the reference."""
-    cls = type(module)
-    try:
-        expected = inspect.unwrap(cls.forward)(module, *inputs)
-        module.__class__ = converted
-        output = module.forward(*inputs)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        raise  # the estimator's fake tensors have no values: that says nothing about the module
-    except Exception:
-        return False
-    finally:
-        module.__class__ = cls
-    return _same(output, expected)
-
-
-def _same(output: object, expected: Tensor) -> bool:
-    if not isinstance(output, Tensor) or output.shape != expected.shape:
-        return False
-    if output.is_meta or isinstance(output, FakeTensor):
-        return True  # no values to compare; shapes agree
-    half = output.dtype in (torch.bfloat16, torch.float16)
-    return torch.allclose(output.float(), expected.float(), rtol=0.05 if half else 1e-3, atol=1e-2 if half else 1e-4)

@@ -51,12 +51,12 @@ def start_report(model: nn.Module, optimizer: torch.optim.Optimizer) -> StartRep
     for layer in grass_slices(model):
         state = layer.state
         shape = tuple(shape_of(layer.weight))
-        targets[_pattern(state.name), shape, layer.side, state.rank, state.rank / state.size] += 1
+        targets[pattern_of(state.name), shape, layer.side, state.rank, state.rank / state.size] += 1
     slices = {id(layer.active) for layer in grass_slices(model)}
     ordinary: dict[tuple[str, str], list[int]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad and id(param) not in slices:
-            ordinary.setdefault((_pattern(name), _reason(model, name, param)), []).append(shape_of(param).numel())
+            ordinary.setdefault((pattern_of(name), _reason(model, name, param)), []).append(shape_of(param).numel())
     return StartReport(
         [(count, *kind) for kind, count in targets.items()],
         [(len(sizes), name, sum(sizes), reason) for (name, reason), sizes in ordinary.items()],
@@ -89,7 +89,7 @@ def render(report: StartReport) -> Group:
     return Group(compressed, ordinary, memory)
 
 
-def _pattern(name: str) -> str:
+def pattern_of(name: str) -> str:
     """`model.layers.3.mlp` and its siblings are one kind: `model.layers.*.mlp`."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
 

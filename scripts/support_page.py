@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from matrix_checks import ENOUGH
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "support.md", ROOT / "README.md"
-# Above this share of a model's matrices no reason is asked for.
-ENOUGH = 0.95
 HEAD = """# Supported models
 
 Written by `make support-table`, which builds every class below tiny, with random weights, from its own configuration
@@ -24,13 +23,15 @@ class, compresses all of its matrices (`target_modules="all-matrices"`) and comp
   single bit;
 * **files**: the checkpoint has the plain one's keys, shapes and dtypes, and loads to the trained weights.
 
-All of it in float64, where the model knows it, else in float32. **{ok} classes of {types} model types are right**, among
-them {causal} of {causal_all} causal language models of transformers {transformers} (torch {torch}); {wrong}.
-`make test` tries a sample of them, `make test-slow` all. What could not be tried is listed at the end, with the reason.
+All of it in float64, where the model knows it, else in float32. **{ok} classes of {types} model types are right**,
+among them {causal} of {causal_all} causal language models of transformers {transformers} (torch {torch}); {wrong}.
+`make test` tries a sample of them, `make test-slow` all. What could not be tried is listed at the end, with the
+reason.
 
-*Covered* is the share of the parameters in matrices (of two dimensions or more, convolutions too) that is compressed. A
-tiny model has small matrices and convolutions as they are, so it is lower here than in a real one. Below {enough:.0%} the
-largest of what is left out are named; a run's start table names all of them, with the reason.
+*Covered* is the share of the trained parameters in matrices (of two dimensions or more, convolutions too) that is
+compressed. A tiny model has small matrices and convolutions as they are, so it is lower here than in a real one: below
+{enough:.0%} the share at the configuration class's own default sizes stands beside it, and the largest of what is left
+out are named. A run's start table names all of them, with the reason.
 """
 TABLE = """
 ## {kind}
@@ -97,8 +98,13 @@ def row_text(row: dict) -> str:
     notes = [] if row["dtype"] == "float64" else [row["dtype"]]
     notes += [row["inputs"].partition(", ")[2]] if "without" in row["inputs"] or "alone" in row["inputs"] else []
     result += f" ({', '.join(notes)})" if notes else ""
-    cells = [row["model_type"], row["cls"], targets, f"{row['coverage']:.1%}", result, _left_out(row) or "–"]
+    cells = [row["model_type"], row["cls"], targets, _coverage(row), result, _left_out(row) or "–"]
     return f"| {' | '.join(cells)} |"
+
+
+def _coverage(row: dict) -> str:
+    full = row.get("full_size")
+    return f"{row['coverage']:.1%}" + (f" (full size {full:.1%})" if full is not None else "")
 
 
 def _left_out(row: dict) -> str:

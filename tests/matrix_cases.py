@@ -111,7 +111,21 @@ def settings(case: Case) -> dict[str, Any]:
 
 def build(case: Case) -> nn.Module:
     """A tiny model in float32 with the same weights at every call."""
-    config = tiny_config(CONFIG_MAPPING[case.model_type], settings(case)["fields"])
+    torch.manual_seed(0)
+    model = _made(case, tiny_config(CONFIG_MAPPING[case.model_type], settings(case)["fields"]))
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product knows no float64, and wants even sizes
+    return model
+
+
+def build_at_default_size(case: Case) -> nn.Module:
+    """The model of its configuration class's own defaults, without memory."""
+    given = settings(case)["fields"].get("_given", {})
+    with torch.device("meta"):
+        return _made(case, CONFIG_MAPPING[case.model_type](**given))
+
+
+def _made(case: Case, config) -> nn.Module:
     cls = getattr(transformers, case.cls)
     if not isinstance(config, cls.config_class):
         # a class for a part of what the type is: its text, say
@@ -119,8 +133,4 @@ def build(case: Case) -> nn.Module:
         config = parts[0] if parts else cls.config_class.from_dict(config.to_dict())
     for part in (config, *(v for v in vars(config).values() if hasattr(v, "use_cache"))):
         part.use_cache = False
-    torch.manual_seed(0)
-    model = cls(config)
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the grouped product knows no float64, and wants even sizes
-    return model
+    return cls(config)

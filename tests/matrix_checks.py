@@ -34,11 +34,13 @@ from grass_hf.convert import grass_slices
 from grass_hf.functional import take_rows
 from grass_hf.modules import kind_of
 from grass_hf.patterns import Use, uses
-from grass_hf.report import start_report
+from grass_hf.report import pattern_of, start_report
 
 RATE = 1e-2
+# Above this share of a model's matrices no reason is asked for.
+ENOUGH = 0.95
 # Largest model that is worth its time; the rules of tiny_configs.py missed a width of a larger one.
-MOST_PARAMETERS = 20_000_000
+MOST_PARAMETERS = 5_000_000
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Found:
         dtype: "float64" or "float32".
         inputs: what it was tried on.
         targets: number of compressed weights by kind.
-        coverage: share of the parameters in matrices (two dimensions or more) that is compressed.
+        coverage: share of the trained parameters in matrices (two dimensions or more) that is compressed.
+        full_size: the same for the configuration class's default sizes, where the tiny model's is low.
         left_out: share by reason, of what is not.
         idle: weights that get no gradient in plain training on these inputs either.
         wrong: what does not hold.
@@ -68,6 +71,7 @@ class Found:
     inputs: str = ""
     targets: dict[str, int] = field(default_factory=dict)
     coverage: float = 0.0
+    full_size: float | None = None
     left_out: dict[str, float] = field(default_factory=dict)
     idle: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -110,6 +114,7 @@ class Trial:
     """A plain model, inputs that it takes, and what one plain step makes of it."""
 
     def __init__(self, case: Case):
+        self.case = case
         skip = matrix_cases.settings(case)["skip"]
         if skip:
             raise NotBuilt(skip)
@@ -123,23 +128,24 @@ class Trial:
         self._find_inputs(case)
         self._reference()
         self.idle = [
-            use.name
-            for use in uses(self.plain)
-            if use.weight.requires_grad and self.grads.get(_parameter(use)) is None
+            use.name for use in uses(self.plain) if use.weight.requires_grad and self.grads.get(_parameter(use)) is None
         ]
 
     def _find_inputs(self, case: Case) -> None:
         extra = matrix_cases.settings(case)["inputs"]
         errors = []
         single = self.plain
-        for self.dtype in (torch.float64, torch.float32):
-            for self.label, self.inputs in tiny_inputs.candidates(case.kind, copy.deepcopy(single).to(self.dtype), extra):
-                self.plain = copy.deepcopy(single).to(self.dtype)
-                # its state is what it was, for models that keep something of what they saw
+        for dtype in (torch.float64, torch.float32):
+            for label, inputs in tiny_inputs.candidates(case.kind, copy.deepcopy(single).to(dtype), extra):
+                self.dtype, self.label, self.inputs = dtype, label, inputs
+                self.plain = copy.deepcopy(single).to(dtype)
+                # a copy runs, for models that keep something of what they saw
                 model = copy.deepcopy(self.plain)
                 try:
                     with _counted(model) as self.calls:
                         self.loss(model).backward()
+                    if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+                        raise NotBuilt("the plain model's gradients are not finite")
                     return
                 except Exception as error:
                     errors.append(_short(error))
@@ -160,8 +166,6 @@ class Trial:
             raise NotBuilt("two runs of the plain model give different gradients")
         if not training:
             self.label += ", without dropout"
-        if not all(g.isfinite().all() for g in first.values() if g is not None):
-            raise NotBuilt("the plain model's gradients are not finite")
         if not any(g.any() for g in first.values() if g is not None):
             raise NotBuilt("no parameter gets a gradient")
         self.grads = first
@@ -244,7 +248,9 @@ class Trial:
                 norms = part.norms.grad if part.norms is not None else None
             apart = (grad - expected).abs().max().item()
             if not apart <= self.tolerance * max(largest, 1e-3):
-                wrong.append(f"gradient of {name} is {apart:.1e} from the plain one of {expected.abs().max().item():.1e}")
+                wrong.append(
+                    f"gradient of {name} is {apart:.1e} from the plain one of {expected.abs().max().item():.1e}"
+                )
             elif norms is not None and self._called_once(part, ours) and not self._norms_agree(norms, whole, part):
                 wrong.append(f"squared norms of {name} are not those of its gradient")
         return wrong
@@ -261,17 +267,32 @@ class Trial:
 
     def _describe(self, ours: nn.Module, optimizer, found: Found) -> None:
         found.targets = dict(Counter(kind_of(part.owner).name for part in grass_slices(ours)))
-        matrices = sum(p.numel() for p in self.plain.parameters() if p.dim() > 1) or 1
-        compressed = {id(part.weight): part.weight.numel() for part in grass_slices(ours)}
-        found.coverage = sum(compressed.values()) / matrices
+        trained = {n: p.numel() for n, p in self.plain.named_parameters() if p.dim() > 1 and self.grads[n] is not None}
+        matrices = sum(trained.values()) or 1
+        names = {id(p): name for name, p in ours.named_parameters()}
+        compressed = {names[id(part.weight)] for part in grass_slices(ours)}
+        found.coverage = sum(trained.get(name, 0) for name in compressed) / matrices
+        if found.coverage < ENOUGH:
+            found.full_size = self._at_default_size({pattern_of(name) for name in compressed})
         shares: Counter = Counter()
         for _, pattern, elements, reason in start_report(ours, optimizer).ordinary:
             if reason.startswith("a vector"):
                 continue
-            if reason == "not in target_modules" and self.idle:
-                reason = "no gradient in plain training either"
+            if reason == "not in target_modules":  # it gets no gradient, and was excluded
+                continue
             shares[f"{pattern}: {reason}"] += elements
         found.left_out = {reason: count / matrices for reason, count in shares.most_common()}
+
+    def _at_default_size(self, taken: set[str]) -> float | None:
+        """The coverage of the class's default configuration, by the names of what is compressed of the tiny one."""
+        trained = {pattern_of(name) for name, grad in self.grads.items() if grad is not None}
+        try:
+            large = matrix_cases.build_at_default_size(self.case)
+        except Exception:  # some defaults fit no class
+            return None
+        sizes = [(pattern_of(name), p.numel()) for name, p in large.named_parameters() if p.dim() > 1]
+        whole = sum(size for name, size in sizes if name in trained)
+        return sum(size for name, size in sizes if name in taken) / whole if whole else None
 
     def check_trajectory(self, found: Found) -> list[str]:
         theirs, ours = copy.deepcopy(self.plain), self.convert(1.0)
@@ -359,7 +380,8 @@ def _counted(model: nn.Module):
     """How often each module is called, by name."""
     calls: Counter = Counter()
     hooks = [
-        module.register_forward_hook(lambda *_, name=name: calls.update([name])) for name, module in model.named_modules()
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name, module in model.named_modules()
     ]
     try:
         yield calls
@@ -372,7 +394,7 @@ def _contents(folder: Path) -> dict[str, tuple]:
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118
                 part = file.get_slice(key)
                 found[key] = (tuple(part.get_shape()), part.get_dtype())
     return found

@@ -10,8 +10,20 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grass_hf"
 FLOORS = {
     0: ["fields", "config", "presets", "optim_args", "_import_hook"],
-    1: ["norms", "functional", "grouped", "rounding", "int8", "selection", "sharing", "distributed", "live", "runs", "products"],
-    2: ["matrices", "parts", "exchange", "slices", "experts", "modules", "patterns", "targets", "convert"],
+    1: [
+        "norms",
+        "functional",
+        "grouped",
+        "rounding",
+        "int8",
+        "selection",
+        "sharing",
+        "distributed",
+        "live",
+        "runs",
+        "products",
+    ],
+    2: ["matrices", "parts", "exchange", "slices", "experts", "trials", "modules", "patterns", "targets", "convert"],
     3: [
         "guards",
         "reselect",

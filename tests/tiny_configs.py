@@ -35,6 +35,8 @@ RULES: list[tuple[str, Any]] = [
     (r"(.*_)?head_dim|.*head_size|d_kv|d_head|dim_head|kv_channels|qk_(rope|nope)_head_dim|v_head_dim|rotary_dim", 8),
     (r".*_lora_rank|.*lowrank|laurel_rank|adapter_rank|gated_norm_rank|.*norm_rank", 16),
     (r"(.*_)?sliding_window(_size)?|.*window_(size|len)|local_attention(_window_len)?|keep_window_size", 8),
+    (r"attention_window|.*relative_positions|position_buckets", 8),
+    (r"num_queries|decoder_n_points|encoder_n_points|num_denoising|.*num_tokens", 5),
     (r"index_topk", 4),
     (r"query_pre_attn_scalar", 8),
     # experts
@@ -59,7 +61,10 @@ RULES: list[tuple[str, Any]] = [
     (r"(.*_)?(intermediate|ffn_hidden|mlp|dim_feedforward|feed_forward)_(size|dim|mlp)(_mlp)?", 48),
     (r"(.*_)?(ffn_dim|d_ff|dim_ff|dff|d_inner|ffn_size|inner_dim|mlp_dim|feedforward_dim|dim_feedforward)", 48),
     (r"(.*_)?(hidden_size|hidden_dim|d_model|n_embd|emb_dim|embedding_dim|embedding_size|hidden_size_.*)", HIDDEN),
-    (r"(.*_)?(embed_dim|projection_dim|proj_dim|lru_width|out_hidden_size|embed_proj_dim|attention_hidden_size)", HIDDEN),
+    (
+        r"(.*_)?(embed_dim|projection_dim|proj_dim|lru_width|out_hidden_size|embed_proj_dim|attention_hidden_size)",
+        HIDDEN,
+    ),
     (r"(.*_)?(vision_output_dim|projector_(in|out)put_dim|output_dim|text_hidden_size|codebook_dim)", HIDDEN),
     # positions and images
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|.*max_(source|target)_positions", 64),
@@ -71,6 +76,9 @@ RULES: list[tuple[str, Any]] = [
 LAYERS = re.compile(
     r"(num_hidden_layers|n_layers?|num_layers|(.*_)?(encoder|decoder)_layers|num_blocks|num_(en|de)coder_layers|depth|"
     r"num_global_layers|num_layers_per_stack|(.*_)num_hidden_layers|(.*_)layers_count|num_layer|(.*_)?num_block_layers)"
+)
+_STAGES = re.compile(
+    r"(.*_)?(depths|layer_depths|num_heads|num_attention_heads|hidden_sizes|embed_dims?|encoder_hidden_sizes|channels)"
 )
 _TOKENS = re.compile(r".*_token_(id|index)|.*(boi|eoi|boa|eoa|image|video|audio)_(id|index)|mask_index|unk_index")
 
@@ -111,6 +119,8 @@ def _shrunk(default: PretrainedConfig, overrides: dict[str, Any], specials) -> d
                 continue
             given = inner.pop("_given", {}) if isinstance(inner, dict) else {}
             fields[name] = type(value)(**{**given, **_shrunk(value, dict(inner), specials)})
+        elif isinstance(value, list | tuple) and _STAGES.fullmatch(name) and all(type(v) is int for v in value):
+            fields[name] = _small_list(name, value)
         elif isinstance(value, list | tuple) and len(value) == layers > 2 and not isinstance(value[0], list | tuple):
             fields[name] = type(value)(value[i] for i in kept)
             if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
@@ -153,7 +163,9 @@ def _small_list(name: str, values):
         return kind(1 for _ in values)
     if re.fullmatch(r"(.*_)?(num_heads|num_attention_heads|heads)", name):
         return kind(min(2 ** (v.bit_length() - 1), 4) for v in values)
-    if re.fullmatch(r"(.*_)?(hidden_sizes|embed_dims?|encoder_hidden_sizes|dims|channels|hidden_channels|widths)", name):
+    if re.fullmatch(
+        r"(.*_)?(hidden_sizes|embed_dims?|encoder_hidden_sizes|dims|channels|hidden_channels|widths)", name
+    ):
         return kind(16 * (v // min(values)) if v % min(values) == 0 else 16 for v in values)
     return values
 
@@ -162,7 +174,9 @@ def _positions(old: dict[str, Any], layers: int) -> list[int]:
     """The layers that stay: the first of each kind, at least two."""
     if layers <= 2:
         return list(range(layers))
-    lists = [v for n, v in old.items() if isinstance(v, list | tuple) and len(v) == layers and not n.startswith("label")]
+    lists = [
+        v for n, v in old.items() if isinstance(v, list | tuple) and len(v) == layers and not n.startswith("label")
+    ]
     kinds = list(zip(*([str(x) for x in v] for v in lists), strict=True)) if lists else [()] * layers
     first = [i for i in range(layers) if kinds[i] not in kinds[:i]][:MOST_LAYERS]
     for i in range(layers):

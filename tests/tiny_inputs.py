@@ -27,19 +27,18 @@ def candidates(kind: str, model: nn.Module, extra: Inputs) -> Iterator[tuple[str
     """
     known = inspect.signature(model.forward).parameters
     takes_anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    seen: list[set[str]] = []
     for name, inputs in _of(kind, model):
         inputs = {**inputs, **{key: _tensor(value) for key, value in extra.items()}}
         for labels in (True, False):
             chosen = {
                 key: value
                 for key, value in inputs.items()
-                if value is not None and (key in known or (takes_anything and key != "labels")) and (labels or "labels" not in key)
+                if value is not None
+                and (key in known or (takes_anything and key != "labels"))
+                and (labels or "labels" not in key)
             }
             if chosen and (not labels or any("label" in key or "positions" in key for key in chosen)):
-                if set(chosen) not in seen or kind == "image, text":
-                    seen.append(set(chosen))
-                    yield name if labels else f"{name}, without labels", chosen
+                yield name if labels else f"{name}, without labels", chosen
 
 
 def _of(kind: str, model: nn.Module) -> Iterator[tuple[str, Inputs]]:
@@ -52,7 +51,10 @@ def _of(kind: str, model: nn.Module) -> Iterator[tuple[str, Inputs]]:
         yield "text with boxes", {**text, "labels": text["input_ids"], "bbox": _boxes()}
     elif kind == "sequence classification":
         yield "text", {**text, "labels": torch.tensor([0, 1]), "bbox": _boxes()}
-        yield "text and image", {**text, "labels": torch.tensor([0, 1]), "bbox": _boxes(), "pixel_values": _image(model)}
+        yield (
+            "text and image",
+            {**text, "labels": torch.tensor([0, 1]), "bbox": _boxes(), "pixel_values": _image(model)},
+        )
     elif kind == "token classification":
         yield "text", {**text, "labels": text["input_ids"] % 2, "bbox": _boxes()}
     elif kind == "question answering":
@@ -63,7 +65,7 @@ def _of(kind: str, model: nn.Module) -> Iterator[tuple[str, Inputs]]:
     elif kind == "seq2seq LM":
         yield "text", {**text, "labels": text["input_ids"].flip(0)}
         yield "text", {**text, "decoder_input_ids": text["input_ids"].flip(0)}
-    elif kind.startswith("image") and "text" not in kind or kind in ("segmentation", "detection", "depth"):
+    elif kind in ("image classification", "segmentation", "detection", "depth"):
         yield from _images(kind, model)
     elif kind == "image, text":
         yield from _image_and_text(model, text)
@@ -85,7 +87,9 @@ def _cross(model: nn.Module) -> Inputs:
     """What the decoder of a pair attends to, so that its cross-attention is trained."""
     config = model.config
     width = getattr(config, "cross_attention_hidden_size", None) or getattr(config, "hidden_size", 32)
-    crosses = any("encoder_attn" in name or "cross_attn" in name or "crossattention" in name for name, _ in model.named_modules())
+    crosses = any(
+        "encoder_attn" in name or "cross_attn" in name or "crossattention" in name for name, _ in model.named_modules()
+    )
     return {"encoder_hidden_states": _draw(ROWS, 5, width, model=model)} if crosses else {}
 
 
@@ -100,21 +104,37 @@ def _boxes() -> Tensor:
 
 
 def _images(kind: str, model: nn.Module) -> Iterator[tuple[str, Inputs]]:
+    vision = getattr(model.config, "vision_config", model.config)
+    if hasattr(vision, "num_patches") and "spatial_shapes" in inspect.signature(model.forward).parameters:
+        # SigLIP 2 reads images as rows of patches
+        length = vision.num_channels * vision.patch_size**2
+        patches = {"pixel_values": _draw(ROWS, 16, length, model=model), "spatial_shapes": torch.tensor([[4, 4]] * ROWS)}
+        yield "patches", {**patches, "pixel_attention_mask": torch.ones(ROWS, 16), "labels": torch.tensor([0, 1])}
     for size in (None, 32, 64):
         pixels = _image(model, size)
         labels: object = torch.tensor([0, 1])
         if kind == "detection":
-            box = {"class_labels": torch.tensor([0, 1]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.3], [0.3, 0.4, 0.2, 0.2]])}
+            box = {
+                "class_labels": torch.tensor([0, 1]),
+                "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.3], [0.3, 0.4, 0.2, 0.2]]),
+            }
             labels = [{**box, "boxes": box["boxes"].to(pixels.dtype)} for _ in range(ROWS)]
         elif kind in ("segmentation", "depth"):
             labels = torch.randint(0, 2, (ROWS, *pixels.shape[-2:]), generator=torch.Generator().manual_seed(2))
         text = _text(model)
-        yield f"images of {pixels.shape[-1]}", {"pixel_values": pixels, "labels": labels, **(text if kind == "detection" else {})}
+        yield (
+            f"images of {pixels.shape[-1]}",
+            {"pixel_values": pixels, "labels": labels, **(text if kind == "detection" else {})},
+        )
         yield f"images of {pixels.shape[-1]}", {"pixel_values": pixels, "labels": labels}
 
 
 def _image_size(model: nn.Module) -> int:
-    for config in (model.config, getattr(model.config, "vision_config", None), getattr(model.config, "backbone_config", None)):
+    for config in (
+        model.config,
+        getattr(model.config, "vision_config", None),
+        getattr(model.config, "backbone_config", None),
+    ):
         size = getattr(config, "image_size", None)
         if size is not None:
             return size if isinstance(size, int) else size[0] if isinstance(size, list | tuple) else 16
@@ -135,7 +155,9 @@ def _frames(model: nn.Module) -> int:
 def _image_and_text(model: nn.Module, text: dict[str, Tensor]) -> Iterator[tuple[str, Inputs]]:
     """An image whose tokens stand in the text where the model wants them."""
     config, pixels = model.config, _image(model)
-    token = next((getattr(config, n) for n in ("image_token_id", "image_token_index") if getattr(config, n, None)), None)
+    token = next(
+        (getattr(config, n) for n in ("image_token_id", "image_token_index") if getattr(config, n, None)), None
+    )
     yield "image, text", {**text, "pixel_values": pixels, "labels": text["input_ids"], "return_loss": True}
     if token is not None:
         for images in (_plain_images(model), _patches(model)):
@@ -145,14 +167,17 @@ def _image_and_text(model: nn.Module, text: dict[str, Tensor]) -> Iterator[tuple
                 ids = torch.cat([ids[:, :2], torch.full((ROWS, count), token), ids[:, 2:]], dim=1)
                 labels = ids.masked_fill(ids == token, -100)
                 kinds = (ids == token).long()
-                yield "image, text", {
-                    "input_ids": ids,
-                    "attention_mask": torch.ones_like(ids),
-                    "labels": labels,
-                    "mm_token_type_ids": kinds,
-                    "token_type_ids": kinds,
-                    **images,
-                }
+                yield (
+                    "image, text",
+                    {
+                        "input_ids": ids,
+                        "attention_mask": torch.ones_like(ids),
+                        "labels": labels,
+                        "mm_token_type_ids": kinds,
+                        "token_type_ids": kinds,
+                        **images,
+                    },
+                )
     yield "text alone", {**text, "labels": text["input_ids"]}
 
 
@@ -193,7 +218,14 @@ def _sound(kind: str, model: nn.Module) -> Iterator[tuple[str, Inputs]]:
     config = model.config
     ids = _text(model)["input_ids"]
     labels = {"CTC": ids[:, :3], "audio classification": torch.tensor([0, 1])}.get(kind, ids)
-    mel = next((getattr(config, n) for n in ("num_mel_bins", "input_feat_per_channel", "feature_size") if isinstance(getattr(config, n, None), int)), 80)
+    mel = next(
+        (
+            getattr(config, n)
+            for n in ("num_mel_bins", "input_feat_per_channel", "feature_size")
+            if isinstance(getattr(config, n, None), int)
+        ),
+        80,
+    )
     length = 2 * config.max_source_positions if isinstance(getattr(config, "max_source_positions", None), int) else 64
     wave = _draw(ROWS, 1600, model=model)
     for name, inputs in (
