@@ -44,6 +44,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, default=FOUND)
     parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the page with what stands in docs, and write none"
+    )
     options = parser.parse_args()
     cases = matrix_cases.cases()
     only = [part.rstrip(":") for part in options.only.split(",") if part]
@@ -53,7 +56,10 @@ def main() -> int:
         done = {name for name, row in rows.items() if row["status"] != "wrong"} if options.resume else set()
         rows = _run([c for c in chosen if c.name not in done], rows, options)
     known = [rows[c.name] for c in cases if c.name in rows]
-    if not only:
+    if options.check and support_page.page(known) != support_page.PAGE.read_text(encoding="utf-8"):
+        print(f"{support_page.PAGE} says something else: run make support-table")
+        return 1
+    if not only and not options.check:
         support_page.write(known)
     wrong = [row for row in known if row["status"] == "wrong" and (not only or row["name"] in {c.name for c in chosen})]
     for row in wrong:

@@ -37,7 +37,7 @@ RULES: list[tuple[str, Any]] = [
     (r"(.*_)?sliding_window(_size)?|.*window_(size|len)|local_attention(_window_len)?|keep_window_size", 8),
     (r"attention_window|.*relative_positions|position_buckets", 8),
     (r"num_queries|decoder_n_points|encoder_n_points|num_denoising|.*num_tokens", 5),
-    (r"index_topk", 4),
+    (r"index_topk|mm_tokens_per_image", 4),
     (r"query_pre_attn_scalar", 8),
     # experts
     (r"(moe_|n_|num_)(routed_|local_)?(num_)?experts|num_local_experts|n_routed_experts", 4),
@@ -129,7 +129,8 @@ def _shrunk(default: PretrainedConfig, overrides: dict[str, Any], specials) -> d
             fields[name] = ("pad_token_id", "bos_token_id", "eos_token_id").index(name) if value is not None else None
         elif isinstance(value, int) and not isinstance(value, bool):
             if _TOKENS.fullmatch(name):
-                fields[name] = next(specials) if value >= FIRST_SPECIAL else value
+                moved = value >= FIRST_SPECIAL or re.match(r"image|video|audio", name)
+                fields[name] = next(specials) if moved else value
             elif LAYERS.fullmatch(name) and value > 1:
                 fields[name] = len(kept) if value == layers else 2
             else:
@@ -138,6 +139,8 @@ def _shrunk(default: PretrainedConfig, overrides: dict[str, Any], specials) -> d
                     fields[name] = small
         elif isinstance(value, list | tuple) and value and all(isinstance(v, int) for v in value):
             fields[name] = _small_list(name, value)
+        elif isinstance(value, dict) and "mrope_section" in value:
+            fields[name] = {**value, "mrope_section": [2, 1, 1]}  # half of a head of eight
     for name in ("head_dim", "num_key_value_heads"):
         if name in old and old[name] is None:
             fields[name] = 8 if name == "head_dim" else 4
@@ -161,6 +164,10 @@ def _small_list(name: str, values):
     kind = type(values)
     if re.fullmatch(r"(.*_)?(depths|layers|num_layers|num_blocks|layer_depths)", name):
         return kind(1 for _ in values)
+    if re.fullmatch(r"image_size|img_size|input_size", name):
+        return kind(16 for _ in values)
+    if name == "patch_size":
+        return kind(4 for _ in values)
     if re.fullmatch(r"(.*_)?(num_heads|num_attention_heads|heads)", name):
         return kind(min(2 ** (v.bit_length() - 1), 4) for v in values)
     if re.fullmatch(

@@ -108,7 +108,10 @@ def _images(kind: str, model: nn.Module) -> Iterator[tuple[str, Inputs]]:
     if hasattr(vision, "num_patches") and "spatial_shapes" in inspect.signature(model.forward).parameters:
         # SigLIP 2 reads images as rows of patches
         length = vision.num_channels * vision.patch_size**2
-        patches = {"pixel_values": _draw(ROWS, 16, length, model=model), "spatial_shapes": torch.tensor([[4, 4]] * ROWS)}
+        patches = {
+            "pixel_values": _draw(ROWS, 16, length, model=model),
+            "spatial_shapes": torch.tensor([[4, 4]] * ROWS),
+        }
         yield "patches", {**patches, "pixel_attention_mask": torch.ones(ROWS, 16), "labels": torch.tensor([0, 1])}
     for size in (None, 32, 64):
         pixels = _image(model, size)
@@ -158,10 +161,12 @@ def _image_and_text(model: nn.Module, text: dict[str, Tensor]) -> Iterator[tuple
     token = next(
         (getattr(config, n) for n in ("image_token_id", "image_token_index") if getattr(config, n, None)), None
     )
-    yield "image, text", {**text, "pixel_values": pixels, "labels": text["input_ids"], "return_loss": True}
+    contrastive = "labels" not in inspect.signature(model.forward).parameters
+    loss = {"return_loss": True} if contrastive else {"labels": text["input_ids"]}
+    yield "image, text", {**text, "pixel_values": pixels, **loss}
     if token is not None:
-        for images in (_plain_images(model), _patches(model)):
-            count = _image_tokens(model, images)
+        for images in (_plain_images(model), _tiles(model), _patches(model)):
+            images, count = _image_tokens(model, images)
             if count:
                 ids = text["input_ids"].clone().repeat_interleave(1, 0)
                 ids = torch.cat([ids[:, :2], torch.full((ROWS, count), token), ids[:, 2:]], dim=1)
@@ -186,32 +191,38 @@ def _plain_images(model: nn.Module) -> Inputs:
     return {"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[-2:]] * ROWS)}
 
 
+def _tiles(model: nn.Module) -> Inputs:
+    return {"pixel_values": _image(model)[:, None]}
+
+
 def _patches(model: nn.Module) -> Inputs:
     """Images as rows of patches with their grids, as the Qwen family reads them."""
     vision = getattr(model.config, "vision_config", None)
     patch = getattr(vision, "patch_size", 4)
+    patch = patch if isinstance(patch, int) else patch[0]
     length = getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * patch**2
     grid = torch.tensor([[1, 4, 4]] * ROWS)
     return {"pixel_values": _draw(int(grid.prod(1).sum()), length, model=model), "image_grid_thw": grid}
 
 
-def _image_tokens(model: nn.Module, images: Inputs) -> int:
-    """How many tokens of the text one image stands for."""
+def _image_tokens(model: nn.Module, images: Inputs) -> tuple[Inputs, int]:
+    """The inputs that the model's image tower takes, and how many tokens of the text one image stands for."""
     owner = model if hasattr(model, "get_image_features") else getattr(model, "model", None)
     get = getattr(owner, "get_image_features", None)
     if get is None:
-        return 0
+        return images, 0
     known = inspect.signature(get).parameters
+    images = {key: value for key, value in images.items() if key in known}
     try:
         with torch.no_grad():
-            found = get(**{key: value for key, value in images.items() if key in known})
-    except Exception:
-        return 0
+            found = get(**images)
+    except Exception:  # it wants other images
+        return images, 0
     found = getattr(found, "pooler_output", found)
     if isinstance(found, Tensor):
-        return found.shape[-2] if found.dim() == 3 else found.shape[0] // ROWS
+        return images, found.shape[-2] if found.dim() == 3 else found.shape[0] // ROWS
     first = found[0] if isinstance(found, list | tuple) else None
-    return first.reshape(-1, first.shape[-1]).shape[0] if isinstance(first, Tensor) else 0
+    return images, first.reshape(-1, first.shape[-1]).shape[0] if isinstance(first, Tensor) else 0
 
 
 def _sound(kind: str, model: nn.Module) -> Iterator[tuple[str, Inputs]]:
