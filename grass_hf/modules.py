@@ -170,6 +170,8 @@ def layout_of(module: nn.Module, parameter: str) -> products.Layout:
 
 def converts_products(module: nn.Module) -> bool:
     """Whether a module's products are found by their storage."""
+    if experts.is_experts(module) or not products.layouts(module):
+        return False
     cls = type(module) if isinstance(module, GrassModule) else converted_class(module)
     return cls is not None and issubclass(cls, TappedProducts)
 
