@@ -228,7 +228,7 @@ def _image_tokens(model: nn.Module, images: Inputs) -> tuple[Inputs, int]:
 def _sound(kind: str, model: nn.Module) -> Iterator[tuple[str, Inputs]]:
     config = model.config
     ids = _text(model)["input_ids"]
-    labels = {"CTC": ids[:, :3], "audio classification": torch.tensor([0, 1])}.get(kind, ids)
+    labels = {"CTC": ids[:, :3] % 20 + 3, "audio classification": torch.tensor([0, 1])}.get(kind, ids)
     mel = next(
         (
             getattr(config, n)
