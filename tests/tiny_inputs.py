@@ -238,7 +238,7 @@ def _sound(kind: str, model: nn.Module) -> Iterator[tuple[str, Inputs]]:
         80,
     )
     length = 2 * config.max_source_positions if isinstance(getattr(config, "max_source_positions", None), int) else 64
-    wave = _draw(ROWS, 1600, model=model)
+    wave = _draw(ROWS, 6400, model=model)  # spans of ten frames are masked
     for name, inputs in (
         ("waves", {"input_values": wave}),
         ("mel spectrograms", {"input_features": _draw(ROWS, mel, length, model=model)}),
