@@ -15,6 +15,7 @@ it is the inside of an autograd function) and to detached values.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from typing import Any
 
@@ -126,7 +127,7 @@ def _tapped() -> set[Any]:
     while kinds:
         kind = kinds.pop()
         if kind.__module__.startswith(package) and "forward" in vars(kind):
-            found.add(kind.forward.__code__)
+            found.add(inspect.unwrap(kind.forward).__code__)
         kinds += kind.__subclasses__()
     return found
 

@@ -14,8 +14,8 @@ Not everything leaves a mark: fused optimizers do not count versions up, and nei
   evaluation, where weights are swapped and averaged;
 * an optimizer that holds a slice and does not drive it is stopped before its first step (`grass_hf.undriven`).
 
-In an ordinary step no value is read and no device is waited for. In a compiled graph nothing of this exists; then, and
-where parameters are sharded, whose whole tensors come and go, the marks are compared before the optimizer's step.
+In an ordinary step no value is read and no device is waited for, and a compiled graph has nothing of this. There, and
+where parameters are sharded, whose whole tensors come and go, marks are compared before the optimizer's step.
 """
 
 from __future__ import annotations
@@ -250,10 +250,8 @@ def _moved(part: Slice, record: Drift) -> set[str]:
         return {"slice", "weight"}
     weight = _weight(part)
     now = _marks(part, weight)
-    moved = {"slice"} if now[:2] != record.marks[:2] else set()
-    if now[2:] != record.marks[2:] or getattr(weight, "touched", False):
-        moved.add("weight")
-    return moved
+    others = now[2:] != record.marks[2:] or getattr(weight, "touched", False)
+    return ({"slice"} if now[:2] != record.marks[:2] else set()) | ({"weight"} if others else set())
 
 
 def _comparable(part: Slice, weight: nn.Parameter) -> bool:
@@ -272,11 +270,9 @@ def _fits(part: Slice, weight: nn.Parameter) -> bool:
 
 @torch.no_grad()
 def _agree(part: Slice, record: Drift) -> bool:
-    weight_dtype = _weight(part).dtype
-    coarser = None
-    if record.dtype not in (None, weight_dtype) and record.dtype.itemsize < weight_dtype.itemsize:
-        coarser = record.dtype  # digits that the weight did not have then are the slice's alone
-    return part.rank_part(part, False).agrees(coarser)
+    # digits that the weight did not have then are the slice's alone
+    was_coarser = record.dtype is not None and record.dtype.itemsize < _weight(part).dtype.itemsize
+    return part.rank_part(part, False).agrees(record.dtype if was_coarser else None)
 
 
 @functools.cache

@@ -7,6 +7,9 @@ expert e holds rows first[e] .. last[e] of x and y, and for each expert with tok
 
 so neither the E x m x n gradient nor one expert's m x n gradient exists. An expert without tokens gets the gradient
 zero, as it does from autograd, and its slice goes on with its momentum as it would in dense training.
+
+`grouped_linear` makes the product itself. Where a forward of another's makes it, `batched_tap` does for the product
+with all of the matrices what `functional.tap` does for one.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import along_slice, selected_dim, squared_norms
+from .functional import alias, along_slice, selected_dim, squared_norms
 
 
 def grouped_linear(
@@ -54,6 +57,71 @@ def grouped_linear(
         return _GroupedLinear.apply(
             x.to(dtype), weight, active, index, multiplier, norms, tokens, side, transposed
         )  # the cast is autograd's own, so dX comes back in the dtype of x
+
+
+def batched_tap(
+    y: Tensor,
+    x: Tensor,
+    active: Tensor,
+    index: Tensor,
+    *,
+    side: str,
+    transposed: bool = False,
+    multiplier: Tensor | None = None,
+    norms: Tensor | None = None,
+) -> Tensor:
+    """Return `y` unchanged and, in backward, give `active` the gradient of every matrix's selected rows or columns.
+
+    Args:
+        y: (E, T, m), a product of each matrix with its own tokens.
+        x: (E, T, n), those tokens; may be expanded.
+        active, index, side, transposed, multiplier, norms: as for `grouped_linear`.
+    """
+    return _BatchedTap.apply(y, x, active, index, multiplier, norms, side, transposed)
+
+
+class _BatchedTap(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        active: Tensor,
+        index: Tensor,
+        multiplier: Tensor | None,
+        norms: Tensor | None,
+        side: str,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.side, ctx.transposed, ctx.observe, ctx.active_dtype = side, transposed, norms is not None, active.dtype
+        if side == "input" and not ctx.observe:
+            x, index = _columns(x, index).to(y.dtype), None
+        ctx.save_for_backward(x, index, multiplier)
+        return alias(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor):
+        x, index, multiplier = ctx.saved_tensors
+        norms2 = None
+        with torch.autocast(dy.device.type, enabled=False):
+            x, rows = x.to(dy.dtype), dy
+            if ctx.observe:
+                pairs = zip(*((dy, x) if ctx.side == "output" else (x, dy)), strict=True)
+                norms2 = torch.stack([squared_norms(a, b) for a, b in pairs])
+            if ctx.side == "output":
+                rows = _columns(dy, index)
+            elif ctx.observe:
+                x = _columns(x, index)
+            left, right = (x, rows) if ctx.transposed else (rows, x)
+            grad = torch.bmm(left.mT, right).to(ctx.active_dtype)
+            if multiplier is not None:
+                grad = grad * along_slice(multiplier.to(grad.dtype), selected_dim(ctx.side, ctx.transposed))
+        return dy, None, grad, None, None, norms2, None, None
+
+
+def _columns(values: Tensor, index: Tensor) -> Tensor:
+    """``values[e, :, index[e]]`` of (E, T, d) for each e."""
+    return values.gather(-1, index[:, None, :].expand(-1, values.shape[1], -1))
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -13,18 +13,16 @@ after a trial on two tokens has shown that it computes the base class's function
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
-from . import experts, int8
-from .distributed import gathered
+from . import experts, int8, products
+from .distributed import gathered, shape_of
 from .slices import Slice
+from .trials import agree, computes_product, reaches
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +130,30 @@ class TappedExperts(GrassModule):
         return experts.forward(self, hidden_states, top_k_index, top_k_weights)
 
 
+class TappedProducts(GrassModule):
+    """Gives parameters that a forward of its own multiplies with a slice each; see [Note: products by storage]."""
+
+    @torch.compiler.disable
+    def forward(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        layouts = products.layouts(self)
+        parts = {part.parameter: part for part in self.own_slices().values()}
+        for part in parts.values():
+            _keep_frozen(part.weight)
+        views = {name: part.matrices(layouts[name]) for name, part in parts.items()}
+        weights = {name: part.weight for name, part in parts.items()}
+        try:
+            with products.Products(weights, lambda name, y, x, matrix: views[name].tap(y, x, matrix)):
+                return super().forward(*args, **kwargs)
+        except products.NotUnderstood as use:
+            names = [part.state.name for part in parts.values()]
+            raise RuntimeError(
+                f"{type(self).__name__} uses a weight in another way than the trial before its conversion showed "
+                f"({use}), which no slice can follow: train it in full with exclude_modules={names}."
+            ) from use
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of module that can be converted.
@@ -161,11 +183,27 @@ def kind_of(module: nn.Module) -> Kind | None:
     conv1d = next((cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D"), None)
     if conv1d is not None and conv1d.__module__ == "transformers.pytorch_utils":
         return Kind("Conv1D", conv1d, TappedConv1D, True)
-    return None
+    return _OF_PRODUCTS if products.layouts(module) else None
 
 
-# What says nothing about a module that is tried: memory, and the estimator's fake tensors, which have no values.
-_NOTHING_SAID = (torch.OutOfMemoryError, MemoryError, DataDependentOutputException, DynamicOutputShapeException)
+_OF_PRODUCTS = Kind("experts", None, TappedProducts, False)
+
+
+def layout_of(module: nn.Module, parameter: str) -> products.Layout:
+    """How many matrices a weight of a known kind is, and whether they are stored (input, output)."""
+    found = products.layouts(module).get(parameter) if converts_products(module) else None
+    weight = shape_of(getattr(module, parameter))
+    return found or products.Layout(1, weight[-2], kind_of(module).transposed)
+
+
+def converts_products(module: nn.Module) -> bool:
+    """Whether a module's products are found by their storage."""
+    if experts.is_experts(module) or not products.layouts(module):
+        return False
+    cls = type(module) if isinstance(module, GrassModule) else converted_class(module)
+    return cls is not None and issubclass(cls, TappedProducts)
+
+
 _CONVERTED: dict[tuple[type[nn.Module], Kind, bool], type[GrassModule]] = {}
 
 
@@ -180,12 +218,16 @@ def converted_class(module: nn.Module) -> type[GrassModule] | None:
     if kind.base is not None and cls.forward is kind.base.forward:
         return _class(cls, kind, False)
     with gathered(module.parameters()):
+        if kind is _OF_PRODUCTS:
+            return _class(cls, kind, True)
         if kind.base is None:
             converted = _class(cls, kind, True)
-            return converted if _agree(module, converted, *experts.trial_input(module)) else None
-        if _reaches(module, kind):
+            return converted if agree(module, converted, *experts.trial_input(module)) else None
+        if reaches(module, kind):
             return _class(cls, kind, False)
-        return _class(cls, kind, True) if _computes_product(module, kind) else None
+        if computes_product(module, kind):
+            return _class(cls, kind, True)
+        return _class(cls, _OF_PRODUCTS, True) if products.layouts(module) else None
 
 
 def _class(cls: type[nn.Module], kind: Kind, outside: bool) -> type[GrassModule]:
@@ -204,77 +246,3 @@ def _new(cls: type[nn.Module], kind: Kind, outside: bool) -> GrassModule:
 def plain_class(module: GrassModule) -> type[nn.Module]:
     """The class that a converted module had before."""
     return next(plain for (plain, *_), converted in _CONVERTED.items() if converted is type(module))
-
-
-def _trial(module: nn.Module) -> Tensor:
-    weight: Tensor = module.weight
-    if isinstance(module, nn.Embedding):
-        return torch.zeros(1, 2, dtype=torch.int64, device=weight.device)
-    features = weight.shape[0 if kind_of(module).transposed else 1]
-    values = torch.linspace(-1.0, 1.0, 2 * features, device=weight.device)
-    return values.view(1, 2, features).to(weight.dtype)
-
-
-@torch.no_grad()
-def _reaches(module: nn.Module, kind: Kind) -> bool:
-    """Whether the module's forward calls its base class's."""
-    cls, reached = type(module), []
-
-    class Listener(kind.base):
-        def forward(self, input):
-            reached.append(True)
-            return super().forward(input)
-
-    module.__class__ = type(cls.__name__, (cls, Listener), {})
-    try:
-        module(_trial(module))
-    except _NOTHING_SAID:
-        raise
-    except Exception:  # whatever it wants, it is not one input
-        return False
-    finally:
-        module.__class__ = cls
-    return bool(reached)
-
-
-@torch.no_grad()
-def _computes_product(module: nn.Module, kind: Kind) -> bool:
-    """Whether a module that does not call its base class's forward computes the same."""
-    x = _trial(module)
-    try:
-        output = module(x)
-    except _NOTHING_SAID:
-        raise
-    except Exception:
-        return False
-    if kind.base is nn.Embedding:
-        expected = F.embedding(x, module.weight)
-    else:
-        expected = F.linear(x, module.weight.t() if kind.transposed else module.weight, module.bias)
-    return _same(output, expected)
-
-
-@torch.no_grad()
-def _agree(module: nn.Module, converted: type, *inputs: Tensor) -> bool:
-    """Whether the module computes the same with another class; its own plain forward is the reference."""
-    cls = type(module)
-    try:
-        expected = inspect.unwrap(cls.forward)(module, *inputs)
-        module.__class__ = converted
-        output = module.forward(*inputs)
-    except _NOTHING_SAID:
-        raise
-    except Exception:
-        return False
-    finally:
-        module.__class__ = cls
-    return _same(output, expected)
-
-
-def _same(output: object, expected: Tensor) -> bool:
-    if not isinstance(output, Tensor) or output.shape != expected.shape:
-        return False
-    if output.is_meta or isinstance(output, FakeTensor):
-        return True  # no values to compare; shapes agree
-    half = output.dtype in (torch.bfloat16, torch.float16)
-    return torch.allclose(output.float(), expected.float(), rtol=0.05 if half else 1e-3, atol=1e-2 if half else 1e-4)

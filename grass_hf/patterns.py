@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import experts
+from . import experts, products
 from .config import GrassConfig
 from .fields import unknown_key
 from .modules import kind_of
@@ -46,6 +46,9 @@ def uses(model: nn.Module) -> Iterator[Use]:
     for name, module in model.named_modules():
         if experts.is_experts(module):
             yield from (Use(f"{name}.{leaf}".lstrip("."), module, leaf) for leaf in experts.parameters(module))
+        elif found := products.layouts(module):
+            leaves = [name if leaf == "weight" else f"{name}.{leaf}".lstrip(".") for leaf in found]
+            yield from (Use(leaf_name, module, leaf) for leaf_name, leaf in zip(leaves, found, strict=True))
         # A list of suffixes or a regular expression may name containers too ("mlp"): only weights can be targets, and
         # not what shows a weight that lies in a layer within, as PEFT's layers do (``q_proj``, ``q_proj.base_layer``).
         elif name and isinstance(module._parameters.get("weight"), nn.Parameter):

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from torch import nn
 
-from . import experts
+from . import experts, products
 from .convert import grass_slices
 from .distributed import shape_of
 from .driving import plain_class
@@ -52,12 +52,12 @@ def start_report(model: nn.Module, optimizer: torch.optim.Optimizer) -> StartRep
     for layer in grass_slices(model):
         state = layer.state
         shape = tuple(shape_of(layer.weight))
-        targets[_pattern(state.name), shape, layer.side, state.rank, state.rank / state.size] += 1
+        targets[pattern_of(state.name), shape, layer.side, state.rank, state.rank / state.size] += 1
     slices = {id(layer.active) for layer in grass_slices(model)}
     ordinary: dict[tuple[str, str], list[int]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad and id(param) not in slices:
-            ordinary.setdefault((_pattern(name), _reason(model, name, param)), []).append(shape_of(param).numel())
+            ordinary.setdefault((pattern_of(name), _reason(model, name, param)), []).append(shape_of(param).numel())
     return StartReport(
         [(count, *kind) for kind, count in targets.items()],
         [(len(sizes), name, sum(sizes), reason) for (name, reason), sizes in ordinary.items()],
@@ -90,7 +90,7 @@ def render(report: StartReport) -> Group:
     return Group(compressed, ordinary, memory)
 
 
-def _pattern(name: str) -> str:
+def pattern_of(name: str) -> str:
     """`model.layers.3.mlp` and its siblings are one kind: `model.layers.*.mlp`."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
 
@@ -110,7 +110,7 @@ def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
     kind = kind_of(module)
     if kind is None:
         return f"a parameter of {type(module).__name__}, which is no linear layer, Conv1D, embedding or experts"
-    if leaf != "weight" and leaf not in experts.parameters(module):
+    if leaf != "weight" and leaf not in {*experts.parameters(module), *products.layouts(module)}:
         return f"a parameter beside the {kind.name} weights"
     return "not in target_modules"
 

@@ -23,7 +23,9 @@ from .drift import Drift
 from .exchange import Exchange
 from .functional import accumulation_dtype, selected_dim, take_rows
 from .grouped import grouped_linear
+from .matrices import Matrices
 from .parts import Part, SliceState, local_part
+from .products import Layout
 from .selection import strided
 from .sharing import SharedColumns
 
@@ -170,6 +172,12 @@ class Slice(Doors, Exchange, nn.Module):
         extras.pop("by_sequence")  # tokens come sorted by expert, their sequences are not known any more
         placed = {"side": self.side, "transposed": self.transposed}
         return grouped_linear(x, self.weight, tokens, self.active, self.index, **placed, **extras)
+
+    def matrices(self, layout: Layout) -> Matrices:
+        """This slice by the matrices that another's forward multiplies with, see `grass_hf.products`."""
+        extras = self._extras()
+        extras.pop("by_sequence")  # which tokens an expert sees says nothing about their sequences
+        return Matrices(self.active, self.index, dim=self.dim, layout=layout, **extras)
 
     def _extras(self) -> dict[str, Tensor | bool | None]:
         if not torch.compiler.is_compiling():

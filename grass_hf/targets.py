@@ -6,6 +6,7 @@ A weight that several modules use (a head tied to the embedding) is one target: 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from .config import GrassConfig
 from .distributed import shape_of
 from .int8 import is_int8
-from .modules import converted_class, kind_of
+from .modules import converted_class, kind_of, layout_of
 from .patterns import BASE, Use, matched_uses, output_heads, preset_name, shown, uses
 from .selection import fits
 
@@ -90,20 +91,24 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
         if reason:
             left_out[use.name] = reason
             continue
-        transposed = kind_of(use.module).transposed
+        layout = layout_of(use.module, use.parameter)
+        transposed = layout.transposed
         vocabulary = any(isinstance(each.module, nn.Embedding) or id(each.module) in heads for each in sharing)
         side = _side(sharing, vocabulary, config, transposed)
-        size = shape_of(use.weight)[-2 if (side == "output") != transposed else -1]
+        by_rows = (side == "output") != transposed
+        size = layout.rows if by_rows else shape_of(use.weight)[-1]
         rank = config.rank_for(size, use.name)
         if rank > size:
             left_out[use.name] = f"its {side} side has {size} rows, fewer than rank={rank}: trained in full"
             too_small.append(size)
             continue
+        # the matrices of a flat parameter choose their own rows, and the same columns
+        flat = layout.matrices if by_rows and len(shape_of(use.weight)) == 2 else 1
+        size, rank = size * flat, rank * flat
         sharers = tuple(other.module for other in sharing[1:])
         placed = (use.module, use.parameter, sharers, side, transposed, size, rank)
         leader = _leader(use, side, rank, targets) if config.share_index else use.name
-        selects_rows = (side == "output") != transposed and len(shape_of(use.weight)) == 2
-        blocks = config.row_blocks if selects_rows else 1
+        blocks = math.lcm(config.row_blocks, flat) if by_rows and len(shape_of(use.weight)) == 2 else 1
         if not fits(size, rank, blocks):
             raise ValueError(
                 f"{use.name}: rank={rank} of its {size} rows cannot be split over row_blocks={blocks}, the last would "
@@ -162,7 +167,7 @@ def _side(sharing: list[Use], vocabulary: bool, config: GrassConfig, transposed:
         return "output" if transposed else "input"
     if config.side != "auto":
         return config.side
-    rows, columns = shape_of(sharing[0].weight)[-2:]
+    rows, columns = layout_of(sharing[0].module, sharing[0].parameter).rows, shape_of(sharing[0].weight)[-1]
     return "output" if (columns >= rows if transposed else rows >= columns) else "input"
 
 

@@ -1,97 +1,143 @@
-"""Try every model of the matrix (tests/model_matrix.py) and write what was found to docs/support.md."""
+"""Try every class of the support matrix (tests/matrix_cases.py), each in a process of its own; write docs/support.md.
+
+    python scripts/support_table.py                      everything, then the page
+    python scripts/support_table.py --resume             go on with what runs/support_table.json does not hold yet
+    python scripts/support_table.py --only llama,bert:   types or cases ("bert:BertForMaskedLM"); no page is written
+    python scripts/support_table.py --page               the page from what was found before
+
+The exit code is 1 if any row is wrong. What was found is written to the JSON file row by row.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import multiprocessing
+import os
+import resource
 import sys
-import tempfile
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-import transformers
-from rich.progress import track
-
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-import model_matrix as matrix  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-PAGE = ROOT / "docs" / "support.md"
-HEAD = """# Supported models
+import matrix_cases  # noqa: E402
+import matrix_checks  # noqa: E402
+import support_page  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
-Written by `make support-table`, which builds every model tiny, compresses all of its matrices
-(`target_modules="all-matrices"`) and tries it:
-
-* **trains**: the loss falls over three steps at a quarter of the rows;
-* **= AdamW**: at rank = m, through the compressed path, three steps end within 1e-10 of AdamW's weights in float64;
-* **plain**: the checkpoint loads in a process where importing grass_hf fails, with the same logits (to 1e-5 for
-  mixtures, whose experts are multiplied in another order there).
-
-`make test` tries the types in bold print, `make test-slow` the others. Any model whose weights sit in `nn.Linear`,
-`Conv1D`, `nn.Embedding` or transformers' 3-D experts should work the same way; the start table of a run names
-everything that is trained in full, with the reason. The language tower of a vision-language model (LLaVA) is tried in
-`tests/test_models.py`.
-
-Tried with transformers {transformers}, torch {torch}.
-
-| model type | compressed weights of the tiny model | tied head | trains | = AdamW | plain | in full beside vectors |
-|---|---|---|---|---|---|---|
-"""
-TAIL = """
-## Not compressed, and why
-
-* **Parameters that no product of a known kind uses**: routers' scores, convolutions of state-space mixers, the
-  experts of Llama 4, DBRX and JetMoE, which have forwards of their own and no experts interface, XLNet's attention.
-  They train in full.
-* **Weights that the model reads without calling their module** get no gradient through a tap: Mamba's `dt_proj`
-  (with fused kernels `x_proj` and `out_proj` too), and the output head under a fused loss. Training stops at the first
-  step with a sentence that says which, and `exclude_modules` trains them in full.
-* **Subclasses that compute something else** than the product with their weight, and embeddings with `max_norm`,
-  `scale_grad_by_freq` or `sparse`: trained in full, named in the start table.
-* **Experts under transformers 4.57** that are 3-D parameters (gpt-oss, Llama 4) have no experts interface there;
-  mixtures made of `nn.Linear` (Mixtral, Qwen3-MoE) are compressed expert by expert.
-* **Quantised weights** stay as they are.
-"""
-
-
-def row(result: matrix.Result, plain: bool) -> str:
-    """One line of the table."""
-    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(result.kinds.items()))
-    name = f"**{result.model_type}**" if result.model_type in {**matrix.CAUSAL, **matrix.OTHERS} else result.model_type
-    excluded = matrix.EXCLUDED.get(result.model_type)
-    falls = result.losses[2] < result.losses[1] < result.losses[0]
-    in_full = sorted(parameter.removesuffix(".weight").rpartition("*.")[2] for parameter in result.in_full)
-    cells = [
-        name + (f" (without `{'`, `'.join(excluded)}`)" if excluded else ""),
-        counts,
-        _mark(result.tied, "–"),
-        _mark(falls),
-        _mark(result.apart < 1e-10 < result.moved),
-        _mark(plain),
-        ", ".join(f"`{parameter}`" for parameter in in_full) or "–",
-    ]
-    return f"| {' | '.join(cells)} |"
+FOUND = ROOT / "runs" / "support_table.json"
+# A case takes a second or two; what takes so much longer, by the clock or of a processor's time, hangs.
+LIMIT, WORK = 600.0, 60
 
 
 def main() -> int:
-    """Write the page; the exit code is 1 if something that should hold does not."""
+    """Parse, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="types or cases, separated by commas")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of the JSON file that are not wrong")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=FOUND)
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the page with what stands in docs, and write none"
+    )
+    options = parser.parse_args()
+    cases = matrix_cases.cases()
+    only = [part.rstrip(":") for part in options.only.split(",") if part]
+    chosen = [c for c in cases if not only or c.name in only or c.model_type in only]
+    rows = _read(options.json) if options.resume or options.page or only else {}
+    if not options.page:
+        done = {name for name, row in rows.items() if row["status"] != "wrong"} if options.resume else set()
+        rows = _run([c for c in chosen if c.name not in done], rows, options)
+    known = [rows[c.name] for c in cases if c.name in rows]
+    if options.check and support_page.page(known) != support_page.PAGE.read_text(encoding="utf-8"):
+        print(f"{support_page.PAGE} says something else: run make support-table")
+        return 1
+    if not only and not options.check:
+        support_page.write(known)
+    wrong = [row for row in known if row["status"] == "wrong" and (not only or row["name"] in {c.name for c in chosen})]
+    for row in wrong:
+        print(f"{row['name']}: {'; '.join(row['wrong'][:6])}")
+    counts = {status: sum(row["status"] == status for row in known) for status in ("ok", "wrong", "not built")}
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    return 1 if wrong else 0
+
+
+def _run(todo: list[matrix_cases.Case], rows: dict[str, dict], options: argparse.Namespace) -> dict[str, dict]:
+    """Try cases, so many at a time, each in a forked process with a limit of time."""
+    fork = multiprocessing.get_context("fork")
+    running: list[tuple[matrix_cases.Case, multiprocessing.Process, Connection, float]] = []
+    waiting, start = list(reversed(todo)), time.monotonic()
     torch.set_num_threads(1)
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in track(sorted(matrix.ALL), description="models"):
-            results[name], model = matrix.check(name)
-            matrix.save(model, Path(folder) / name)
-        reloaded = matrix.reload(Path(folder), list(results))
-    plain = set(reloaded.stdout.split())
-    if reloaded.returncode:
-        print(reloaded.stderr[-2000:], file=sys.stderr)
-    lines = [row(result, name in plain) for name, result in results.items()]
-    head = HEAD.format(transformers=transformers.__version__, torch=torch.__version__.partition("+")[0])
-    PAGE.write_text(head + "\n".join(lines) + "\n" + TAIL, encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)}: {len(lines)} model types")
-    return 1 if "**no**" in "".join(lines) else 0
+    transformers.logging.set_verbosity_error()
+    matrix_checks.check(matrix_cases.case("llama:LlamaForCausalLM"))  # imports what every case would import for itself
+    while waiting or running:
+        while waiting and len(running) < options.workers:
+            case = waiting.pop()
+            ours, theirs = fork.Pipe(duplex=False)
+            process = fork.Process(target=_work, args=(case, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            running.append((case, process, ours, time.monotonic()))
+        for entry in list(running):
+            if (row := _row(*entry)) is not None:
+                running.remove(entry)
+                rows[entry[0].name] = row
+                _write(options.json, rows)
+                done = len(todo) - len(waiting) - len(running)
+                elapsed = time.monotonic() - start
+                print(f"[{done}/{len(todo)} {elapsed:.0f} s] {row['name']}: {row['status']} {row['why']}", flush=True)
+        time.sleep(0.02)
+    return rows
 
 
-def _mark(holds: bool, otherwise: str = "**no**") -> str:
-    return "yes" if holds else otherwise
+def _row(case, process, pipe: Connection, since: float) -> dict | None:
+    """What a process found, or how it ended; None while it works."""
+    if pipe.poll():
+        try:
+            row = pipe.recv()
+        except EOFError:
+            process.join()
+            return _failed(case, f"its process ended with exit code {process.exitcode}")
+        process.join()
+        return row
+    if not process.is_alive():
+        return _failed(case, f"its process ended with exit code {process.exitcode}")
+    if time.monotonic() - since > LIMIT:
+        process.kill()
+        process.join()
+        return _failed(case, f"not done after {LIMIT:.0f} s")
+    return None
+
+
+def _failed(case: matrix_cases.Case, how: str) -> dict:
+    found = matrix_checks.Found(case.name, case.kind, case.cls, case.model_type, status="wrong", wrong=[how])
+    return matrix_checks.as_json(found)
+
+
+def _work(case: matrix_cases.Case, pipe: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (WORK + int(time.process_time()), resource.RLIM_INFINITY))
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1), os.dup2(silence, 2)
+    pipe.send(matrix_checks.as_json(matrix_checks.check(case)))
+    pipe.close()
+
+
+def _read(path: Path) -> dict[str, dict]:
+    return {row["name"]: row for row in json.loads(path.read_text())} if path.exists() else {}
+
+
+def _write(path: Path, rows: dict[str, dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".part")
+    fresh.write_text(json.dumps(list(rows.values()), indent=1))
+    fresh.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model matrix: tiny models of many types, and what is checked of each; `scripts/support_table.py` prints it.
+"""Tiny models of some types with settings of their own, for tests that train them; all types are in matrix_cases.py.
 
 Every model is built from its own configuration class with random weights, and all of its matrices are compressed.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,9 +15,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices
-from grass_hf.modules import kind_of
-from grass_hf.report import start_report
 
 VOCABULARY = 64
 SHAPE = {
@@ -86,50 +81,23 @@ CAUSAL: dict[str, dict] = {
     "qwen2_moe": {**GROUPED, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
 }
-# Tried by `make test-slow` only.
-MORE: dict[str, dict] = {
-    "apertus": GROUPED,
-    "arcee": GROUPED,
-    "aria_text": {**GROUPED, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
-    "biogpt": {},
-    "bitnet": GROUPED,
-    "ctrl": {**GPT2_STYLE, "dff": 48},
-    "deepseek_v2": CAUSAL["deepseek_v3"],
-    "ernie4_5": {**GROUPED, "head_dim": 8},
-    "exaone4": GROUPED,
-    "glm4_moe": {
-        **GROUPED,
-        "head_dim": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-    },
-    "granitemoeshared": {**GROUPED, "num_local_experts": 4, "shared_intermediate_size": 16},
-    "helium": {**GROUPED, "head_dim": 8},
-    "hunyuan_v1_dense": {**GROUPED, "head_dim": 8},
-    "lfm2": GROUPED,
-    "minimax": {**GROUPED, "num_local_experts": 4, "head_dim": 8},
-    "nemotron": GROUPED,
-    "openai-gpt": GPT2_STYLE,
-    "persimmon": {},
-    "seed_oss": {**GROUPED, "head_dim": 8},
-}
-# Trains, but not every matrix can be compressed; the table says which and why.
-PARTLY: dict[str, dict] = {
-    "dbrx": {
-        "d_model": 32,
-        "n_heads": 4,
-        "n_layers": 2,
-        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
-    },
-    "jetmoe": {**GROUPED, "num_local_experts": 4, "kv_channels": 8},
-    "llama4_text": {**GROUPED, "num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48},
-    "mamba": {"state_size": 4, "expand": 2, "conv_kernel": 4, "time_step_rank": 4},
-    "recurrent_gemma": {"num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 8},
-    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
-}
+# Those that other sides and rules are tried on.
+TRAINED = [
+    "bloom",
+    "falcon",
+    "gemma2",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "opt",
+    "phi3",
+    "deepseek_v3",
+    "gpt_oss",
+    "mixtral",
+    "qwen2_moe",
+]
+# It reads weights without calling their modules.
+READS = {"mamba": {"state_size": 4, "expand": 2, "conv_kernel": 4, "time_step_rank": 4}}
 # Modules whose weights the model reads without calling them: Grass stops at the first step and says so.
 EXCLUDED = {"mamba": ["dt_proj"]}
 OTHERS: dict[str, dict] = {
@@ -138,31 +106,8 @@ OTHERS: dict[str, dict] = {
 }
 
 
-ALL = {**CAUSAL, **MORE, **PARTLY, **OTHERS}
+ALL = {**CAUSAL, **READS, **OTHERS}
 AUTO = {"bert": AutoModelForSequenceClassification, "t5": AutoModelForSeq2SeqLM}
-
-
-@dataclass
-class Result:
-    """What the matrix found for one model type.
-
-    Attributes:
-        model_type: as in transformers.
-        kinds: number of compressed weights by kind.
-        tied: whether embedding and head share one slice.
-        in_full: reason by parameter pattern for what is not compressed, vectors left out.
-        losses: three training steps at a quarter of the rows.
-        apart: largest distance to AdamW's weights after three steps at rank = m, float64.
-        moved: largest distance that AdamW moved a weight.
-    """
-
-    model_type: str
-    kinds: Counter = field(default_factory=Counter)
-    tied: bool = False
-    in_full: dict[str, str] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    apart: float = float("nan")
-    moved: float = float("nan")
 
 
 def build(model_type: str) -> nn.Module:
@@ -194,16 +139,10 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict, seed:
     return loss.item()
 
 
-def train(model: nn.Module, result: Result | None = None, **options) -> list[float]:
+def train(model: nn.Module, **options) -> list[float]:
     """Convert and take three steps over two selections; the model stays converted."""
     convert_to_grass(model, GrassConfig(**{**every_matrix(model), "density": 0.25, **options}))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=5e-3)
-    if result is not None:
-        result.kinds = Counter(kind_of(part.owner).name for part in grass_slices(model))
-        uses = [id(part) for m in model.modules() for part in getattr(m, "own_slices", dict)().values()]
-        result.tied = len(uses) > len(set(uses))
-        report = start_report(model, optimizer)
-        result.in_full = {name: reason for _, name, _, reason in report.ordinary if "a vector" not in reason}
     model.train()
     inputs = batch(model)
     return [step(model, optimizer, inputs, seed=0) for _ in range(3)]
@@ -228,15 +167,6 @@ def distance_at_full_rank(model: nn.Module, **options) -> tuple[float, float]:
     apart = max((final[name] - p).abs().max().item() for name, p in full.items())
     moved = max((start[name] - p).abs().max().item() for name, p in full.items())
     return apart, moved
-
-
-def check(model_type: str) -> tuple[Result, nn.Module]:
-    """All of a type's findings, and the converted model after training."""
-    result = Result(model_type)
-    model = build(model_type)
-    result.losses = train(model, result)
-    result.apart, result.moved = distance_at_full_rank(build(model_type))
-    return result, model
 
 
 def save(model: nn.Module, folder: Path) -> None:
