@@ -290,8 +290,8 @@ def _parted(part: Slice, moved: set[str]) -> str:
     if moved == {"slice"}:
         return (
             f"the slice of {part.state.name} was changed and its weight was not, so the model does not compute with "
-            "what is trained: an optimizer that does not drive the slices took a step, or one that moves parameters itself "
-            f"(SAM, an average of parameters, local SGD). {_REMEDY}"
+            "what is trained: an optimizer that does not drive the slices took a step, or one that moves parameters "
+            f"itself (SAM, an average of parameters, local SGD). {_REMEDY}"
         )
     return (
         f"the slice of {part.state.name} and its weight hold different values: something moved them on its own (an "
