@@ -17,6 +17,7 @@ zero gradients), changes nothing here.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -100,8 +101,11 @@ class GrassController(LettingGo):
     # -- the step ----------------------------------------------------------------------------------------------
 
     def follows(self, optimizer: object) -> bool:
-        """Whether what is done to an optimizer counts for the slices: an engine may have taken it over."""
-        return self.following and self.optimizer is optimizer
+        """Whether what is done to an optimizer counts for the slices: an engine may have taken it over.
+
+        A wrapper that imitates the class of the optimizer in it, as Lightning's do, is taken for the optimizer.
+        """
+        return self.following and (self.optimizer is optimizer or self.optimizer in vars(optimizer).values())
 
     def around(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Take a step with all that belongs to it; `original` is the optimizer's own.
@@ -111,18 +115,25 @@ class GrassController(LettingGo):
         """
         layers = self.slices
         self.link.require()
-        args, kwargs, makes_gradients = driving.after_closure(self._before_step, args, kwargs)
-        if not makes_gradients:
-            self._before_step()
-        self.is_stepping = True
-        try:
-            with warmup.changed(self._rate_factors(layers)):
+        with contextlib.ExitStack() as rates:
+
+            def prepare() -> None:
+                self._before_step()
+                # not before the closure: schedulers, users and freed weights change the rates that are put back
+                rates.close()
+                rates.enter_context(warmup.changed(self._rate_factors(self.slices)))
+
+            args, kwargs, makes_gradients = driving.after_closure(prepare, args, kwargs)
+            if not makes_gradients:
+                prepare()
+            self.is_stepping = True
+            try:
                 if self.config.resident:
                     result = original(*args, **kwargs)
                 else:
                     result = step_in_chunks(self.optimizer, original, layers, *args, **kwargs)
-        finally:
-            self.is_stepping = False
+            finally:
+                self.is_stepping = False
         self._after_step()
         return result
 
