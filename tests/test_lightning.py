@@ -1,5 +1,7 @@
 """Lightning's Trainer trains as a plain loop does: the closure, accumulation, clipping, precision, a resumed run."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers import assert_same_weights, plain_state, tiny_llama
@@ -8,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from grass_hf.convert import grass_slices, is_converted
 
-pytest.importorskip("lightning")
+lightning = pytest.importorskip("lightning")
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning_runs import Manual, Module, assert_close, assert_same_run, fit, grass_steps, loader, loop, quiet
@@ -173,10 +175,11 @@ def test_two_optimizers_of_which_one_drives_slices():
             ours, other = self.optimizers() if self._trainer else self.both
             hidden = self.model.model(batch["input_ids"]).last_hidden_state
             for optimizer, sign in ((other, 1.0), (ours, -1.0)):
-                loss = sign * self.critic(hidden.detach() if sign == 1.0 else hidden).sigmoid().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                with optimizer.toggle_model() if self._trainer else contextlib.nullcontext():
+                    loss = sign * self.critic(hidden.detach() if sign == 1.0 else hidden).sigmoid().mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
                 self.seen.append(loss.item())
 
     module, reference = Two("__init__"), Two("__init__")
@@ -246,3 +249,39 @@ def test_a_checkpoint_is_read_by_plain_modules_and_by_converted_ones(tmp_path):
         read = Module.load_from_checkpoint(tmp_path / "run.ckpt", where=where)
         assert_same_weights(read.model, module.model)
         assert is_converted(read.model) == (where is not None)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fabric_equals_the_plain_loop(precision):
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)
+    module = Module("__init__", selection="top_r")
+    model, optimizer = fabric.setup(module.model, module.optimizer())
+    for batch in fabric.setup_dataloaders(loader()):
+        fabric.backward(model(**batch).loss * 100)
+        optimizer.zero_grad(set_to_none=False)  # an evaluation of gradients that is thrown away
+        loss = model(**batch).loss
+        module.seen.append(loss.item())
+        fabric.backward(loss)
+        fabric.clip_gradients(model, optimizer, max_norm=0.1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else None
+    reference = Module(selection="top_r")
+    assert_same_run(module, loop(reference, dtype=dtype, clip=lambda params: clip_grad_norm_(params, 0.1)))
+    assert optimizer.state_dict()["param_groups"][-1]["grass"]
+
+
+def test_a_state_dict_of_lightnings_wrapper_has_all():
+    class Saving(Manual):
+        def on_train_end(self):
+            self.saved = self.optimizers().state_dict()
+
+    module = Saving()
+    fit(module)
+    other = Module("__init__")
+    other.model.load_state_dict(module.model.state_dict())
+    optimizer = other.optimizer()
+    optimizer.load_state_dict(module.saved)
+    assert optimizer.grass.step == 6
+    for part, source in zip(grass_slices(other.model), grass_slices(module.model), strict=True):
+        assert torch.equal(part.index, source.index) and torch.equal(part.active, source.active)
