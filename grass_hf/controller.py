@@ -32,7 +32,7 @@ from .convert import describe
 from .distributed import check_agreement, forget_residuals, local, world_size
 from .driving import driving_class, plain_class
 from .link import Link
-from .regroup import GROUP_KEY, VOCABULARY_KEY, LettingGo
+from .regroup import GROUP_KEY, LettingGo
 from .remap import carry_rows
 from .seeding import Seed, seed_for
 from .slices import Slice
@@ -56,6 +56,7 @@ class GrassController(LettingGo):
     """
 
     following = True
+    _rates_known = False
 
     def __init__(
         self,
@@ -121,7 +122,8 @@ class GrassController(LettingGo):
                 self._before_step()
                 # not before the closure: schedulers, users and freed weights change the rates that are put back
                 rates.close()
-                rates.enter_context(warmup.changed(self._rate_factors(self.slices)))
+                factors = warmup.factors(self.config, self.step, self.slices, self.groups)
+                rates.enter_context(warmup.changed(factors))
 
             args, kwargs, makes_gradients = driving.after_closure(prepare, args, kwargs)
             if not makes_gradients:
@@ -186,17 +188,10 @@ class GrassController(LettingGo):
             for part in layers:
                 part.check_alignment()
                 part.check_sharding()
+        if layers and self.step < 2 and not self._rates_known:
+            asked = [settings.get("lr") for settings in self.asked.values()]
+            self._rates_known = guards.check_rates(self.optimizer.param_groups, self.config.scale, asked)
         self._check_finite(layers)
-
-    def _rate_factors(self, layers: list[Slice]) -> list[warmup.Factor]:
-        """What the coming step's learning rates are multiplied with."""
-        found: list[warmup.Factor] = []
-        if layers and self.step < self.config.scale_warmup:
-            scaled = [group for group in self.groups().values() if VOCABULARY_KEY not in group]
-            found += warmup.after_start(self.config.scale_warmup, self.step, scaled)
-        if self.config.state_policy == "reset_warmup":
-            found += warmup.after_reset(self.config, self.step, layers, self.groups())
-        return found
 
     # -- after the step ----------------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from grass_hf.convert import grass_slices, is_converted
 
 lightning = pytest.importorskip("lightning")
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.plugins import MixedPrecision
-from lightning_runs import Manual, Module, assert_close, assert_same_run, fit, grass_steps, loader, loop, quiet
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from lightning_runs import Manual, Module, assert_close, assert_same_run, fit, grass_steps, loader, loop, quiet  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures(quiet.__name__)
 

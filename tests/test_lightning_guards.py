@@ -102,7 +102,7 @@ def test_a_plain_optimizer_stops_at_the_first_step(made):
     module = Plain("__init__" if made == "after" else "configure_optimizers")
     before = plain_state(module.model)
     words = "holds the slice of" if made == "after" else "was made before the conversion"
-    with pytest.raises(RuntimeError, match=f"this AdamW {words}.*grass_optimizer"):
+    with pytest.raises(RuntimeError, match=rf"this AdamW {words}.*grass_optimizer"):
         fit(module)
     assert_close(plain_state(module.model), before, atol=0.0)
 

@@ -66,7 +66,7 @@ def loop(epochs=3, clip=None, schedule=None, density=0.25, **settings):
     model = Net(density, **settings)
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
     x, y = (torch.from_numpy(each) for each in data())
-    for epoch in range(epochs):
+    for _ in range(epochs):
         for start in range(0, len(x), 8):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[start : start + 8]), y[start : start + 8]).backward()
@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_before_a_weight_changes():
 def test_a_plain_optimizer_stops_at_the_first_step():
     trained = net(skorch.NeuralNetClassifier).initialize()
     before = plain_state(trained.module_)
-    with pytest.raises(RuntimeError, match="this AdamW holds the slice of .*grass_optimizer"):
+    with pytest.raises(RuntimeError, match=r"this AdamW holds the slice of .*grass_optimizer"):
         trained.partial_fit(*data())
     assert all(torch.equal(value, before[name]) for name, value in plain_state(trained.module_).items())
 
