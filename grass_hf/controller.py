@@ -17,6 +17,7 @@ zero gradients), changes nothing here.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from .convert import describe
 from .distributed import check_agreement, forget_residuals, local, world_size
 from .driving import driving_class, plain_class
 from .link import Link
-from .regroup import GROUP_KEY, VOCABULARY_KEY, LettingGo
+from .regroup import GROUP_KEY, LettingGo
 from .remap import carry_rows
 from .seeding import Seed, seed_for
 from .slices import Slice
@@ -55,6 +56,7 @@ class GrassController(LettingGo):
     """
 
     following = True
+    _rates_known = False
 
     def __init__(
         self,
@@ -100,8 +102,11 @@ class GrassController(LettingGo):
     # -- the step ----------------------------------------------------------------------------------------------
 
     def follows(self, optimizer: object) -> bool:
-        """Whether what is done to an optimizer counts for the slices: an engine may have taken it over."""
-        return self.following and self.optimizer is optimizer
+        """Whether what is done to an optimizer counts for the slices: an engine may have taken it over.
+
+        A wrapper that imitates the class of the optimizer in it, as Lightning's do, is taken for the optimizer.
+        """
+        return self.following and (self.optimizer is optimizer or self.optimizer in vars(optimizer).values())
 
     def around(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Take a step with all that belongs to it; `original` is the optimizer's own.
@@ -111,18 +116,26 @@ class GrassController(LettingGo):
         """
         layers = self.slices
         self.link.require()
-        args, kwargs, makes_gradients = driving.after_closure(self._before_step, args, kwargs)
-        if not makes_gradients:
-            self._before_step()
-        self.is_stepping = True
-        try:
-            with warmup.changed(self._rate_factors(layers)):
+        with contextlib.ExitStack() as rates:
+
+            def prepare() -> None:
+                self._before_step()
+                # not before the closure: schedulers, users and freed weights change the rates that are put back
+                rates.close()
+                factors = warmup.factors(self.config, self.step, self.slices, self.groups)
+                rates.enter_context(warmup.changed(factors))
+
+            args, kwargs, makes_gradients = driving.after_closure(prepare, args, kwargs)
+            if not makes_gradients:
+                prepare()
+            self.is_stepping = True
+            try:
                 if self.config.resident:
                     result = original(*args, **kwargs)
                 else:
                     result = step_in_chunks(self.optimizer, original, layers, *args, **kwargs)
-        finally:
-            self.is_stepping = False
+            finally:
+                self.is_stepping = False
         self._after_step()
         return result
 
@@ -174,17 +187,10 @@ class GrassController(LettingGo):
             for part in layers:
                 part.check_alignment()
                 part.check_sharding()
+        if layers and self.step < 2 and not self._rates_known:
+            asked = [settings.get("lr") for settings in self.asked.values()]
+            self._rates_known = guards.check_rates(self.optimizer.param_groups, self.config.scale, asked)
         self._check_finite(layers)
-
-    def _rate_factors(self, layers: list[Slice]) -> list[warmup.Factor]:
-        """What the coming step's learning rates are multiplied with."""
-        found: list[warmup.Factor] = []
-        if layers and self.step < self.config.scale_warmup:
-            scaled = [group for group in self.groups().values() if VOCABULARY_KEY not in group]
-            found += warmup.after_start(self.config.scale_warmup, self.step, scaled)
-        if self.config.state_policy == "reset_warmup":
-            found += warmup.after_reset(self.config, self.step, layers, self.groups())
-        return found
 
     # -- after the step ----------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import gc
 import logging
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from .distributed import local, whole, world_size
 from .exclusion import exclusion, summary
 from .int8 import is_int8
 from .patterns import uses
+from .regroup import GROUP_KEY, VOCABULARY_KEY
 from .slices import Slice
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,35 @@ def check_observed(observed: dict[Slice, Tensor | None], step: int) -> None:
             "torch.autograd.grad, backward(inputs=...) and pipeline schedules that split backward (zero bubble) pass "
             "them by. Use loss.backward(), ScheduleGPipe or Schedule1F1B."
         )
+
+
+def check_rates(groups: list[dict[str, Any]], scale: float, asked: Iterable[float | None]) -> bool:
+    """Stop where something gave all parameter groups one learning rate, so that `scale` has no effect.
+
+    Args:
+        groups: of the optimizer.
+        scale: of the config.
+        asked: the slices' learning rates when the optimizer was made.
+
+    Returns:
+        Whether it is known: a rate of zero, at the beginning of a warm-up, says nothing.
+
+    Raises:
+        ValueError: one rate for ordinary parameters and slices, and not the one that slices were made with.
+    """
+    rates = {None if group["lr"] is None else float(group["lr"]) for group in groups}
+    kinds = {GROUP_KEY in group for group in groups if VOCABULARY_KEY not in group}
+    rate = next(iter(rates))
+    if scale == 1.0 or len(rates) > 1 or len(kinds) < 2 or rate is None or rate in asked:
+        return True
+    if rate == 0.0:
+        return False
+    raise ValueError(
+        f"every parameter group has the learning rate {rate:.6g}, the slices' too, and scale={scale} was to make "
+        f"theirs {rate * scale:.6g}: a scheduler that gives all groups one rate (OneCycleLR, CyclicLR, DeepSpeed's WarmupLR) "
+        "has overwritten it. Give it a rate for each group, max_lr=[group['lr'] for group in optimizer.param_groups] "
+        "say, or use scale=1.0."
+    )
 
 
 def int8_weights(slices: Iterable[Slice]) -> str:

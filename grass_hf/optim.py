@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def attach(
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer in layers:
         check_shape(layer)
-        if id(layer.active) not in held or id(layer.weight) in held:
+        if id(layer.active) not in held:
             raise ValueError(
                 f"the optimizer does not hold the slice of {layer.state.name}: make it after convert_to_grass, "
                 "over the model's trainable parameters."
@@ -115,21 +115,31 @@ def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         id(layer.active): (apart and layer.vocabulary, layer.state.phase if per_phase else -1)
         for layer in grass_slices(model)
     }
+    frozen = {id(layer.weight) for layer in grass_slices(model)}
     for group in list(optimizer.param_groups):
+        # model.parameters() has the weights of slices too, and so do tools that ask for it (skorch)
+        _take_out(group, frozen)
         slices = defaultdict(list)
         for param in group["params"]:
             if id(param) in kinds:
                 slices[kinds[id(param)]].append(param)
         if not slices:
             continue
-        settings = {key: value for key, value in group.items() if key != "params"}
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         scaled = settings | _scaled(group, config)
-        ordinary = [param for param in group["params"] if id(param) not in kinds]
-        group["params"] = ordinary
+        names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
+        _take_out(group, kinds.keys())
         for (is_vocabulary, phase), members in sorted(slices.items()):
             own = {**settings, VOCABULARY_KEY: True} if is_vocabulary else scaled
-            optimizer.add_param_group({**own, "params": members, GROUP_KEY: phase})
+            params = [(names[id(param)], param) for param in members] if names else members
+            optimizer.add_param_group({**own, "params": params, GROUP_KEY: phase})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _take_out(group: dict[str, Any], gone: Container[int]) -> None:
+    kept = [number for number, param in enumerate(group["params"]) if id(param) not in gone]
+    for key in group.keys() & {"params", "param_names"}:
+        group[key] = [group[key][number] for number in kept]
 
 
 def _scaled(group: dict[str, Any], config) -> dict[str, Any]:

@@ -9,11 +9,12 @@ The rates of the groups, which schedulers and users see, are changed only for th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from .config import GrassConfig
+from .regroup import VOCABULARY_KEY
 from .slices import Slice
 
 # With state_policy="reset_warmup" the slices' learning rate rises over this share of the interval after a reset.
@@ -26,6 +27,26 @@ class Factor(NamedTuple):
     group: dict[str, Any]
     rate: float
     decay: float = 1.0
+
+
+def factors(
+    config: GrassConfig, step: int, layers: list[Slice], groups: Callable[[], dict[int, dict[str, Any]]]
+) -> list[Factor]:
+    """What the coming step's learning rates are multiplied with.
+
+    Args:
+        config: of the run.
+        step: number of the optimizer step.
+        layers: the slices.
+        groups: gives the parameter group of each slice, by the id of its parameter.
+    """
+    found: list[Factor] = []
+    if layers and step < config.scale_warmup:
+        scaled = [group for group in groups().values() if VOCABULARY_KEY not in group]
+        found += after_start(config.scale_warmup, step, scaled)
+    if config.state_policy == "reset_warmup":
+        found += after_reset(config, step, layers, groups())
+    return found
 
 
 def scale_reached(steps: int, step: int) -> float:
