@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from . import base_record, checkpoint, drift, driving, guards, reselect, selection, warmup, watching
 from .convert import describe
-from .distributed import check_agreement, forget_residuals, local, world_size
+from .distributed import check_agreement, forget_residuals, is_sharded, local, world_size
 from .driving import driving_class, plain_class
 from .link import Link
 from .regroup import GROUP_KEY, VOCABULARY_KEY, LettingGo
@@ -71,7 +71,7 @@ class GrassController(LettingGo):
         self.config = model.grass.config
         self.step = 0
         self.due: set[str] = set()
-        self.is_stepping = self._has_stepped = False
+        self.is_stepping = self._has_stepped = self._has_moved = False
         self.link = Link(model.grass, optimizer)
         self.asked = base_record.asked(self)
         optimizer.__class__ = driving_class(plain_class(optimizer))
@@ -103,6 +103,7 @@ class GrassController(LettingGo):
         """Whether what is done to an optimizer counts for the slices: an engine may have taken it over."""
         return self.following and self.optimizer is optimizer
 
+    @torch._disable_dynamo  # in a step that is compiled as well, as torch's own optimizers do for what cannot be
     def around(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Take a step with all that belongs to it; `original` is the optimizer's own.
 
@@ -154,6 +155,7 @@ class GrassController(LettingGo):
     def settle(self) -> None:
         """Multiply in all weight decay that rows are owed: the end of training."""
         for layer in self.slices:
+            drift.follow_edited(layer)
             layer.settle_decay(self._rounding_seed(layer))
 
     # -- before the step ---------------------------------------------------------------------------------------
@@ -199,6 +201,7 @@ class GrassController(LettingGo):
             self._has_stepped = True
             watching.watched(self.model)
         groups = self.groups()
+        self._check_moved(layers)
         self._write_back(layers)
         for layer in layers:
             self._owe_decay(layer, groups[id(layer.active)])
@@ -280,6 +283,12 @@ class GrassController(LettingGo):
     def _check_finite(self, layers: list[Slice]) -> None:
         if not hasattr(self.optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
             guards.check_finite(layers, self.step)
+
+    def _check_moved(self, layers: list[Slice]) -> None:
+        if not self._has_moved and all(group["lr"] is None or group["lr"] > 0 for group in self.optimizer.param_groups):
+            self._has_moved = True
+            if self.config.resident and not any(is_sharded(layer.active) for layer in layers):
+                guards.check_moved(self.optimizer, layers, self.step)
 
     def _write_back(self, layers: list[Slice]) -> None:
         for layer in layers:

@@ -11,11 +11,13 @@ Not everything leaves a mark: fused optimizers do not count versions up, and nei
 
 * a frozen weight is a `FrozenWeight`, which notes that somebody asked for its ``.data``;
 * values are compared whatever the marks say in the forward passes 1, 2, 4, 8, ... and in the first one after an
-  evaluation, where weights are swapped and averaged;
+  evaluation, where weights are swapped and averaged, and where weights are used that no mark was left on: in the first
+  evaluation after training, and in a state dict;
 * an optimizer that holds a slice and does not drive it is stopped before its first step (`grass_hf.undriven`).
 
 In an ordinary step no value is read and no device is waited for. In a compiled graph nothing of this exists; then, and
-where parameters are sharded, whose whole tensors come and go, the marks are compared before the optimizer's step.
+where parameters are sharded, whose whole tensors come and go, the marks are compared before the optimizer's step. A
+weight that is overwritten between the passes and the step is followed there too.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from . import distributed
 from .int8 import is_int8
 from .parts import local_part
 from .rounding import loses_digits
+from .twice import is_transformed
 
 if TYPE_CHECKING:
     from .slices import Slice
@@ -131,14 +134,44 @@ def check_step(part: Slice) -> None:
     record = part.drift
     record.sharded = record.sharded or distributed.is_sharded(part._parameters["active"])
     seen, record.seen = record.seen, False
-    if (record.sharded or not seen) and _changed(part, record):
+    # after a forward pass looked, only the weight matters: what has changed the slice since is written back with it
+    look = _weight_changed if seen and not record.sharded else _changed
+    if look(part, record):
         confirm(part)
 
 
 def check_after_evaluation(part: Slice) -> None:
-    """Let the next training forward pass compare values: weights may have been swapped for the evaluation."""
-    if not part.training and not torch.compiler.is_compiling():
-        part.drift.look = True
+    """Let the next training forward pass compare values: weights may have been swapped for the evaluation.
+
+    Raises:
+        RuntimeError: as `check_use`.
+    """
+    record = part.drift
+    if not part.training and not torch.compiler.is_compiling() and not is_transformed():
+        if not record.look:
+            check_use(part)
+        record.look = True
+
+
+def check_use(part: Slice) -> None:
+    """Look before a weight is saved, and before the first evaluation after a training forward pass.
+
+    Raises:
+        RuntimeError: the slice was changed alone, by an average that is put into what is trained, say.
+    """
+    record, weight = part.drift, part.owner._parameters.get(part.parameter)
+    if weight is None or record.marks is None or distributed.is_sharded(part.active):
+        return
+    with _disable_current_modes():
+        if "weight" in _moved(part, record) or not _comparable(part, weight) or not _fits(part, weight):
+            return
+        if not _agree(part, record):
+            raise RuntimeError(
+                f"the slice of {part.state.name} was changed and its weight was not, so what is evaluated and saved is "
+                "not what the slice holds: something moves the parameters that are trained (an average of parameters, "
+                "Lookahead, weights that are clipped). Let it move the weights: average model.state_dict(), or use "
+                "torch.optim.swa_utils.AveragedModel(model); change module.weight, which the slice follows."
+            )
 
 
 def confirm(part: Slice) -> None:
@@ -206,6 +239,12 @@ def follow_weight(part: Slice) -> bool:
     return alone
 
 
+def follow_edited(part: Slice) -> None:
+    """Let a slice follow a weight that was changed after the last forward pass, before it is written back."""
+    if part.drift.marks is not None and not distributed.is_sharded(part.active) and _weight_changed(part, part.drift):
+        follow_weight(part)
+
+
 def _weight(part: Slice) -> nn.Parameter:
     weight = part.owner._parameters.get(part.parameter)
     if weight is None:
@@ -235,6 +274,13 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
 def _changed(part: Slice, record: Drift) -> bool:
     weight = part.owner._parameters.get(part.parameter)
     return weight is None or getattr(weight, "touched", False) or record.marks != _marks(part, weight)
+
+
+def _weight_changed(part: Slice, record: Drift) -> bool:
+    weight, marks = part.owner._parameters.get(part.parameter), record.marks
+    if type(weight) is FrozenWeight and marks is not None:
+        return weight.touched or weight._version != marks[2]
+    return _changed(part, record)
 
 
 def _moved(part: Slice, record: Drift) -> set[str]:

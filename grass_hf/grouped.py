@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .functional import along_slice, selected_dim, squared_norms
+from .twice import once
 
 
 def grouped_linear(
@@ -108,7 +109,8 @@ class _GroupedLinear(torch.autograd.Function):
                 grad[expert] = torch.mm(left.t(), right)
             if multiplier is not None:
                 grad = grad * along_slice(multiplier.to(grad.dtype), selected_dim(ctx.side, ctx.transposed))
-        return dx, None, grad, None, None, _stacked(norms2) if ctx.observe else None, None, None, None
+        norms2 = _stacked(norms2) if ctx.observe else None
+        return dx if dx is None else once(dx), None, once(grad), None, None, norms2, None, None, None
 
 
 def _segments(tokens: list[int]):

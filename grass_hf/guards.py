@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from .config import GrassConfig
 from .distributed import local, whole, world_size
+from .driving import plain_class
 from .exclusion import exclusion, summary
 from .int8 import is_int8
+from .parts import local_part
 from .patterns import uses
 from .slices import Slice
 
@@ -164,6 +166,33 @@ def check_each_reached(
             f"{len(lacking)} weight(s) received no gradient at optimizer step {step}, though their neighbours did: "
             f"{summary(lacking)}. The model reads them without calling them (a fused kernel or a fused loss), or does "
             f"not use them. Train just these in full with {_exclusion(lacking, model)}, or switch the fused kernel off."
+        )
+
+
+def check_moved(optimizer: torch.optim.Optimizer, slices: list[Slice], step: int) -> None:
+    """Stop after a step that has moved no slice: some optimizers step over their first parameter group only.
+
+    Args:
+        optimizer: that has just taken a step with a learning rate above zero.
+        slices: of the model, not written back yet.
+        step: number of the optimizer step, for errors.
+
+    Raises:
+        RuntimeError: slices have gradients and no state, and are what they were.
+    """
+    stepped = [part for part in slices if has_gradient(part.active)]
+    for part in stepped:
+        marks = part.drift.marks
+        if optimizer.state.get(part.active) or marks is None or part.active._version != marks[0]:
+            return
+    if any(group.get("fused") for group in optimizer.param_groups):  # counts no versions
+        return
+    if any(bool(part.active.grad.any()) for part in stepped) and all(local_part(part).agrees() for part in stepped):
+        kind = plain_class(optimizer).__name__
+        raise RuntimeError(
+            f"{kind} took optimizer step {step} and moved none of the {len(stepped)} slices that have gradients: it "
+            "steps over its first parameter group only, perhaps, and slices have groups of their own. Use another "
+            "optimizer, or let it go through all of its param_groups."
         )
 
 

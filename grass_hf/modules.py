@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
-from . import experts, int8
+from . import drift, experts, int8
 from .distributed import gathered
 from .slices import Slice
 
@@ -41,6 +41,11 @@ class GrassModule(nn.Module):
         """The slices of this module's weights by attribute, also one that it shares with the module that holds it."""
         members = {**self._modules, **self.__dict__}
         return {name: member for name, member in members.items() if isinstance(member, Slice)}
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        for part in self.own_slices().values():
+            drift.check_use(part)
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -26,6 +26,7 @@ from .grouped import grouped_linear
 from .parts import Part, SliceState, local_part
 from .selection import strided
 from .sharing import SharedColumns
+from .twice import refuse_transforms
 
 _LIVING: weakref.WeakSet[Slice] = weakref.WeakSet()
 _made = 0
@@ -173,6 +174,7 @@ class Slice(Doors, Exchange, nn.Module):
 
     def _extras(self) -> dict[str, Tensor | bool | None]:
         if not torch.compiler.is_compiling():
+            refuse_transforms()
             look = drift.check_pass if torch.is_grad_enabled() else drift.check_after_evaluation
             look(self)
             self.drop_stale_norms()
