@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from . import base_record, checkpoint, drift, driving, guards, reselect, selection, warmup, watching
 from .convert import describe
-from .distributed import check_agreement, forget_residuals, is_sharded, local, world_size
+from .distributed import check_agreement, forget_residuals, local, world_size
 from .driving import driving_class, plain_class
+from .evaluated import follow_edited
 from .link import Link
 from .regroup import GROUP_KEY, VOCABULARY_KEY, LettingGo
 from .remap import carry_rows
@@ -155,7 +156,7 @@ class GrassController(LettingGo):
     def settle(self) -> None:
         """Multiply in all weight decay that rows are owed: the end of training."""
         for layer in self.slices:
-            drift.follow_edited(layer)
+            follow_edited(layer)
             layer.settle_decay(self._rounding_seed(layer))
 
     # -- before the step ---------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ class GrassController(LettingGo):
             self._has_stepped = True
             watching.watched(self.model)
         groups = self.groups()
-        self._check_moved(layers)
+        self._has_moved = self._has_moved or guards.check_moved(self.optimizer, layers, self.step)
         self._write_back(layers)
         for layer in layers:
             self._owe_decay(layer, groups[id(layer.active)])
@@ -283,12 +284,6 @@ class GrassController(LettingGo):
     def _check_finite(self, layers: list[Slice]) -> None:
         if not hasattr(self.optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
             guards.check_finite(layers, self.step)
-
-    def _check_moved(self, layers: list[Slice]) -> None:
-        if not self._has_moved and all(group["lr"] is None or group["lr"] > 0 for group in self.optimizer.param_groups):
-            self._has_moved = True
-            if self.config.resident and not any(is_sharded(layer.active) for layer in layers):
-                guards.check_moved(self.optimizer, layers, self.step)
 
     def _write_back(self, layers: list[Slice]) -> None:
         for layer in layers:

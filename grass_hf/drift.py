@@ -35,7 +35,6 @@ from . import distributed
 from .int8 import is_int8
 from .parts import local_part
 from .rounding import loses_digits
-from .twice import is_transformed
 
 if TYPE_CHECKING:
     from .slices import Slice
@@ -134,44 +133,10 @@ def check_step(part: Slice) -> None:
     record = part.drift
     record.sharded = record.sharded or distributed.is_sharded(part._parameters["active"])
     seen, record.seen = record.seen, False
-    # after a forward pass looked, only the weight matters: what has changed the slice since is written back with it
-    look = _weight_changed if seen and not record.sharded else _changed
+    # what has changed a slice since a forward pass looked is written back with it; a weight's change would be lost
+    look = weight_changed if seen and not record.sharded else _changed
     if look(part, record):
         confirm(part)
-
-
-def check_after_evaluation(part: Slice) -> None:
-    """Let the next training forward pass compare values: weights may have been swapped for the evaluation.
-
-    Raises:
-        RuntimeError: as `check_use`.
-    """
-    record = part.drift
-    if not part.training and not torch.compiler.is_compiling() and not is_transformed():
-        if not record.look:
-            check_use(part)
-        record.look = True
-
-
-def check_use(part: Slice) -> None:
-    """Look before a weight is saved, and before the first evaluation after a training forward pass.
-
-    Raises:
-        RuntimeError: the slice was changed alone, by an average that is put into what is trained, say.
-    """
-    record, weight = part.drift, part.owner._parameters.get(part.parameter)
-    if weight is None or record.marks is None or distributed.is_sharded(part.active):
-        return
-    with _disable_current_modes():
-        if "weight" in _moved(part, record) or not _comparable(part, weight) or not _fits(part, weight):
-            return
-        if not _agree(part, record):
-            raise RuntimeError(
-                f"the slice of {part.state.name} was changed and its weight was not, so what is evaluated and saved is "
-                "not what the slice holds: something moves the parameters that are trained (an average of parameters, "
-                "Lookahead, weights that are clipped). Let it move the weights: average model.state_dict(), or use "
-                "torch.optim.swa_utils.AveragedModel(model); change module.weight, which the slice follows."
-            )
 
 
 def confirm(part: Slice) -> None:
@@ -189,22 +154,22 @@ def _confirm(part: Slice) -> None:
     record = part.drift
     record.look = False
     weight = _weight(part)
-    if not _comparable(part, weight):
+    if not comparable(part, weight):
         return
     check_shape(part)
-    moved = _moved(part, record)
-    if _agree(part, record):
+    parted = moved(part, record)
+    if agree(part, record):
         if record.dtype not in (None, weight.dtype):
             _warn_of_cast(part.active.dtype, record.dtype)
         track(weight)
         # of a model that was cast the slice may hold more digits; the next step writes them back
         record.note(part, record.dtype)
         return
-    if moved == {"weight"}:
+    if parted == {"weight"}:
         logger.info("%s: its weight was changed, and the slice follows it.", part.state.name)
         part.take_new_weight()
         return
-    raise RuntimeError(_parted(part, moved))
+    raise RuntimeError(_parted(part, parted))
 
 
 def check_shape(part: Slice) -> None:
@@ -214,7 +179,7 @@ def check_shape(part: Slice) -> None:
         RuntimeError: it was.
     """
     weight = _weight(part)
-    if distributed.is_partitioned(weight) or _fits(part, weight):
+    if distributed.is_partitioned(weight) or fits(part, weight):
         return
     raise RuntimeError(
         f"the weight of {part.state.name} has the shape {tuple(weight.shape)} now, and its slice "
@@ -230,19 +195,13 @@ def follow_weight(part: Slice) -> bool:
     For the end of training, where the weight is what the model computes with.
     """
     record, weight = part.drift, _weight(part)
-    if not _comparable(part, weight) or (_fits(part, weight) and _agree(part, record)):
+    if not comparable(part, weight) or (fits(part, weight) and agree(part, record)):
         return False
-    alone = _moved(part, record) == {"slice"}
+    alone = moved(part, record) == {"slice"}
     part.state.owed = 1.0
-    if _fits(part, weight):
+    if fits(part, weight):
         part.reload()
     return alone
-
-
-def follow_edited(part: Slice) -> None:
-    """Let a slice follow a weight that was changed after the last forward pass, before it is written back."""
-    if part.drift.marks is not None and not distributed.is_sharded(part.active) and _weight_changed(part, part.drift):
-        follow_weight(part)
 
 
 def _weight(part: Slice) -> nn.Parameter:
@@ -276,14 +235,14 @@ def _changed(part: Slice, record: Drift) -> bool:
     return weight is None or getattr(weight, "touched", False) or record.marks != _marks(part, weight)
 
 
-def _weight_changed(part: Slice, record: Drift) -> bool:
+def weight_changed(part: Slice, record: Drift) -> bool:
     weight, marks = part.owner._parameters.get(part.parameter), record.marks
     if type(weight) is FrozenWeight and marks is not None:
         return weight.touched or weight._version != marks[2]
     return _changed(part, record)
 
 
-def _moved(part: Slice, record: Drift) -> set[str]:
+def moved(part: Slice, record: Drift) -> set[str]:
     """Which of the two has another mark than when they agreed; both where that is not known."""
     if record.marks is None:
         return {"slice", "weight"}
@@ -295,7 +254,7 @@ def _moved(part: Slice, record: Drift) -> set[str]:
     return moved
 
 
-def _comparable(part: Slice, weight: nn.Parameter) -> bool:
+def comparable(part: Slice, weight: nn.Parameter) -> bool:
     """Whether values can be compared here; an engine that keeps slices in its own way looks after them itself."""
     active = part.active
     if part.is_released or part.unfilled or part.rank_part is not local_part or distributed.is_partitioned(weight):
@@ -303,14 +262,14 @@ def _comparable(part: Slice, weight: nn.Parameter) -> bool:
     return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in (active, weight))
 
 
-def _fits(part: Slice, weight: nn.Parameter) -> bool:
+def fits(part: Slice, weight: nn.Parameter) -> bool:
     expected = list(weight.shape)
     expected[part.dim] = part.state.rank
     return list(part.active.shape) == expected and weight.shape[part.dim] == part.state.size
 
 
 @torch.no_grad()
-def _agree(part: Slice, record: Drift) -> bool:
+def agree(part: Slice, record: Drift) -> bool:
     weight_dtype = _weight(part).dtype
     coarser = None
     if record.dtype not in (None, weight_dtype) and record.dtype.itemsize < weight_dtype.itemsize:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import GrassConfig
-from .distributed import local, whole, world_size
+from .distributed import is_sharded, local, whole, world_size
 from .driving import plain_class
 from .exclusion import exclusion, summary
 from .int8 import is_int8
@@ -169,24 +169,31 @@ def check_each_reached(
         )
 
 
-def check_moved(optimizer: torch.optim.Optimizer, slices: list[Slice], step: int) -> None:
+def check_moved(optimizer: torch.optim.Optimizer, slices: list[Slice], step: int) -> bool:
     """Stop after a step that has moved no slice: some optimizers step over their first parameter group only.
 
     Args:
-        optimizer: that has just taken a step with a learning rate above zero.
+        optimizer: that has just taken a step.
         slices: of the model, not written back yet.
         step: number of the optimizer step, for errors.
+
+    Returns:
+        Whether a look told anything, so that no other is needed; with a learning rate of zero it does not.
 
     Raises:
         RuntimeError: slices have gradients and no state, and are what they were.
     """
+    if any(group["lr"] is not None and group["lr"] <= 0 for group in optimizer.param_groups):
+        return False
+    if any(not part.resident or is_sharded(part.active) for part in slices):
+        return True  # stepped in parts, or by an engine
     stepped = [part for part in slices if has_gradient(part.active)]
     for part in stepped:
         marks = part.drift.marks
         if optimizer.state.get(part.active) or marks is None or part.active._version != marks[0]:
-            return
+            return True
     if any(group.get("fused") for group in optimizer.param_groups):  # counts no versions
-        return
+        return True
     if any(bool(part.active.grad.any()) for part in stepped) and all(local_part(part).agrees() for part in stepped):
         kind = plain_class(optimizer).__name__
         raise RuntimeError(
@@ -194,6 +201,7 @@ def check_moved(optimizer: torch.optim.Optimizer, slices: list[Slice], step: int
             "steps over its first parameter group only, perhaps, and slices have groups of their own. Use another "
             "optimizer, or let it go through all of its param_groups."
         )
+    return True
 
 
 def _exclusion(names: list[str], model: nn.Module | None) -> str:

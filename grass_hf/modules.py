@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
-from . import drift, experts, int8
+from . import experts, int8
 from .distributed import gathered
+from .evaluated import warn_of_parting
 from .slices import Slice
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class GrassModule(nn.Module):
 
     def _save_to_state_dict(self, *args, **kwargs):
         for part in self.own_slices().values():
-            drift.check_use(part)
+            warn_of_parting(part)
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

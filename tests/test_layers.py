@@ -10,9 +10,22 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grass_hf"
 FLOORS = {
     0: ["fields", "config", "presets", "optim_args", "_import_hook"],
-    1: ["twice", "norms", "functional", "grouped", "rounding", "int8", "selection", "sharing", "distributed", "live", "runs"],
+    1: [
+        "twice",
+        "norms",
+        "functional",
+        "grouped",
+        "rounding",
+        "int8",
+        "selection",
+        "sharing",
+        "distributed",
+        "live",
+        "runs",
+    ],
     2: [
         "drift",
+        "evaluated",
         "parts",
         "exchange",
         "doors",
