@@ -164,8 +164,7 @@ class GrassController(LettingGo):
     @torch.no_grad()
     def _before_step(self) -> None:
         layers = self.slices
-        for part in layers:
-            drift.check_step(part)
+        drift.check_step(layers)
         guards.check_any_reached(layers, self.parameters(), self.step, self._reached)
         if not self._has_stepped:
             for part in layers:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,14 +86,15 @@ class Drift:
         passes: training forward passes so far.
         look: whether the next forward pass compares values whatever the marks say.
         seen: whether a forward pass has looked since the last step.
-        sharded: whether parameters are sharded, and marks are compared at steps only.
+        sharded: whether parameters are sharded, and marks are compared at steps only; None before the first step.
     """
 
     def __init__(self):
         self.marks: tuple | None = None
         self.dtype: torch.dtype | None = None
         self.passes = 0
-        self.look = self.seen = self.sharded = False
+        self.look = self.seen = False
+        self.sharded: bool | None = None
 
     def __getstate__(self):
         return {**vars(self), "marks": None}  # a copy has tensors of its own
@@ -103,7 +105,7 @@ class Drift:
 
     def note(self, part: Slice, dtype: torch.dtype | None = None) -> None:
         """The slice and its weight agree now; in a coarser dtype than the weight's, if one is given."""
-        weight = _weight(part)
+        weight = weight_of(part)
         self.marks, self.dtype = _marks(part, weight), dtype or weight.dtype
         if getattr(weight, "touched", False):  # FSDP2 gives its parameters the attributes of those before
             weight.touched = False
@@ -124,19 +126,21 @@ def check_pass(part: Slice) -> None:
         confirm(part)
 
 
-def check_step(part: Slice) -> None:
-    """Look before an optimizer's step, where no forward pass could.
+def check_step(parts: Iterable[Slice]) -> None:
+    """Look before an optimizer's step at slices that no forward pass could look at.
 
     Raises:
         RuntimeError: as `check_pass`.
     """
-    record = part.drift
-    record.sharded = record.sharded or distributed.is_sharded(part._parameters["active"])
-    seen, record.seen = record.seen, False
-    # what has changed a slice since a forward pass looked is written back with it; a weight's change would be lost
-    look = weight_changed if seen and not record.sharded else _changed
-    if look(part, record):
-        confirm(part)
+    for part in parts:
+        record = part.drift
+        if record.sharded is None:
+            record.sharded = distributed.is_sharded(part.active)
+        # what has changed a slice since a forward pass is written back with it; a change of the weight would be lost
+        look = weight_changed if record.seen and not record.sharded else _changed
+        record.seen = False
+        if look(part, record):
+            confirm(part)
 
 
 def confirm(part: Slice) -> None:
@@ -153,7 +157,7 @@ def confirm(part: Slice) -> None:
 def _confirm(part: Slice) -> None:
     record = part.drift
     record.look = False
-    weight = _weight(part)
+    weight = weight_of(part)
     if not comparable(part, weight):
         return
     check_shape(part)
@@ -178,7 +182,7 @@ def check_shape(part: Slice) -> None:
     Raises:
         RuntimeError: it was.
     """
-    weight = _weight(part)
+    weight = weight_of(part)
     if distributed.is_partitioned(weight) or fits(part, weight):
         return
     raise RuntimeError(
@@ -189,22 +193,7 @@ def check_shape(part: Slice) -> None:
     )
 
 
-def follow_weight(part: Slice) -> bool:
-    """Let a slice take its weight's values wherever they differ; whether it had been moved by itself.
-
-    For the end of training, where the weight is what the model computes with.
-    """
-    record, weight = part.drift, _weight(part)
-    if not comparable(part, weight) or (fits(part, weight) and agree(part, record)):
-        return False
-    alone = moved(part, record) == {"slice"}
-    part.state.owed = 1.0
-    if fits(part, weight):
-        part.reload()
-    return alone
-
-
-def _weight(part: Slice) -> nn.Parameter:
+def weight_of(part: Slice) -> nn.Parameter:
     weight = part.owner._parameters.get(part.parameter)
     if weight is None:
         raise RuntimeError(
@@ -218,7 +207,7 @@ def _weight(part: Slice) -> nn.Parameter:
 def _marks(part: Slice, weight: nn.Parameter) -> tuple:
     active = part._parameters["active"]
     if type(active) is nn.Parameter and type(weight) is FrozenWeight:
-        return active._version, active.data_ptr(), weight._version, weight.data_ptr()
+        return active._version, active.data_ptr(), weight._version  # which knows when it gets another address
     return *_mark(active), *_mark(weight)
 
 
@@ -246,7 +235,7 @@ def moved(part: Slice, record: Drift) -> set[str]:
     """Which of the two has another mark than when they agreed; both where that is not known."""
     if record.marks is None:
         return {"slice", "weight"}
-    weight = _weight(part)
+    weight = weight_of(part)
     now = _marks(part, weight)
     moved = {"slice"} if now[:2] != record.marks[:2] else set()
     if now[2:] != record.marks[2:] or getattr(weight, "touched", False):
@@ -270,7 +259,7 @@ def fits(part: Slice, weight: nn.Parameter) -> bool:
 
 @torch.no_grad()
 def agree(part: Slice, record: Drift) -> bool:
-    weight_dtype = _weight(part).dtype
+    weight_dtype = weight_of(part).dtype
     coarser = None
     if record.dtype not in (None, weight_dtype) and record.dtype.itemsize < weight_dtype.itemsize:
         coarser = record.dtype  # digits that the weight did not have then are the slice's alone

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import distributed
-from .drift import agree, comparable, fits, follow_weight, moved, weight_changed
+from .drift import agree, comparable, fits, moved, weight_changed, weight_of
 from .twice import is_transformed
 
 if TYPE_CHECKING:
@@ -50,6 +50,21 @@ def check_use(part: Slice) -> None:
     """
     if _moved_alone(part):
         raise RuntimeError(_said(part))
+
+
+def follow_weight(part: Slice) -> bool:
+    """Let a slice take its weight's values wherever they differ; whether it had been moved by itself.
+
+    For the end of training, where the weight is what the model computes with.
+    """
+    record, weight = part.drift, weight_of(part)
+    if not comparable(part, weight) or (fits(part, weight) and agree(part, record)):
+        return False
+    alone = moved(part, record) == {"slice"}
+    part.state.owed = 1.0
+    if fits(part, weight):
+        part.reload()
+    return alone
 
 
 def follow_edited(part: Slice) -> None:

@@ -107,7 +107,7 @@ def _structure(model: nn.Module) -> int:
 def leaving_heads() -> Iterator[None]:
     """Free no embeddings and heads here: the caller refuses a run that reads them behind their slices' backs.
 
-    They are the largest matrices, and whoever asked for them to be compressed may lack the memory for the whole of them.
+    They are the largest matrices. Whoever has them compressed may lack the memory to train them in full.
     """
     _thread.heads_are_refused = True
     try:
