@@ -122,6 +122,15 @@ class Part:
             same |= along_slice(self.rho == 0, self.dim)  # nothing to agree on at padding
         return bool(same.all())
 
+    def nearly_agrees(self) -> bool:
+        """Whether both underwent the same but for rounding: the slice has more digits than the weight."""
+        rows, values = self.take(), self.active.detach()
+        if not loses_digits(rows.dtype, values.dtype):
+            return False
+        if self.write is not None:
+            values = values * along_slice(self.write, self.dim)
+        return bool(((values - rows).abs() <= 2 * torch.finfo(rows.dtype).eps * values.abs()).all())
+
     def keep(self, values: Tensor) -> None:
         """Overwrite the slice."""
         self.active.copy_(values)

@@ -84,6 +84,23 @@ def test_a_weight_that_is_edited_between_backward_and_step(way):
     assert all(torch.allclose(found[0][name], value, atol=1e-6) for name, value in found[1].items())
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_what_all_parameters_undergo_is_no_drift_in_half_precision(before):
+    model = convert_to_grass(tiny_llama().bfloat16(), GrassConfig(density=0.25))
+    optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-3)
+
+    @torch.no_grad()
+    def decay():
+        for param in model.parameters():
+            param.mul_(0.99)
+
+    for _ in range(5):
+        step(model, optimizer, decay if before else lambda: None)
+        if not before:
+            decay()
+    assert all(part.active.dtype == torch.float32 for part in grass_slices(model))
+
+
 def test_a_weight_that_is_edited_after_the_last_step_survives_the_end():
     model = converted(density=0.25)
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
