@@ -86,6 +86,7 @@ class Drift:
         passes: training forward passes so far.
         look: whether the next forward pass compares values whatever the marks say.
         seen: whether a forward pass has looked since the last step.
+        near: whether they agree but for the weight's rounding.
         sharded: whether parameters are sharded, and marks are compared at steps only; None before the first step.
     """
 
@@ -93,7 +94,7 @@ class Drift:
         self.marks: tuple | None = None
         self.dtype: torch.dtype | None = None
         self.passes = 0
-        self.look = self.seen = False
+        self.look = self.seen = self.near = False
         self.sharded: bool | None = None
 
     def __getstate__(self):
@@ -106,7 +107,7 @@ class Drift:
     def note(self, part: Slice, dtype: torch.dtype | None = None) -> None:
         """The slice and its weight agree now; in a coarser dtype than the weight's, if one is given."""
         weight = weight_of(part)
-        self.marks, self.dtype = _marks(part, weight), dtype or weight.dtype
+        self.marks, self.dtype, self.near = _marks(part, weight), dtype or weight.dtype, False
         if getattr(weight, "touched", False):  # FSDP2 gives its parameters the attributes of those before
             weight.touched = False
 
@@ -169,8 +170,11 @@ def _confirm(part: Slice) -> None:
         # of a model that was cast the slice may hold more digits; the next step writes them back
         record.note(part, record.dtype)
         return
-    if len(parted) == 2 and record.marks is not None and part.rank_part(part, False).nearly_agrees():
-        part.write_back()  # weight decay by hand over all parameters of a half-precision model, say
+    known = record.marks is not None and (len(parted) == 2 or record.near)
+    if known and part.rank_part(part, False).nearly_agrees():
+        # weight decay by hand over all parameters of a half-precision model, say; the next step writes the slice back
+        record.note(part, record.dtype)
+        record.near = True
         return
     if parted == {"weight"}:
         logger.info("%s: its weight was changed, and the slice follows it.", part.state.name)

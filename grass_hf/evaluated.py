@@ -75,7 +75,7 @@ def follow_edited(part: Slice) -> None:
 
 def _moved_alone(part: Slice) -> bool:
     record, weight = part.drift, part.owner._parameters.get(part.parameter)
-    if weight is None or record.marks is None or distributed.is_sharded(part.active):
+    if weight is None or record.marks is None or record.near or distributed.is_sharded(part.active):
         return False
     with _disable_current_modes():
         if "weight" in moved(part, record) or not comparable(part, weight) or not fits(part, weight):
