@@ -31,9 +31,9 @@ def check_after_evaluation(part: Slice) -> None:
     """
     record = part.drift
     if not part.training and not torch.compiler.is_compiling() and not is_transformed():
-        if not record.look:
+        first, record.look = not record.look, True
+        if first:
             check_use(part)
-        record.look = True
 
 
 def warn_of_parting(part: Slice) -> None:
