@@ -62,7 +62,7 @@ def record(controller: GrassController, names: list[str]) -> dict[str, Any]:
     distinct: list[dict[str, Any]] = []
     numbers = []
     for name in names:
-        settings = controller.asked[name]
+        settings = {} if name is None else controller.asked[name]  # of a weight that stays among slices
         if settings not in distinct:
             distinct.append(settings)
         numbers.append(distinct.index(settings))

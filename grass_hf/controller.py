@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import base_record, checkpoint, drift, driving, guards, reselect, selection, warmup, watching
+from . import base_record, checkpoint, drift, driving, evaluated, guards, reselect, selection, warmup, watching
 from .convert import describe
 from .distributed import check_agreement, forget_residuals, local, world_size
 from .driving import driving_class, plain_class
@@ -73,7 +73,7 @@ class GrassController(LettingGo):
         self.config = model.grass.config
         self.step = 0
         self.due: set[str] = set()
-        self.is_stepping = self._has_stepped = False
+        self.is_stepping = self._has_stepped = self._has_moved = False
         self.link = Link(model.grass, optimizer)
         self.asked = base_record.asked(self)
         optimizer.__class__ = driving_class(plain_class(optimizer))
@@ -108,6 +108,7 @@ class GrassController(LettingGo):
         """
         return self.following and (self.optimizer is optimizer or self.optimizer in vars(optimizer).values())
 
+    @torch._disable_dynamo  # in a step that is compiled as well, as torch's own optimizers do for what cannot be
     def around(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Take a step with all that belongs to it; `original` is the optimizer's own.
 
@@ -167,6 +168,7 @@ class GrassController(LettingGo):
     def settle(self) -> None:
         """Multiply in all weight decay that rows are owed: the end of training."""
         for layer in self.slices:
+            evaluated.follow_edited(layer)
             layer.settle_decay(self._rounding_seed(layer))
 
     # -- before the step ---------------------------------------------------------------------------------------
@@ -179,17 +181,15 @@ class GrassController(LettingGo):
         if not self._has_stepped:
             for part in layers:
                 part.settle_unfilled()
+                part.check_alignment()
+                part.check_sharding()
             guards.check_replicas(self.model, self.replicas)
             weights = guards.int8_weights(layers) if world_size(self.replicas) > 1 else ""
             said = f"step={self.step}; {describe(self.model)}; {weights}"
             check_agreement("the first step", said, group=self.replicas)
             guards.check_each_reached(layers, self.step, self._reached, self.model)
-            for part in layers:
-                part.check_alignment()
-                part.check_sharding()
         if layers and self.step < 2 and not self._rates_known:
-            asked = [settings.get("lr") for settings in self.asked.values()]
-            self._rates_known = guards.check_rates(self.optimizer.param_groups, self.config.scale, asked)
+            self._rates_known = guards.check_rates(self.optimizer.param_groups, self.config.scale, self.asked)
         self._check_finite(layers)
 
     # -- after the step ----------------------------------------------------------------------------------------
@@ -204,6 +204,7 @@ class GrassController(LettingGo):
             self._has_stepped = True
             watching.watched(self.model)
         groups = self.groups()
+        self._has_moved = self._has_moved or guards.check_moved(self.optimizer, layers, self.step)
         self._write_back(layers)
         for layer in layers:
             self._owe_decay(layer, groups[id(layer.active)])

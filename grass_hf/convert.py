@@ -12,7 +12,7 @@ from torch import nn
 from .config import GrassConfig
 from .conversion import Conversion, grass_slices
 from .distributed import gathered, is_partitioned, is_sharded, shape_of
-from .drift import follow_weight
+from .evaluated import follow_weight
 from .int8 import is_int8
 from .modules import GrassModule
 from .rounding import loses_digits

@@ -11,11 +11,13 @@ Not everything leaves a mark: fused optimizers do not count versions up, and nei
 
 * a frozen weight is a `FrozenWeight`, which notes that somebody asked for its ``.data``;
 * values are compared whatever the marks say in the forward passes 1, 2, 4, 8, ... and in the first one after an
-  evaluation, where weights are swapped and averaged;
+  evaluation, where weights are swapped and averaged, and where weights are used that no mark was left on: in the first
+  evaluation after training, and in a state dict;
 * an optimizer that holds a slice and does not drive it is stopped before its first step (`grass_hf.undriven`).
 
 In an ordinary step no value is read and no device is waited for, and a compiled graph has nothing of this. There, and
-where parameters are sharded, whose whole tensors come and go, marks are compared before the optimizer's step.
+where parameters are sharded, whose whole tensors come and go, marks are compared before the optimizer's step. A weight
+that is overwritten between the passes and the step is followed there too.
 """
 
 from __future__ import annotations
@@ -84,6 +86,7 @@ class Drift:
         passes: training forward passes so far.
         look: whether the next forward pass compares values whatever the marks say.
         seen: whether a forward pass has looked since the last step.
+        near: whether they agree but for the weight's rounding.
         sharded: whether parameters are sharded, and marks are compared at steps only; None before the first step.
     """
 
@@ -91,7 +94,7 @@ class Drift:
         self.marks: tuple | None = None
         self.dtype: torch.dtype | None = None
         self.passes = 0
-        self.look = self.seen = False
+        self.look = self.seen = self.near = False
         self.sharded: bool | None = None
 
     def __getstate__(self):
@@ -103,8 +106,8 @@ class Drift:
 
     def note(self, part: Slice, dtype: torch.dtype | None = None) -> None:
         """The slice and its weight agree now; in a coarser dtype than the weight's, if one is given."""
-        weight = _weight(part)
-        self.marks, self.dtype = _marks(part, weight), dtype or weight.dtype
+        weight = weight_of(part)
+        self.marks, self.dtype, self.near = _marks(part, weight), dtype or weight.dtype, False
         if getattr(weight, "touched", False):  # FSDP2 gives its parameters the attributes of those before
             weight.touched = False
 
@@ -134,18 +137,11 @@ def check_step(parts: Iterable[Slice]) -> None:
         record = part.drift
         if record.sharded is None:
             record.sharded = distributed.is_sharded(part.active)
-        if record.seen and not record.sharded:
-            record.seen = False
-            continue
+        # what has changed a slice since a forward pass is written back with it; a change of the weight would be lost
+        look = weight_changed if record.seen and not record.sharded else _changed
         record.seen = False
-        if _changed(part, record):
+        if look(part, record):
             confirm(part)
-
-
-def check_after_evaluation(part: Slice) -> None:
-    """Let the next training forward pass compare values: weights may have been swapped for the evaluation."""
-    if not part.training and not torch.compiler.is_compiling():
-        part.drift.look = True
 
 
 def confirm(part: Slice) -> None:
@@ -162,23 +158,29 @@ def confirm(part: Slice) -> None:
 def _confirm(part: Slice) -> None:
     record = part.drift
     record.look = False
-    weight = _weight(part)
-    if not _comparable(part, weight):
+    weight = weight_of(part)
+    if not comparable(part, weight):
         return
     check_shape(part)
-    moved = _moved(part, record)
-    if _agree(part, record):
+    parted = moved(part, record)
+    if agree(part, record):
         if record.dtype not in (None, weight.dtype):
             _warn_of_cast(part.active.dtype, record.dtype)
         track(weight)
         # of a model that was cast the slice may hold more digits; the next step writes them back
         record.note(part, record.dtype)
         return
-    if moved == {"weight"}:
+    known = record.marks is not None and (len(parted) == 2 or record.near)
+    if known and part.rank_part(part, False).nearly_agrees():
+        # weight decay by hand over all parameters of a half-precision model, say; the next step writes the slice back
+        record.note(part, record.dtype)
+        record.near = True
+        return
+    if parted == {"weight"}:
         logger.info("%s: its weight was changed, and the slice follows it.", part.state.name)
         part.take_new_weight()
         return
-    raise RuntimeError(_parted(part, moved))
+    raise RuntimeError(_parted(part, parted))
 
 
 def check_shape(part: Slice) -> None:
@@ -187,8 +189,8 @@ def check_shape(part: Slice) -> None:
     Raises:
         RuntimeError: it was.
     """
-    weight = _weight(part)
-    if distributed.is_partitioned(weight) or _fits(part, weight):
+    weight = weight_of(part)
+    if distributed.is_partitioned(weight) or fits(part, weight):
         return
     raise RuntimeError(
         f"the weight of {part.state.name} has the shape {tuple(weight.shape)} now, and its slice "
@@ -198,22 +200,7 @@ def check_shape(part: Slice) -> None:
     )
 
 
-def follow_weight(part: Slice) -> bool:
-    """Let a slice take its weight's values wherever they differ; whether it had been moved by itself.
-
-    For the end of training, where the weight is what the model computes with.
-    """
-    record, weight = part.drift, _weight(part)
-    if not _comparable(part, weight) or (_fits(part, weight) and _agree(part, record)):
-        return False
-    alone = _moved(part, record) == {"slice"}
-    part.state.owed = 1.0
-    if _fits(part, weight):
-        part.reload()
-    return alone
-
-
-def _weight(part: Slice) -> nn.Parameter:
+def weight_of(part: Slice) -> nn.Parameter:
     weight = part.owner._parameters.get(part.parameter)
     if weight is None:
         raise RuntimeError(
@@ -244,17 +231,24 @@ def _changed(part: Slice, record: Drift) -> bool:
     return weight is None or getattr(weight, "touched", False) or record.marks != _marks(part, weight)
 
 
-def _moved(part: Slice, record: Drift) -> set[str]:
+def weight_changed(part: Slice, record: Drift) -> bool:
+    weight, marks = part.owner._parameters.get(part.parameter), record.marks
+    if type(weight) is FrozenWeight and marks is not None:
+        return weight.touched or weight._version != marks[2]
+    return _changed(part, record)
+
+
+def moved(part: Slice, record: Drift) -> set[str]:
     """Which of the two has another mark than when they agreed; both where that is not known."""
     if record.marks is None:
         return {"slice", "weight"}
-    weight = _weight(part)
+    weight = weight_of(part)
     now = _marks(part, weight)
     others = now[2:] != record.marks[2:] or getattr(weight, "touched", False)
     return ({"slice"} if now[:2] != record.marks[:2] else set()) | ({"weight"} if others else set())
 
 
-def _comparable(part: Slice, weight: nn.Parameter) -> bool:
+def comparable(part: Slice, weight: nn.Parameter) -> bool:
     """Whether values can be compared here; an engine that keeps slices in its own way looks after them itself."""
     active = part.active
     if part.is_released or part.unfilled or part.rank_part is not local_part or distributed.is_partitioned(weight):
@@ -262,16 +256,16 @@ def _comparable(part: Slice, weight: nn.Parameter) -> bool:
     return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in (active, weight))
 
 
-def _fits(part: Slice, weight: nn.Parameter) -> bool:
+def fits(part: Slice, weight: nn.Parameter) -> bool:
     expected = list(weight.shape)
     expected[part.dim] = part.state.rank
     return list(part.active.shape) == expected and weight.shape[part.dim] == part.state.size
 
 
 @torch.no_grad()
-def _agree(part: Slice, record: Drift) -> bool:
+def agree(part: Slice, record: Drift) -> bool:
     # digits that the weight did not have then are the slice's alone
-    was_coarser = record.dtype is not None and record.dtype.itemsize < _weight(part).dtype.itemsize
+    was_coarser = record.dtype is not None and record.dtype.itemsize < weight_of(part).dtype.itemsize
     return part.rank_part(part, False).agrees(record.dtype if was_coarser else None)
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .norms import NORM_BLOCK, accumulation_dtype, squared_norms
+from .twice import once
 
 
 def tap(
@@ -154,7 +155,7 @@ class _Tap(torch.autograd.Function):
         on = torch.is_autocast_enabled(dy.device.type)
         with torch.autocast(dy.device.type, enabled=False) if on else nullcontext():
             grad, norms2 = _slice_gradient(ctx, dy)
-        return dy, None, grad, None, None, norms2, None, None, None, None
+        return once(dy), None, once(grad), None, None, norms2, None, None, None, None
 
 
 def _slice_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -217,7 +218,7 @@ class _EmbeddingTap(torch.autograd.Function):
         grad = grad.to(ctx.active_dtype)
         if multiplier is not None:
             grad = grad * multiplier.to(grad.dtype)
-        return dy, None, grad, None, None, norms2, None, None
+        return once(dy), None, once(grad), None, None, norms2, None, None
 
 
 def take_columns(values: Tensor, index: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .functional import alias, along_slice, selected_dim, squared_norms
+from .twice import once
 
 
 def grouped_linear(
@@ -116,7 +117,7 @@ class _BatchedTap(torch.autograd.Function):
             grad = torch.bmm(left.mT, right).to(ctx.active_dtype)
             if multiplier is not None:
                 grad = grad * along_slice(multiplier.to(grad.dtype), selected_dim(ctx.side, ctx.transposed))
-        return dy, None, grad, None, None, norms2, None, None
+        return once(dy), None, once(grad), None, None, norms2, None, None
 
 
 def _columns(values: Tensor, index: Tensor) -> Tensor:
@@ -176,7 +177,8 @@ class _GroupedLinear(torch.autograd.Function):
                 grad[expert] = torch.mm(left.t(), right)
             if multiplier is not None:
                 grad = grad * along_slice(multiplier.to(grad.dtype), selected_dim(ctx.side, ctx.transposed))
-        return dx, None, grad, None, None, _stacked(norms2) if ctx.observe else None, None, None, None
+        norms2 = _stacked(norms2) if ctx.observe else None
+        return dx if dx is None else once(dx), None, once(grad), None, None, norms2, None, None, None
 
 
 def _segments(tokens: list[int]):

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import GrassConfig
-from .distributed import local, whole, world_size
+from .distributed import is_sharded, local, whole, world_size
+from .driving import plain_class
 from .exclusion import exclusion, summary
 from .int8 import is_int8
+from .parts import local_part
 from .patterns import uses
 from .regroup import GROUP_KEY, VOCABULARY_KEY
 from .slices import Slice
@@ -89,13 +91,13 @@ def check_observed(observed: dict[Slice, Tensor | None], step: int) -> None:
         )
 
 
-def check_rates(groups: list[dict[str, Any]], scale: float, asked: Iterable[float | None]) -> bool:
+def check_rates(groups: list[dict[str, Any]], scale: float, asked: dict[str, dict[str, Any]]) -> bool:
     """Stop where something gave all parameter groups one learning rate, so that `scale` has no effect.
 
     Args:
         groups: of the optimizer.
         scale: of the config.
-        asked: the slices' learning rates when the optimizer was made.
+        asked: the slices' settings when the optimizer was made.
 
     Returns:
         Whether it is known: a rate of zero, at the beginning of a warm-up, says nothing.
@@ -106,7 +108,13 @@ def check_rates(groups: list[dict[str, Any]], scale: float, asked: Iterable[floa
     rates = {None if group["lr"] is None else float(group["lr"]) for group in groups}
     kinds = {GROUP_KEY in group for group in groups if VOCABULARY_KEY not in group}
     rate = next(iter(rates))
-    if scale == 1.0 or len(rates) > 1 or len(kinds) < 2 or rate is None or rate in asked:
+    if (
+        scale == 1.0
+        or len(rates) > 1
+        or len(kinds) < 2
+        or rate is None
+        or rate in {own.get("lr") for own in asked.values()}
+    ):
         return True
     if rate == 0.0:
         return False
@@ -196,6 +204,41 @@ def check_each_reached(
             f"{summary(lacking)}. The model reads them without calling them (a fused kernel or a fused loss), or does "
             f"not use them. Train just these in full with {_exclusion(lacking, model)}, or switch the fused kernel off."
         )
+
+
+def check_moved(optimizer: torch.optim.Optimizer, slices: list[Slice], step: int) -> bool:
+    """Stop after a step that has moved no slice: some optimizers step over their first parameter group only.
+
+    Args:
+        optimizer: that has just taken a step.
+        slices: of the model, not written back yet.
+        step: number of the optimizer step, for errors.
+
+    Returns:
+        Whether a look told anything, so that no other is needed; with a learning rate of zero it does not.
+
+    Raises:
+        RuntimeError: slices have gradients and no state, and are what they were.
+    """
+    if any(group["lr"] is not None and group["lr"] <= 0 for group in optimizer.param_groups):
+        return False
+    if any(not part.resident or is_sharded(part.active) for part in slices):
+        return True  # stepped in parts, or by an engine
+    stepped = [part for part in slices if has_gradient(part.active)]
+    for part in stepped:
+        marks = part.drift.marks
+        if optimizer.state.get(part.active) or marks is None or part.active._version != marks[0]:
+            return True
+    if any(group.get("fused") for group in optimizer.param_groups):  # counts no versions
+        return True
+    if any(bool(part.active.grad.any()) for part in stepped) and all(local_part(part).agrees() for part in stepped):
+        kind = plain_class(optimizer).__name__
+        raise RuntimeError(
+            f"{kind} took optimizer step {step} and moved none of the {len(stepped)} slices that have gradients: it "
+            "steps over its first parameter group only, perhaps, and slices have groups of their own. Use another "
+            "optimizer, or let it go through all of its param_groups."
+        )
+    return True
 
 
 def _exclusion(names: list[str], model: nn.Module | None) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import experts, int8, products
 from .distributed import gathered, shape_of
+from .evaluated import warn_of_parting
 from .slices import Slice
 from .trials import agree, computes_product, reaches
 
@@ -39,6 +40,11 @@ class GrassModule(nn.Module):
         """The slices of this module's weights by attribute, also one that it shares with the module that holds it."""
         members = {**self._modules, **self.__dict__}
         return {name: member for name, member in members.items() if isinstance(member, Slice)}
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        for part in self.own_slices().values():
+            warn_of_parting(part)
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -87,6 +87,12 @@ def attach(
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer in layers:
         check_shape(layer)
+        if not layer.active.requires_grad:
+            raise ValueError(
+                f"{layer.state.name} was frozen after the conversion, and its slice with it: freeze what is not to be "
+                "trained before convert_to_grass (before the Trainer is made), which leaves it out then; or name it in "
+                "exclude_modules, and freeze it."
+            )
         if id(layer.active) not in held:
             raise ValueError(
                 f"the optimizer does not hold the slice of {layer.state.name}: make it after convert_to_grass, "
@@ -184,6 +190,8 @@ def _refuse(optimizer_class: type) -> None:
         reason = "moves parameters outside its step, so the slices and the weights would part"
     elif "offload" in name.lower():
         reason = "steps on CPU copies of the parameters and runs no hooks"
+    elif any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in optimizer_class.__mro__):
+        reason = "steps on each rank over some parameters only, in groups that it has made when it was made"
     elif "lomo" in name.lower():
         reason = "updates weights during backward from their full gradients, which Grass never forms"
     if reason:

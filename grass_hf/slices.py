@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import distributed, drift, functional, int8
 from .doors import Doors
 from .drift import Drift
+from .evaluated import check_after_evaluation
 from .exchange import Exchange
 from .functional import accumulation_dtype, selected_dim, take_rows
 from .grouped import grouped_linear
@@ -28,6 +29,7 @@ from .parts import Part, SliceState, local_part
 from .products import Layout
 from .selection import strided
 from .sharing import SharedColumns
+from .twice import refuse_transforms
 
 _LIVING: weakref.WeakSet[Slice] = weakref.WeakSet()
 _made = 0
@@ -151,7 +153,7 @@ class Slice(Doors, Exchange, nn.Module):
     def tap(self, y: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """`functional.tap` for a product ``y`` of this weight, which this use of it may see transposed."""
         if not torch.is_grad_enabled():
-            drift.check_after_evaluation(self)
+            check_after_evaluation(self)
             return y
         extras, index = self._extras(), self.index
         side = "output" if self.dim == selected_dim("output", transposed) else "input"
@@ -162,7 +164,7 @@ class Slice(Doors, Exchange, nn.Module):
     def embedding_tap(self, y: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
         """`functional.embedding_tap` for rows of this weight."""
         if not torch.is_grad_enabled():
-            drift.check_after_evaluation(self)
+            check_after_evaluation(self)
             return y
         return functional.embedding_tap(y, ids, self.active, self.index, padding_idx=padding_idx, **self._extras())
 
@@ -181,7 +183,8 @@ class Slice(Doors, Exchange, nn.Module):
 
     def _extras(self) -> dict[str, Tensor | bool | None]:
         if not torch.compiler.is_compiling():
-            look = drift.check_pass if torch.is_grad_enabled() else drift.check_after_evaluation
+            refuse_transforms()
+            look = drift.check_pass if torch.is_grad_enabled() else check_after_evaluation
             look(self)
             self.drop_stale_norms()
             self._move_norms()

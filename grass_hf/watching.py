@@ -29,6 +29,7 @@ from .modules import GrassModule
 from .patterns import uses
 from .rerun import NotPlainError
 from .slices import Slice
+from .twice import is_transformed
 
 # Forwards that are looked at where no optimizer of ours ever steps and some weights are never reached.
 _FORWARDS = 16
@@ -120,6 +121,8 @@ def leaving_heads() -> Iterator[None]:
 
 def _begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._get_tracing_state():
+        return
+    if is_transformed():
         return
     model = _root(module)
     if model is None or torch._C._current_graph_task_id() != -1:  # backward runs forwards again, of checkpoints

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "grass_hf"
 FLOORS = {
     0: ["fields", "config", "presets", "optim_args", "_import_hook"],
     1: [
+        "twice",
         "norms",
         "functional",
         "grouped",
@@ -26,6 +27,7 @@ FLOORS = {
     2: [
         "matrices",
         "drift",
+        "evaluated",
         "parts",
         "exchange",
         "doors",

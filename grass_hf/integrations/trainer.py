@@ -186,8 +186,9 @@ def follow(trainer) -> None:
 
 
 def convert_rebuilt_model(trainer) -> None:
-    """Convert the model that `model_init` made for this run, before its parameters are sorted into groups."""
-    if trainer.model_init is None or _is_model(trainer.model):
+    """Convert a model that the Trainer was given after it was made, by `model_init` or as ``trainer.model``, before its
+    parameters are sorted into groups."""
+    if not isinstance(trainer.model, nn.Module) or converted_part(trainer.model) is not None:
         return
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, (FollowTraining, GrassCallback)):
