@@ -113,8 +113,8 @@ def check_rates(groups: list[dict[str, Any]], scale: float, asked: Iterable[floa
     raise ValueError(
         f"every parameter group has the learning rate {rate:.6g}, the slices' too, and scale={scale} was to make "
         f"theirs {rate * scale:.6g}: a scheduler that gives all groups one rate (OneCycleLR, CyclicLR, DeepSpeed's "
-        "WarmupLR) has overwritten it. Give it a rate for each group, max_lr=[group['lr'] for group in optimizer.param_groups] "
-        "say, or use scale=1.0."
+        "WarmupLR) has overwritten it. Give it a rate for each group, "
+        "max_lr=[group['lr'] for group in optimizer.param_groups] say, or use scale=1.0."
     )
 
 

@@ -204,7 +204,8 @@ def test_new_settings_of_the_optimizer_reach_it():
 
 def test_the_rate_of_the_slices_alone_can_be_set():
     trained = net(max_epochs=1, module__scale=0.5).fit(*data())
-    trained.set_params(lr=4e-3, optimizer__param_groups__1__lr=2e-3)
+    trained.set_params(lr=4e-3)
+    trained.set_params(optimizer__param_groups__1__lr=2e-3)
     assert [group["lr"] for group in trained.optimizer_.param_groups] == [4e-3, 2e-3]
 
 
