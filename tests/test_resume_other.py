@@ -185,7 +185,8 @@ def test_another_learning_rate_is_said_every_time(warnings):
 def test_what_a_schedule_has_changed_is_no_other_setting(warnings):
     def build():
         model, optimizer = make("adamw", config={"scale": 0.3}, weight_decay=0.1)
-        return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=20)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=20)
 
     model, optimizer, schedule = build()
     for step in range(4):

@@ -202,6 +202,13 @@ def test_new_settings_of_the_optimizer_reach_it():
     assert_same(trained.module_, loop(schedule=0.5))
 
 
+def test_the_rate_of_the_slices_alone_can_be_set():
+    trained = net(max_epochs=1, module__scale=0.5).fit(*data())
+    trained.set_params(lr=4e-3)
+    trained.set_params(optimizer__param_groups__1__lr=2e-3)
+    assert [group["lr"] for group in trained.optimizer_.param_groups] == [4e-3, 2e-3]
+
+
 def test_slices_choose_by_the_norms_of_closures():
     before = [part.index.clone() for part in grass_slices(Net())]
     trained = net(max_epochs=1).fit(*data())
