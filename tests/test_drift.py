@@ -270,7 +270,7 @@ def test_an_averaged_model_is_restored_to_the_average(average, buffers):
         averaged.update_parameters(model)
         plain.load_state_dict(weights(model))
         expected.update_parameters(plain)
-    if buffers:
+    if buffers and average:  # numbers of rows are rounded down to one that is there already
         with pytest.raises(ValueError, match=r"no set of rows any more|convert the model again"):
             grass_optimizer(averaged.module, torch.optim.AdamW, lr=1e-2)
     restore_model(averaged.module)
