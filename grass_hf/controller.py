@@ -176,13 +176,13 @@ class GrassController(LettingGo):
     @torch.no_grad()
     def _before_step(self) -> None:
         layers = self.slices
+        for part in () if self._has_stepped else layers:
+            part.settle_unfilled()
+            part.check_alignment()
+            part.check_sharding()
         drift.check_step(layers)
         guards.check_any_reached(layers, self.parameters(), self.step, self._reached)
         if not self._has_stepped:
-            for part in layers:
-                part.settle_unfilled()
-                part.check_alignment()
-                part.check_sharding()
             guards.check_replicas(self.model, self.replicas)
             weights = guards.int8_weights(layers) if world_size(self.replicas) > 1 else ""
             said = f"step={self.step}; {describe(self.model)}; {weights}"
