@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import distributed, int8
 from .drift import Drift
@@ -183,6 +184,20 @@ class Exchange:
             raise ValueError(
                 f"{self.state.name}: its {self.state.rank} of {self.state.size} rows do not lie in the {count} shards "
                 f"that hold them: convert with row_blocks={count} and a rank that {count} divides, or side='input'."
+            )
+
+    def check_rows(self) -> None:
+        """Check that the numbers of the rows are still a set of rows.
+
+        Raises:
+            ValueError: they were averaged, as buffers of several models.
+        """
+        if self.rho is not None or self.index.is_meta or isinstance(self.index, FakeTensor):
+            return
+        if bool(self.index.sort(dim=-1).values.diff(dim=-1).eq(0).any()):
+            raise ValueError(
+                f"the rows of the slice of {self.state.name} are no set of rows any more: buffers of several models "
+                "were averaged. Call restore_model(model), which keeps the weights, and convert the model again."
             )
 
     def check_sharding(self) -> None:

@@ -99,11 +99,7 @@ def attach(
                 "over the model's trainable parameters."
             )
         layer.check_sharding()
-        if layer.rho is None and bool(layer.index.sort(dim=-1).values.diff(dim=-1).eq(0).any()):
-            raise ValueError(
-                f"the rows of the slice of {layer.state.name} are no set of rows any more: buffers of several models "
-                "were averaged. Call restore_model(model), which keeps the weights, and convert the model again."
-            )
+        layer.check_rows()
     for name, weight in freed(model).items():
         if id(weight) not in held:
             raise ValueError(
