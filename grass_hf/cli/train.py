@@ -12,12 +12,12 @@ from rich.console import Console
 
 import grass_hf
 
+from ..integrations.start_table import shown_bytes
 from ..recipes import preview
 from ..recipes.checks import check_model, check_places, estimate, visible_memory
 from ..recipes.parse import load_recipe
 from ..recipes.runner import train
 from ..recipes.tasks import prepare
-from ..report import shown_bytes
 from .estimate import parse_bytes
 
 _console = Console(highlight=False, soft_wrap=True, markup=False)

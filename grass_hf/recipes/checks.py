@@ -18,11 +18,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..config import GrassConfig
+from ..config.settings import GrassConfig
+from ..convert.targets import Plan, plan
 from ..integrations.base import base_class_and_kwargs
-from ..memory import MemoryEstimate, estimate_memory
-from ..simulate import causal_loss
-from ..targets import Plan, plan
+from ..measure.estimate.memory import MemoryEstimate, estimate_memory
+from ..measure.estimate.simulate import causal_loss
 from .models import auto_class, dtype_of, empty_model
 from .schema import Recipe
 from .tasks import Prepared

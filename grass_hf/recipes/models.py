@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..cli.models import model_config
+from ..integrations.model_configs import model_config
 from .encode import PLAIN_TEMPLATE
 from .packaged import MODELS
 from .schema import ModelSection, Recipe
