@@ -8,7 +8,7 @@ import functools
 import inspect
 from types import ModuleType
 
-NAME = "grass"
+from .optimizer_name import NAME
 
 
 def extend_optimizer_names(training_args: ModuleType) -> None:

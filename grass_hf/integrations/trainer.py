@@ -27,7 +27,7 @@ from ..slices.ops.sharding import check_agreement
 from .accelerate import adapt_to_engine, engine_kind, forget_evaluation, fsdp_version, refuse_parallelism
 from .base import base_class_and_kwargs, default_base, driven
 from .deepspeed import check_config
-from .registration import NAME
+from .optimizer_name import NAME
 from .start_table import render, start_report
 
 logger = logging.get_logger(__name__)

@@ -17,12 +17,11 @@ import copy
 import copyreg
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from .controller import GrassController
+from .controller_protocol import Controller
 
 
 class Driving:
@@ -32,7 +31,7 @@ class Driving:
         grass: its `GrassController`.
     """
 
-    grass: GrassController
+    grass: Controller
     drives_slices = True
 
     def step(self, *args: Any, **kwargs: Any) -> Any:

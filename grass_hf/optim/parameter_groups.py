@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +18,9 @@ from torch import nn
 from ..config.settings import GrassConfig
 from ..convert.audit.freeing import free, freed
 from ..slices.slice import Slice
+from .controller_protocol import Controller
 from .driving import plain_class
-
-if TYPE_CHECKING:
-    from .controller import GrassController
-    from .link import Link
+from .link import Link
 
 # A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
 GROUP_KEY = "grass_phase"
@@ -170,7 +168,7 @@ class LettingGo:
         self.link.refresh()
 
 
-def free_as(meta: dict[str, Any] | None, controller: GrassController) -> None:
+def free_as(meta: dict[str, Any] | None, controller: Controller) -> None:
     """Free the weights that the saved run had freed (`convert.audit.weight_reads`), so that both have the same slices.
 
     Raises:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,8 @@ from ..slices.ops.sharding import is_sharded, shape_of, shard_range, shards, who
 from ..slices.part import local_part
 from ..slices.slice import Slice
 from . import base_record
+from .controller_protocol import Controller
 from .parameter_groups import free_as
-
-if TYPE_CHECKING:
-    from .controller import GrassController
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ VERSION = 4
 ASKED = "asked"
 
 
-def add(state_dict: dict[str, Any], controller: GrassController) -> dict[str, Any]:
+def add(state_dict: dict[str, Any], controller: Controller) -> dict[str, Any]:
     """Add what Grass remembers to an optimizer's state dict; its tensors are references, as the optimizer's own are."""
     slices = {id(part.active): part for part in controller.slices}
     state = dict(state_dict["state"])
@@ -55,7 +53,7 @@ def add(state_dict: dict[str, Any], controller: GrassController) -> dict[str, An
     return state_dict
 
 
-def remember(controller: GrassController) -> dict[str, Any]:
+def remember(controller: Controller) -> dict[str, Any]:
     """What Grass remembers beside the slices and the optimizer state; its tensors are references."""
     slices = {}
     for part in controller.slices:
@@ -64,7 +62,7 @@ def remember(controller: GrassController) -> dict[str, Any]:
     return {KEY: _meta(controller, list(slices)), "slices": slices}
 
 
-def recall(saved: dict[str, Any] | None, controller: GrassController) -> None:
+def recall(saved: dict[str, Any] | None, controller: Controller) -> None:
     """Put back what `remember` returned; None stands for a checkpoint without it.
 
     Raises:
@@ -76,7 +74,7 @@ def recall(saved: dict[str, Any] | None, controller: GrassController) -> None:
     _take_up(meta, entries, controller)
 
 
-def check_remembered(saved: dict[str, Any] | None, controller: GrassController) -> None:
+def check_remembered(saved: dict[str, Any] | None, controller: Controller) -> None:
     """What `recall` would raise, for an engine that loads the rest first."""
     _check(*_remembered(saved), controller)
 
@@ -87,7 +85,7 @@ def _remembered(saved: dict[str, Any] | None) -> tuple[dict[str, Any] | None, di
     return read_meta([saved]), saved["slices"]
 
 
-def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str, Any]:
+def restore(state_dict: dict[str, Any], controller: Controller) -> dict[str, Any]:
     """Put it back into the model and the controller, before the optimizer loads the rest.
 
     Returns:
@@ -130,7 +128,7 @@ def read_meta(groups: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {**metas[-1], ASKED: asked} if metas else None
 
 
-def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], controller: GrassController) -> list[str]:
+def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], controller: Controller) -> list[str]:
     """Names of the slices whose rows could not be taken up."""
     ranks = world_size(controller.replicas)
     if (saved := meta.get("ranks", ranks)) != ranks:
@@ -148,7 +146,7 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
     return unaligned
 
 
-def _meta(controller: GrassController, names: list[str | None]) -> str:
+def _meta(controller: Controller, names: list[str | None]) -> str:
     meta = {"version": VERSION, "config": controller.config.to_dict(), "step": controller.step}
     if gone := freed(controller.model):
         meta["freed"] = list(gone)
@@ -224,7 +222,7 @@ def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
     return True
 
 
-def check_meta(meta: dict[str, Any] | None, controller: GrassController) -> None:
+def check_meta(meta: dict[str, Any] | None, controller: Controller) -> None:
     """What can be said of a checkpoint without its tensors: by whom it was written, and over which optimizer.
 
     Raises:
@@ -246,7 +244,7 @@ def check_meta(meta: dict[str, Any] | None, controller: GrassController) -> None
 def _check(
     meta: dict[str, Any] | None,
     entries: dict[str, dict[str, Tensor]],
-    controller: GrassController,
+    controller: Controller,
     state_dict: dict[str, Any] | None = None,
 ) -> None:
     check_meta(meta, controller)

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..config.presets import config_and_base
+from ..config.optim_args import config_and_base
 from ..config.settings import GrassConfig, parse_field
 from ..integrations.base import check_base
-from ..integrations.registration import NAME
+from ..integrations.optimizer_name import NAME
 
 # What may stand in the section beside the fields of `GrassConfig`.
 WORDS = ("preset", "base")

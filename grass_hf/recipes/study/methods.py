@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from ...config.fields import unknown_key
-from ...config.presets import config_and_base
+from ...config.optim_args import config_and_base
 from ...config.settings import GrassConfig
 from ...convert.targets import plan
 from ...integrations.base import check_base
