@@ -37,8 +37,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...config.settings import GrassConfig
 from ...convert.conversion import convert_to_grass
+from ...convert.sharded import for_shards
 from ...optim.factory import grass_optimizer
-from ..estimate.fake_ranks import for_shards, shard
+from ..estimate.fake_ranks import shard
 from ..estimate.live_bytes import plain_tensors
 from ..estimate.memory import MemoryEstimate, estimate_memory
 from ..estimate.simulate import enable_checkpointing

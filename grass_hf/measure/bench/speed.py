@@ -32,7 +32,7 @@ from ...config.settings import GrassConfig
 from ...convert.conversion import convert_to_grass
 from ...integrations.base import base_class_and_kwargs, check_base
 from ...optim.factory import grass_optimizer
-from ...recipes.study.methods import KINDS, check_installed, make_ready, resolve, target_names, trainer_flags
+from .methods import KINDS, check_installed, make_ready, resolve, target_names, trainer_flags
 
 METHODS = ("adamw", "grass", "frozen")
 # LLaMA's own rounding of 8/3 of the width: a GPU multiplies odd sizes many times slower.
@@ -44,7 +44,7 @@ class Setting:
     """What is timed: a LLaMA, a batch and a rank. Defaults are the acceptance setting.
 
     Attributes:
-        methods: names of `quality_methods.KINDS`.
+        methods: names of `measure.bench.methods.KINDS`.
         base: Grass's base optimizer, a Trainer name or "muon".
         compiled: forward and backward by torch.compile, of every method.
     """

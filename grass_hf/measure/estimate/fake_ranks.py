@@ -7,7 +7,6 @@ DeepSpeed does not run under fake tensors: what ZeRO holds is computed, in `gras
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -18,6 +17,7 @@ from torch import nn
 
 from ...config.fields import unknown_key
 from ...config.settings import GrassConfig
+from ...convert.sharded import for_shards
 from ...optim import controller
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -143,23 +143,3 @@ def shard(model: nn.Module, mesh) -> None:
         if type(module).__name__ in names:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def for_shards(config: GrassConfig, model: nn.Module, ranks: int, *, one_dtype: bool = True) -> GrassConfig:
-    """The settings as FSDP2 needs them.
-
-    Every rank trains rows of its own shard, so rows are chosen by as many blocks as there are ranks; and the
-    trainable parameters of one shard must have one dtype, so half-precision weights get slices of their own dtype.
-
-    Args:
-        config: as given.
-        model: not converted yet.
-        ranks: number of shards.
-        one_dtype: False under mixed precision, where accelerate casts what is trained to float32.
-    """
-    if config.row_blocks % ranks:
-        config = dataclasses.replace(config, row_blocks=ranks)
-    half = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
-    if one_dtype and config.slice_dtype is None and half:
-        config = dataclasses.replace(config, slice_dtype=str(half.pop()).removeprefix("torch."))
-    return config
