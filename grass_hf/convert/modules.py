@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from ..slices.ops import int8, products
 from ..slices.ops.sharding import gathered, shape_of
 from ..slices.slice import Slice
 from . import experts
+from .kind import Kind
 from .trials import agree, computes_product, reaches
 
 logger = logging.getLogger(__name__)
@@ -159,23 +159,6 @@ class TappedProducts(GrassModule):
                 f"{type(self).__name__} uses a weight in another way than the trial before its conversion showed "
                 f"({use}), which no slice can follow: train it in full with exclude_modules={names}."
             ) from use
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of module that can be converted.
-
-    Attributes:
-        name: for people.
-        base: the class whose forward makes the product; None where the mixin replaces forward.
-        mixin: the converted class's own part.
-        transposed: the weight is stored (input, output).
-    """
-
-    name: str
-    base: type[nn.Module] | None
-    mixin: type[GrassModule]
-    transposed: bool
 
 
 def kind_of(module: nn.Module) -> Kind | None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
-if TYPE_CHECKING:
-    from .modules import Kind
+from .kind import Kind
 
 # What says nothing about a module that is tried: memory, and the estimator's fake tensors, which have no values.
 _NOTHING_SAID = (torch.OutOfMemoryError, MemoryError, DataDependentOutputException, DynamicOutputShapeException)

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from ...config.settings import GrassConfig
 from ...convert.conversion import grass_slices, is_converted
-from ...slices.ops import int8, row_norms, selection
+from ...slices.ops import row_norms, selection
 from .fake_ranks import Engine
 from .live_bytes import ACTIVATIONS, LOGITS, TEMPORARIES, LiveBytes
 from .methods import make_optimizer, make_ready
@@ -121,9 +120,7 @@ class Simulation:
         """The ordinary step, and of the observing ones that which takes most."""
         self.live.mark([*self.model.parameters(), *self.model.buffers()], "weights")
         config = self.engine.adapt(config, self.model)
-        # codes have no values here, and looking for them would be thousands of small operations
-        with mock.patch.object(int8, "fill", lambda codes, scale, weight: None):
-            self.model = make_ready(method, self.model, config)
+        self.model = make_ready(method, self.model, config)
         self.called = self.engine.wrap(self.model)
         self.optimizer = make_optimizer(method, self.model, config, optimizer, args)
         self._mark_model()
@@ -190,7 +187,7 @@ class Simulation:
         self.live.start()
         with self.live.forward():
             loss = self.loss(self.called)
-        with mock.patch.object(row_norms, "squared_norms", _norms_of_the_last_blocks):
+        with row_norms.norms_by(_norms_of_the_last_blocks):
             loss.backward()
         del loss
         self.live.mark((param.grad for param in self._trainable()), "gradients")

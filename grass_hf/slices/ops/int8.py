@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .rounding import round_stochastically
 
@@ -54,7 +55,8 @@ def quantize(weight: Tensor) -> nn.Parameter:
     weight = weight.detach()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
-    fill(codes, scale, weight)
+    if not isinstance(weight, FakeTensor):  # an estimator's has no values, and to look for them takes long
+        fill(codes, scale, weight)
     return nn.Parameter(Int8QuantizedTrainingLinearWeight(codes, scale), requires_grad=False)
 
 
