@@ -23,7 +23,7 @@ _PEAK = {"cpu": (), "cuda": ("peak MiB",)}
 
 
 def run_speed(
-    *, dtypes: list[str], device: str, slow_dtypes: bool, keep_memory: bool, json: Path | None, **setting: Any
+    *, dtypes: list[str], device: str, slow_dtypes: bool, keep_memory: bool, json: Path | None, **given: Any
 ) -> None:
     """Time every dtype, print one table of medians and ratios, append one row per dtype to `json`.
 
@@ -34,7 +34,7 @@ def run_speed(
         if name not in _DTYPES:
             raise ValueError(f"dtype={name!r} is not known: choose one of {', '.join(_DTYPES)}.")
     device = _device(device)
-    setting = speed.Setting(**setting)
+    setting = speed.Setting(**given)
     speed.check(setting)
     kept = keep_memory and device == "cpu" and speed.keep_memory()
     console = Console()

@@ -44,10 +44,10 @@ def run_comm(
     table = Table(title=f"{title}, K = {config.update_interval}", title_justify="left")
     for heading in ("", "", "", *_COLUMNS):
         table.add_column(heading, justify="right" if heading else "left")
-    rows = []
+    rows: list[dict[str, Any]] = []
     with spinner(console, f"{ranks} processes train {model}"):
-        settings = {"engines": engines, "ranks": ranks, "dtype": dtype, **shape}
-        for engine, method, counted in comm.measure(model_config.to_dict(), config, **settings):
+        given = {"engines": engines, "ranks": ranks, "dtype": dtype, **shape}
+        for engine, method, counted in comm.measure(model_config.to_dict(), config, **given):
             average = counted.average(config.update_interval)
             row = {"engine": engine, "method": method, "ordinary": counted.ordinary, "selecting": counted.selecting}
             rows.append(row | {"messages": counted.messages, "mean": average, "expected": expected[engine, method]})

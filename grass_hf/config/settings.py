@@ -207,9 +207,10 @@ class GrassConfig:
         """Number of rows to train of a side with `size` rows, of the module `name`; may exceed `size` when `rank`
         does."""
         key = self.pattern_key(name)
+        own = None if key is None else self.pattern[key]
         if self.rank is not None:
-            return self.rank if key is None else self.pattern[key]
-        return max(1, round((self.density if key is None else self.pattern[key]) * size))
+            return self.rank if own is None else int(own)
+        return max(1, round((own or self.density or DEFAULT_DENSITY) * size))
 
     @property
     def shown_rank(self) -> str:

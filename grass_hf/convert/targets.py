@@ -82,7 +82,9 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
     for use in uses(model):
         users.setdefault(id(use.weight), []).append(use)
     heads, frozen = output_heads(model), "by PEFT" if any(map(_of_peft, model.modules())) else "by you"
-    targets, left_out, too_small = [], {}, []
+    targets: list[Target] = []
+    left_out: dict[str, str] = {}
+    too_small = []
     for use in matched:
         sharing = [use, *(other for other in users[id(use.weight)] if other.module is not use.module)]
         if any(use.module in target.sharers for target in targets):
@@ -153,8 +155,9 @@ def _leader(use: Use, side: str, rank: int, earlier: list[Target]) -> str:
         other_parent, _, other_leaf = target.name.rpartition(".")
         if other_parent != parent or use.parameter != "weight" or target.parameter != "weight":
             continue
-        alike = target.side == side == "input" and shape_of(target.module.weight)[1] == shape_of(use.weight)[1]
-        alike = alike and target.module.weight.dtype == use.weight.dtype
+        weight: nn.Parameter = getattr(target.module, target.parameter)
+        alike = target.side == side == "input" and shape_of(weight)[1] == shape_of(use.weight)[1]
+        alike = alike and weight.dtype == use.weight.dtype
         if alike and other_leaf in family and target.rank == rank:
             return target.leader
     return use.name

@@ -71,7 +71,7 @@ def ddp_of_one_rank(model: nn.Module) -> nn.parallel.DistributedDataParallel:
     # ranks cannot compare parameters that have no values
     wrapped = nn.parallel.DistributedDataParallel(model, init_sync=False)
     wrapped.register_comm_hook(None, _reduce)
-    wrapped.reducer = _FirstBuckets(wrapped.reducer)
+    wrapped.reducer = _FirstBuckets(wrapped.reducer)  # type: ignore[assignment]  # it passes all else on
     return wrapped
 
 
@@ -97,6 +97,6 @@ def _reduce(_, bucket):
     Not annotated, because DDP reads annotations and takes no strings for them.
     """
     dist.all_reduce(bucket.buffer())
-    done = torch.futures.Future()
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done

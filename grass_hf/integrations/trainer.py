@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..config.optim_args import parse_optim_args
 from ..config.settings import GrassConfig
 from ..convert.conversion import convert_to_grass, converted_part, describe, describe_settings, is_converted
+from ..convert.record import conversion_of
 from ..optim.controller import GROUP_KEY
 from ..optim.factory import attach, grass_optimizer
 from ..optim.rate_warmup import scale_reached
@@ -237,9 +238,9 @@ def _convert(model: nn.Module, config: GrassConfig, args) -> None:
     refuse_parallelism()
     config = adapt_to_engine(config, model)
     if is_converted(model):
-        if model.grass.config != config:
+        if conversion_of(model).config != config:
             raise ValueError(
-                f"the model is converted with {model.grass.config}, and now {config} is asked for: keep one."
+                f"the model is converted with {conversion_of(model).config}, and now {config} is asked for: keep one."
             )
         return
     # before a model that ZeRO-3 has split up is gathered, module by module

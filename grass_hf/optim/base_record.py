@@ -51,7 +51,7 @@ def asked(controller: Controller) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def record(controller: Controller, names: list[str]) -> dict[str, Any]:
+def record(controller: Controller, names: list[str | None]) -> dict[str, Any]:
     """What a checkpoint says of the optimizer, in plain types.
 
     Args:
@@ -95,14 +95,14 @@ def check(meta: dict[str, Any], settings: dict[str, dict[str, Any]], controller:
     saved = meta.get(KEY)
     if not saved:
         return
-    now = {"class": _name(controller.base), "bits": _bits(controller.base)}
-    if not _same_class(saved["class"], now["class"]):
+    name_now = _name(controller.base)
+    if not _same_class(saved["class"], name_now):
         raise ValueError(
-            f"the checkpoint's optimizer state is that of {saved['class']}, and this run has {now['class']}, which "
+            f"the checkpoint's optimizer state is that of {saved['class']}, and this run has {name_now}, which "
             f"keeps other state: resume with the base optimizer that wrote it, {_ANEW}."
         )
-    changes = _changes(saved["bits"], now["bits"])
-    rates = {}
+    changes = _changes(saved["bits"], _bits(controller.base))
+    rates: dict[str, tuple[Any, Any]] = {}
     for name, before in settings.items():
         for key, pair in _changes(before, controller.asked.get(name, before)).items():
             (rates if key == _LR else changes).setdefault(key, pair)
@@ -187,7 +187,7 @@ def _state_names(
 ) -> list[set[str]] | None:
     """Names of the state that an optimizer makes under these groups' settings, by one step of a copy of it over a small
     parameter for each, of so many dimensions; None where that fails."""
-    cls = plain_class(optimizer)
+    cls: Any = plain_class(optimizer)
     params = [nn.Parameter(torch.ones((2,) * number)) for number in dims]
     for param in params:
         param.grad = torch.ones_like(param)

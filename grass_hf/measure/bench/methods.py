@@ -51,10 +51,10 @@ class Kind:
     install: str = ""
 
 
-_GALORE = {"rank": None, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-_APOLLO = {"rank": None, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"}
+_GALORE: dict[str, Any] = {"rank": None, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+_APOLLO: dict[str, Any] = {"rank": None, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"}
 _APOLLO |= {"proj": "random", "scale_type": "channel"}
-_LORA = {"rank": None, "lora_alpha": None, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
+_LORA: dict[str, Any] = {"rank": None, "lora_alpha": None, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
 _LORA |= {"rank_pattern": {}}
 
 KINDS = {

@@ -204,7 +204,8 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     if not _is_made_of_tensors(type(tensor)):
         yield tensor
         return
-    for inner in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+    flattened: Any = tensor
+    for inner in (getattr(tensor, name) for name in flattened.__tensor_flatten__()[0]):
         if isinstance(inner, Tensor):  # a DTensor counts its mesh in
             yield from plain_tensors(inner)
 

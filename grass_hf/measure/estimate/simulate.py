@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...config.settings import GrassConfig
 from ...convert.conversion import grass_slices, is_converted
+from ...optim.driving import controller_of
 from ...slices.ops import row_norms, selection
 from .fake_ranks import Engine
 from .live_bytes import ACTIVATIONS, LOGITS, TEMPORARIES, LiveBytes
@@ -156,12 +157,12 @@ class Simulation:
         """Steps of the interval on which slices select; of many those whose layers have the widest inputs, which an
         observation of columns keeps whole. What lives anyway, and when, only a simulation tells."""
         due: Counter[int] = Counter()
-        for part in {part.state.leader: part for part in self.optimizer.grass.slices}.values():
+        for part in {part.state.leader: part for part in controller_of(self.optimizer).slices}.values():
             due[part.state.phase] += part.state.size if part.side == "input" else 0
         return sorted(due, key=lambda phase: (due[phase], phase))[-MOST_TURNS:]
 
     def _observing_step(self, turn: int) -> Breakdown:
-        controller = self.optimizer.grass
+        controller = controller_of(self.optimizer)
         controller.step = controller.config.update_interval + turn
         controller.due.clear()
         controller.look_ahead()
@@ -175,10 +176,10 @@ class Simulation:
         what lives meanwhile is the same for every weight of a shape.
         """
         seen = set()
-        for part in self.optimizer.grass.slices:
+        for part in controller_of(self.optimizer).slices:
             kind = (part.weight.shape, part.weight.dtype, part.active.dtype)
             if kind in seen:
-                part.settle_decay = lambda seed=None: None
+                part.settle_decay = lambda seed=None: None  # type: ignore[method-assign]  # of this one slice
             seen.add(kind)
 
     def _step(self) -> Breakdown:
@@ -233,20 +234,21 @@ def causal_loss(model: nn.Module, batch: int, sequence: int) -> Loss:
             f"{type(model).__name__} has no config.vocab_size, so it is no language model of transformers: give "
             "loss=, a function of the model that returns its loss."
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = model.config
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sequence > longest:
         raise ValueError(
             f"sequence={sequence} is longer than the model's max_position_embeddings={longest}: give fewer tokens, or "
             "a config with more positions."
         )
-    model.config.use_cache = False
+    config.use_cache = False
     tokens = torch.randint(vocabulary, (batch, sequence))
     return lambda model: model(input_ids=tokens, labels=tokens).loss
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
     """Size of a language model's vocabulary, None if it has none."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
 
