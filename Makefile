@@ -74,9 +74,10 @@ test-gpu: $(VENV)/.stamp-dev ## Run the tests that need a GPU
 support-table: $(VENV)/.stamp-dev ## Try every model of the matrix and write docs/support.md
 	$(BIN)/python scripts/support_table.py
 
-quality: $(VENV)/.stamp-dev ## Check style, formatting and that the docs cover the public names
+quality: $(VENV)/.stamp-dev ## Check style, formatting, types and that the docs cover the public names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python scripts/check_docs.py
 
 BENCH_WORKERS ?= 2
@@ -122,5 +123,5 @@ docs: $(VENV)/.stamp-docs ## Build the documentation site (site/)
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove the environment and everything that was generated
-	rm -rf $(VENV) .venv-oldest .venv-tools build dist site runs *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-tools build dist site runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -57,31 +57,40 @@ def run_speed(
                 "emulated and its timings say nothing about the method (--slow-dtypes times it all the same)."
             )
             continue
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(f"{name}: rounds of {', '.join(setting.methods)}", total=setting.gap)
-            for result in speed.measure(setting, dtype, device):
-                if isinstance(result, speed.Timing):
-                    timing = result
-                else:
-                    progress.update(task, completed=result)
+        timing = _measured(setting, dtype, device, console)
         for method in setting.methods:
             table.add_row(name, *_cells(timing, method, setting))
         if json is not None:
-            row = {
-                "bench": "speed",
-                "dtype": name,
-                "setting": dataclasses.asdict(setting),
-                "memory_kept": kept,
-                "seconds": timing.seconds,
-                "reselecting": timing.reselecting,
-                "peak_bytes": timing.peaks,
-            }
-            row["median"] = {method: timing.median(method) for method in setting.methods}
-            row["grass_over"] = {method: timing.ratio("grass", method) for method in setting.methods}
+            row = {"bench": "speed", "memory_kept": kept, **_row(timing, setting)}
             record.append(json, row | record.machine(*PACKAGES))
     if table.row_count:
         console.print(table)
         console.print(f"medians of {setting.rounds} steps each, taken in turn")
+
+
+def _measured(setting: speed.Setting, dtype: torch.dtype, device: str, console: Console) -> speed.Timing:
+    """The timing of one dtype, with a bar that shows how far it is."""
+    with Progress(console=console, transient=True) as progress:
+        name = str(dtype).removeprefix("torch.")
+        task = progress.add_task(f"{name}: rounds of {', '.join(setting.methods)}", total=setting.gap)
+        for result in speed.measure(setting, dtype, device):
+            if isinstance(result, speed.Timing):
+                return result
+            progress.update(task, completed=result)
+    raise RuntimeError("the measurement ended without a timing")
+
+
+def _row(timing: speed.Timing, setting: speed.Setting) -> dict[str, Any]:
+    """What is filed of a timing."""
+    return {
+        "dtype": timing.dtype,
+        "setting": dataclasses.asdict(setting),
+        "seconds": timing.seconds,
+        "reselecting": timing.reselecting,
+        "peak_bytes": timing.peaks,
+        "median": {method: timing.median(method) for method in setting.methods},
+        "grass_over": {method: timing.ratio("grass", method) for method in setting.methods},
+    }
 
 
 def _device(name: str) -> str:

@@ -49,8 +49,8 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
     config = config or GrassConfig()
     if is_converted(model):
         raise ValueError(
-            f"{type(model).__name__} was already converted with {conversion_of(model).config}: call restore_model(model) first "
-            "to convert it anew."
+            f"{type(model).__name__} was already converted with {conversion_of(model).config}: call "
+            "restore_model(model) first to convert it anew."
         )
     _refuse_wrapped(model)
     todo = plan(model, config)
@@ -228,8 +228,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
     for name, param in model.named_parameters():
         if is_sharded(param):
             raise ValueError(
-                f"{name} is sharded already, as {getattr(param, 'placements', None)}: convert the model first, then shard it with "
-                "fully_shard; tensor parallelism (tp_plan, parallelize_module) is not supported, use FSDP2."
+                f"{name} is sharded already, as {getattr(param, 'placements', None)}: convert the model first, then "
+                "shard it with fully_shard; tensor parallelism (tp_plan, parallelize_module) is not supported, use "
+                "FSDP2."
             )
     if any(isinstance(module, GrassModule) for module in model.modules()):
         raise ValueError(f"{kind} contains a part that was already converted: call restore_model on that part first.")

@@ -109,7 +109,7 @@ class TappedInt8Linear(GrassModule):
         fits = getattr(plain, "shape", None) == self.weight.shape  # else torch says how they differ
         if fits:
             del state_dict[prefix + "weight"]
-            found = int8.quantize(plain.to(self.weight.dtype))
+            found: Any = int8.quantize(plain.to(self.weight.dtype))
             self.weight.int_data.copy_(found.int_data)
             self.weight.scale.copy_(found.scale)
         try:

@@ -89,10 +89,12 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
         sharing = [use, *(other for other in users[id(use.weight)] if other.module is not use.module)]
         if any(use.module in target.sharers for target in targets):
             continue
+        # can it be compressed at all?
         reason = _cannot(use, frozen) or next((_cannot_share(other, excluded, frozen) for other in sharing[1:]), None)
         if reason:
             left_out[use.name] = reason
             continue
+        # which side of it, and how many of its rows or columns?
         layout = layout_of(use.module, use.parameter)
         transposed = layout.transposed
         vocabulary = any(isinstance(each.module, nn.Embedding) or id(each.module) in heads for each in sharing)
@@ -107,6 +109,7 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
         # the matrices of a flat parameter choose their own rows, and the same columns
         flat = layout.matrices if by_rows and len(shape_of(use.weight)) == 2 else 1
         size, rank = size * flat, rank * flat
+        # who chooses them?
         sharers = tuple(other.module for other in sharing[1:])
         placed = (use.module, use.parameter, sharers, side, transposed, size, rank)
         leader = _leader(use, side, rank, targets) if config.share_index else use.name
@@ -117,6 +120,7 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
                 f"have fewer rows than it should train: give a rank that {blocks} divides, or side='input'."
             )
         targets.append(Target(use.name, *placed, leader, blocks, vocabulary))
+    # what is wrong with the config, if nothing is left?
     if targets:
         _check_pattern(model, config, targets)
         _warn_of_adapters(model, config, targets, sum(f"frozen {frozen}" in reason for reason in left_out.values()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -27,7 +29,7 @@ def fsdp_version() -> int:
     return 0 if plugin is None else int(plugin.fsdp_version)
 
 
-def forget_evaluation(accelerator, model: nn.Module) -> None:
+def forget_evaluation(accelerator, model: Any) -> None:
     """Let DDP wrap a model that `Trainer.evaluate` has seen before `train`.
 
     Evaluation prepares the model without DDP and marks it as prepared, so that `train` would leave it as it is (seen

@@ -86,7 +86,8 @@ def load_optimizer(trainer, checkpoint: str, original: Callable) -> None:
 
     model, optimizer = trainer.model_wrapped, trainer.optimizer
     whole = runs != PLAIN
-    state = _optimizer_state(checkpoint, saved, model, optimizer) if not whole or dist.get_rank() == 0 else None
+    # with broadcast_from_rank0 the others have none
+    state: Any = _optimizer_state(checkpoint, saved, model, optimizer) if not whole or dist.get_rank() == 0 else None
     options = StateDictOptions(full_state_dict=whole, broadcast_from_rank0=whole)
     set_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), state, options=options)
     scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), map_location="cpu", weights_only=True)
@@ -179,8 +180,10 @@ def read_sharded(folder: str) -> dict[str, Any]:
     metadata = dcp.FileSystemReader(folder).read_metadata()
     flat: dict[str, Any] = {}
     for key, kind in metadata.state_dict_metadata.items():
-        is_tensor = isinstance(kind, TensorStorageMetadata)
-        flat[key] = torch.empty(kind.size, dtype=kind.properties.dtype) if is_tensor else None
+        if isinstance(kind, TensorStorageMetadata):
+            flat[key] = torch.empty(kind.size, dtype=kind.properties.dtype)
+        else:
+            flat[key] = None
     dcp.load(flat, checkpoint_id=folder)
     nested: dict[Any, Any] = {}
     for key, value in flat.items():

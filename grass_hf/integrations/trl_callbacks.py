@@ -32,7 +32,7 @@ def plain_parameters(model: nn.Module) -> Iterator[None]:
     if not is_converted(model):
         yield
         return
-    cls = type(model)
+    cls: Any = type(model)
     model.__class__ = _plain_class(cls)
     try:
         yield

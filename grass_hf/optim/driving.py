@@ -132,5 +132,5 @@ def plain_class(optimizer: object) -> type:
 
 
 def _new(plain: type) -> torch.optim.Optimizer:
-    made = driving_class(plain)
+    made: Any = driving_class(plain)
     return made.__new__(made)

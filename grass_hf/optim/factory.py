@@ -84,9 +84,18 @@ def attach(
             )
         return existing
     _refuse(type(optimizer))
-    layers = list(grass_slices(model))
+    _check_holds(optimizer, model)
+    if not replace:
+        conversion_of(model).refuse_second()
+    watch(model)
+    _split_groups(optimizer, model)
+    return GrassController(model, optimizer, replicas, replace=replace)
+
+
+def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Check that an optimizer holds every slice, and every weight that was freed."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in layers:
+    for layer in grass_slices(model):
         check_shape(layer)
         if not layer.active.requires_grad:
             raise ValueError(
@@ -107,11 +116,6 @@ def attach(
                 f"the optimizer does not hold the weight of {name}, which is trained in full since the model's first "
                 "forward: make it after that, over the model's trainable parameters."
             )
-    if not replace:
-        conversion_of(model).refuse_second()
-    watch(model)
-    _split_groups(optimizer, model)
-    return GrassController(model, optimizer, replicas, replace=replace)
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

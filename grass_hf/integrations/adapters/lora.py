@@ -95,9 +95,11 @@ def export_adapter(
         files, result = AdapterFiles(rank), Exported()
         for name in after.names:
             progress(name)
+            value = after.get(name)
+            assert value is not None  # it is one of its names
             place = known.get(name, Place(reason="the model has no parameter of that name"))
             contents = partial(_contents, model, after=after, known=known)
-            _add(name, place, before.get(name), after.get(name), contents, files, result)
+            _add(name, place, before.get(name), value, contents, files, result)
         if files.empty:
             raise ValueError(
                 f"no matrix differs between BASE={base} and TUNED={tuned} where LoRA could hold it: there is nothing "

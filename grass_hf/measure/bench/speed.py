@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -229,10 +229,9 @@ def _make_ready(method: str, model: PreTrainedModel, setting: Setting) -> tuple[
             # PEFT makes float32 adapters, which take twice as long over half-precision weights
             param.data = param.data.to(dtype)
     words = trainer_flags(method, settings, names)
-    flags: dict[str, Any] = {
-        name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)
-    }
-    made, more = Trainer.get_optimizer_cls_and_kwargs(_arguments(**flags), ready)
+    pairs = zip(words[::2], words[1::2], strict=True)
+    flags: dict[str, Any] = {name.removeprefix("--"): value for name, value in pairs}
+    made, more = Trainer.get_optimizer_cls_and_kwargs(_arguments(**flags), cast(PreTrainedModel, ready))
     trained = more.pop("params", [param for param in ready.parameters() if param.requires_grad])
     return ready, made(trained, **{**more, **options})
 
