@@ -98,7 +98,9 @@ def _begin(threads: int, log: str) -> None:
 
 def _end_with_parent() -> None:
     # the pool itself would let a run go on whose study was killed
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
     os._exit(1)
 
 
