@@ -11,7 +11,7 @@ import pytest
 
 from grass_hf.integrations.private_names import PRIVATE_NAMES
 
-PACKAGE = Path(__file__).parents[1] / "grass_hf"
+PACKAGE = Path(__file__).parents[2] / "grass_hf"
 PRIVATE = re.compile(r"_[a-zA-Z]\w*")
 # Words of ours that begin with a line: ends of names, the mark of what we have wrapped.
 OUR_WORDS = {"_STATE_DICT", "_bias", "_grass_hf", "_import_hook", "_pattern", "_slice"}
