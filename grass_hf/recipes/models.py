@@ -124,6 +124,8 @@ def fit_config(config: PretrainedConfig, recipe: Recipe, tokenizer: PreTrainedTo
             "they are not made for each other, give another model.tokenizer_name."
         )
     config.pad_token_id = tokenizer.pad_token_id
+    if recipe.task == "reward":
+        config.num_labels = 1
     if recipe.task == "classification":
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
@@ -139,7 +141,7 @@ def fit_config(config: PretrainedConfig, recipe: Recipe, tokenizer: PreTrainedTo
 
 def auto_class(task: str) -> type:
     """The transformers class that builds a task's models."""
-    return AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
+    return AutoModelForSequenceClassification if task in ("classification", "reward") else AutoModelForCausalLM
 
 
 def empty_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:

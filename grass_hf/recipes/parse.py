@@ -42,6 +42,17 @@ _ALTERNATIVES = {
     **{old: (new,) for old, new in _RENAMED.items()},
     **{new: (old,) for old, new in _RENAMED.items()},
 }
+_TRL = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig", "reward": "RewardConfig", "grpo": "GRPOConfig"}
+# Arguments of TRL's whose place in a recipe is another one.
+_SAID_ELSEWHERE = {
+    "max_length": "data.sequence_length",
+    "assistant_only_loss": "data.loss_on",
+    "completion_only_loss": "data.loss_on",
+    "chat_template_path": "model.chat_template",
+    "dataset_text_field": "data.columns",
+    "dataset_num_proc": "data.preprocessing_workers",
+    "model_init_kwargs": "the section model",
+}
 _KINDS = {
     "model": ModelSection,
     "data": DataSection,
@@ -98,18 +109,14 @@ def training_class(task: str) -> type[TrainingArguments]:
     """The arguments of a task's trainer.
 
     Raises:
-        ValueError: the task is unknown, or TRL, which it needs, is not installed.
+        ValueError: the task is unknown.
     """
     choose("task", task, TASKS)
-    if task not in ("sft", "dpo"):
+    if task not in _TRL:
         return TrainingArguments
-    try:
-        import trl
-    except ImportError as error:
-        raise ValueError(
-            f"task={task} trains with TRL, which cannot be imported: pip install 'grass-hf[trl]'."
-        ) from error
-    return trl.SFTConfig if task == "sft" else trl.DPOConfig
+    import trl
+
+    return getattr(trl, _TRL[task])
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
@@ -264,9 +271,17 @@ def _connect(task: str, data: DataSection, training: TrainingArguments, given: M
     """What the trainers' arguments must say because other sections say it."""
     if not given.get("output_dir"):
         raise ValueError("training.output_dir is missing: give the folder for checkpoints, results and report.")
-    if task in ("sft", "dpo"):
-        if "max_length" in given:
-            raise ValueError("training.max_length is set by data.sequence_length: write that instead.")
+    if task not in _TRL:
+        return
+    for name, where in _SAID_ELSEWHERE.items():
+        if given.get(name) is not None:
+            raise ValueError(f"training.{name} is set by {where}: write that instead.")
+    if task != "grpo":
         training.max_length = data.sequence_length
-    if task == "sft":
-        training.completion_only_loss = True  # the mask says what is learnt: all of it for loss_on: everything
+    elif not data.reward_funcs:
+        raise ValueError("data.reward_funcs is missing: name the functions that score what the model writes.")
+    elif training.max_completion_length >= data.sequence_length:
+        raise ValueError(
+            f"data.sequence_length={data.sequence_length} leaves no room for a prompt before the "
+            f"training.max_completion_length={training.max_completion_length} tokens of a reply: give a greater one."
+        )
