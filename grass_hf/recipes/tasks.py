@@ -87,12 +87,16 @@ def prepare(recipe: Recipe) -> Prepared:
             )
         labels, numbers = _classes(recipe, train, evaluation)
         config = fit_config(config, recipe, tokenizer, labels)
-        encoded = [[_encoded(recipe, part, tokenizer, labels, numbers) for part in p] for p in (train, evaluation)]
-        made = [join(encoded[0], data.weights, seed), join(encoded[1], [], seed)]
-        for rows in made if recipe.task == "pretraining" else ():
-            if rows is not None:
-                rows.dataset = encode.blocks(rows.dataset, data.sequence_length, data.preprocessing_workers, rows.name)
-    if made[0].streaming and training.max_steps <= 0:
+        held = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in evaluation], [], seed)
+        for part in train:
+            if not part.rows.streaming and not len(part.rows.dataset):
+                size = f"the {len(held.dataset)} rows of {part.rows.name}" if held else part.rows.name
+                raise ValueError(f"data.holdout={data.holdout} leaves nothing of {size} to train on.")
+        rows = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in train], data.weights, seed)
+        if recipe.task == "pretraining":
+            for one in (rows, held) if held else (rows,):
+                one.dataset = encode.blocks(one.dataset, data.sequence_length, data.preprocessing_workers, one.name)
+    if rows.streaming and training.max_steps <= 0:
         raise ValueError("training.max_steps is missing: a stream has no length, so the number of steps must be given.")
     layout = ", ".join(dict.fromkeys(part.layout for part in train))
     return Prepared(layout, rows, held, tokenizer, config, labels)
