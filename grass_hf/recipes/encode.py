@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pyarrow.compute
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 from trl import pack_dataset
 
 from .chats import PLAIN_TEMPLATE, ChatEncoder, chat_encoder
 from .places import BadRow
+from .rows import Rows
 
 __all__ = ["PLAIN_TEMPLATE", "ChatEncoder", "chat_encoder"]  # of `chats`
 
@@ -62,20 +64,31 @@ class TextEncoder:
         return {"input_ids": [*ids, self.tokenizer.eos_token_id]}
 
 
-def blocks(dataset: Any, length: int, workers: int, name: str) -> Any:
-    """Documents cut into blocks of `length` tokens by TRL; every ten thousand documents leave one shorter block.
+def blocks(rows: Rows, length: int, workers: int, whole: bool) -> None:
+    """Cut documents into blocks of `length` tokens, by TRL; every ten thousand documents leave one shorter block.
+
+    Args:
+        rows: of ``{"input_ids"}``; their dataset is replaced.
+        length: of a block.
+        workers: processes.
+        whole: leave the shorter blocks out and count their tokens, for an evaluation that weighs all blocks alike.
 
     Raises:
         ValueError: all of them are shorter than one block.
     """
-    streaming = not hasattr(dataset, "__len__")
-    options = {"batch_size": 10_000} | ({} if streaming else {"num_proc": workers if workers > 1 else None})
-    made = pack_dataset(dataset.select_columns(["input_ids"]), length, "wrapped", options)
-    if not streaming and len(made) == 1 and len(made[0]["input_ids"]) < length:
+    options = {"batch_size": 10_000} | ({} if rows.streaming else {"num_proc": workers if workers > 1 else None})
+    rows.dataset = pack_dataset(rows.dataset.select_columns(["input_ids"]), length, "wrapped", options)
+    if rows.streaming:
+        return
+    lengths = pyarrow.compute.list_value_length(rows.dataset.data["input_ids"]).to_pylist()
+    full = [number for number, size in enumerate(lengths) if size == length]
+    if not full and len(lengths) == 1:
         raise ValueError(
-            f"data.sequence_length={length} is longer than the text of {name}: give a smaller one or more rows."
+            f"data.sequence_length={length} is longer than the text of {rows.name}: give a smaller one or more rows."
         )
-    return made
+    if whole and full:
+        rows.dataset = rows.dataset.select(full)
+        rows.tail = sum(lengths) - length * len(full)
 
 
 def block_collator(tokenizer: Any) -> Callable[[list[Row]], Row]:

@@ -75,6 +75,8 @@ def describe(prepared: Prepared, task: str) -> list[str]:
             lines.append(f"  {rows.empty:,} rows left out, with nothing to learn (empty, or too long)")
         if rows.cut:
             lines.append(f"  {rows.cut:,} rows are longer than data.sequence_length, and cut")
+        if rows.tail:
+            lines.append(f"  {rows.tail:,} tokens left out, behind the last whole block")
         if rows.bad:
             lines.append(f"  {len(rows.bad):,} bad rows left out, the first: {rows.bad[0]}")
     if prepared.labels:

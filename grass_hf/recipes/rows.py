@@ -32,6 +32,7 @@ class Rows:
         bad: places and reasons of bad rows that were left out.
         empty: how many rows with nothing to learn were left out.
         cut: how many rows were longer than `data.sequence_length`.
+        tail: tokens of documents that filled no whole block and were left out.
     """
 
     dataset: Any
@@ -41,6 +42,7 @@ class Rows:
     bad: list[str] = field(default_factory=list)
     empty: int = 0
     cut: int = 0
+    tail: int = 0
 
     @property
     def streaming(self) -> bool:

@@ -95,7 +95,7 @@ def prepare(recipe: Recipe) -> Prepared:
         rows = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in train], data.weights, seed)
         if recipe.task == "pretraining":
             for one in (rows, held) if held else (rows,):
-                one.dataset = encode.blocks(one.dataset, data.sequence_length, data.preprocessing_workers, one.name)
+                encode.blocks(one, data.sequence_length, data.preprocessing_workers, whole=one is held)
     if rows.streaming and training.max_steps <= 0:
         raise ValueError("training.max_steps is missing: a stream has no length, so the number of steps must be given.")
     layout = ", ".join(dict.fromkeys(part.layout for part in train))
