@@ -13,9 +13,11 @@ from rich.console import Console
 import grass_hf
 
 from ..recipes import preview
-from ..recipes.checks import check_model, check_places, estimate, visible_memory
+from ..recipes.checks import check_model, check_places, check_settings
 from ..recipes.parse import load_recipe
+from ..recipes.rehearsal import rehearse
 from ..recipes.runner import train
+from ..recipes.step_memory import estimate, visible_memory
 from ..recipes.tasks import prepare
 from ..report import shown_bytes
 from .estimate import parse_bytes
@@ -58,8 +60,9 @@ def run_validate(
     recipe = load_recipe(path, flags, grass=grass)
     check_places(recipe, overwrite)
     prepared = prepare(recipe)
+    remarks = check_settings(recipe, prepared)
     model, plan = check_model(recipe, prepared)
-    for line in preview.describe(prepared, recipe.task):
+    for line in (*preview.describe(prepared, recipe.task), *remarks):
         _console.print(line)
     count = sum(parameter.numel() for parameter in model.parameters())
     _console.print(f"model: {recipe.model.name}, {type(model).__name__} of {count:,} parameters")
@@ -73,6 +76,9 @@ def run_validate(
         )
         found["targets"] = {target.name: target.rank for target in targets}
         found["left_out"] = plan.left_out
+    with _console.status("a dry run of two steps"):
+        found["dry run"] = rehearse(recipe, prepared)
+    _console.print(found["dry run"])
     if memory:
         found["memory"] = _check_memory(recipe, prepared, model, limit, where)
     _console.print(f"{path}: nothing is wrong with it")

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..config import GrassConfig
 from ..fields import unknown_key
 from .grass_section import WORDS, base_of, read_grass
+from .metrics import direction
 from .schema import TASKS, DataSection, EvaluationSection, LoraSection, ModelSection, Recipe, choose
 
 SECTIONS = ("model", "data", "grass", "lora", "training", "evaluation")
@@ -30,6 +32,27 @@ _OPTIONAL = ("grass", "lora")  # absent is not the same as empty
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+# How other tools call our fields.
+_ELSEWHERE = {
+    "lr": "training.learning_rate",
+    "batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs",
+    "steps": "training.max_steps",
+    "scheduler": "training.lr_scheduler_type",
+    "optimizer": "training.optim",
+    "wd": "training.weight_decay",
+    "block_size": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "sequence_len": "data.sequence_length",
+    "dataset_name": "data.dataset",
+    "train_file": "data.dataset",
+    "base_model": "model.model_name_or_path",
+    "tokenizer": "model.tokenizer_name",
+    "torch_dtype": "model.dtype",
+    "r": "grass.rank",
 }
 # A flag of one replaces what the file says of the other.
 _ALTERNATIVES = {
@@ -78,7 +101,9 @@ def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] =
         if section:
             for other in _ALTERNATIVES.get(field, ()):
                 given.get(section, {}).pop(other, None)
-            given.setdefault(section, {})[field] = None if words == ("null",) else words
+            given.setdefault(section, {})[field] = words
+            if words == ("null",):
+                del given[section][field]  # as if the file did not say it
     _use_installed_names(given["training"], installed)
     if not grass:
         given.pop("grass", None)
@@ -170,6 +195,8 @@ def _check_names(document: Mapping[str, Any], fields: Mapping[str, set[str]], pa
             continue
         if key not in fields:
             owners = [section for section, names in fields.items() if key in names]
+            if not owners and key in _ELSEWHERE:
+                raise ValueError(f"{path}: " + _unknown(str(key), "", fields))
             if owners:
                 raise ValueError(f"{path}: {key} stands outside its section: write it under `{owners[0]}:`.")
             raise ValueError(f"{path}: " + unknown_key(str(key), ["task", *fields], "a section of a recipe"))
@@ -184,6 +211,9 @@ def _unknown(name: str, section: str, fields: Mapping[str, set[str]]) -> str:
     owners = [other for other, names in fields.items() if name in names]
     if owners:
         return f"{name} is a field of `{owners[0]}`, not of `{section}`: move it there."
+    if name in _ELSEWHERE:
+        owner, _, ours = _ELSEWHERE[name].partition(".")
+        return f"{name} is called {ours} here: write `{ours}:` under `{owner}:` (or --{ours} behind the recipe)."
     return unknown_key(name, fields[section], f"a field of {section}")
 
 
@@ -213,6 +243,8 @@ def _flags(flags: Iterable[str], fields: Mapping[str, set[str]]) -> Iterable[tup
             if len(owners) > 1:
                 ways = " or ".join(f"--{s}.{field}" for s in owners)
                 raise ValueError(f"--{field} is a field of {' and of '.join(owners)}: write {ways}.")
+            if not owners and field in _ELSEWHERE:
+                raise ValueError(f"flag --{field}: " + _unknown(field, "", fields))
             if not owners and field != "task":
                 known = {f"--{name}" for names in fields.values() for name in names}
                 raise ValueError("flag " + unknown_key(f"--{field}", known, "a field of a recipe"))
@@ -234,8 +266,10 @@ def _parse(kind: type, values: Mapping[str, Any], section: str) -> Any:
     parser = _Parser(kind, add_help=False, allow_abbrev=False)
     actions = {action.dest: action for action in parser._actions if not isinstance(action, argparse._StoreFalseAction)}
     words: list[str] = []
+    hints = typing.get_type_hints(kind)
     for name, value in values.items():
         action = actions[name]
+        _check_kind(f"{section}.{name}", value, hints[name], action.default)
         if value is None or value == [] or (isinstance(value, list) and action.nargs is None and len(value) > 1):
             parser.set_defaults(**{name: value})  # nothing that a flag could say
             continue
@@ -256,6 +290,18 @@ def _parse(kind: type, values: Mapping[str, Any], section: str) -> Any:
     return parsed
 
 
+def _check_kind(name: str, value: Any, hint: Any, default: Any) -> None:
+    """Refuse null, a list or a mapping where the field takes none: the parser would make text of it."""
+    kinds = {typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))}
+    if value is None and not kinds & {type(None), list, Any}:
+        raise ValueError(f"{name} is null, which it cannot be: leave the line out for its default, {default}.")
+    if isinstance(value, list) and not kinds & {list, tuple, Any}:
+        one = f", {value[0]} say" if value else ""
+        raise ValueError(f"{name}={value} is a list, and the field takes one value: write one{one}.")
+    if isinstance(value, dict) and not kinds & {dict, Any} and name != "data.columns":
+        raise ValueError(f"{name}={value} is a mapping, and the field takes one value: write that alone.")
+
+
 def _word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
 
@@ -268,5 +314,13 @@ def _connect(task: str, data: DataSection, training: TrainingArguments, given: M
         if "max_length" in given:
             raise ValueError("training.max_length is set by data.sequence_length: write that instead.")
         training.max_length = data.sequence_length
+    if training.metric_for_best_model is not None:
+        training.greater_is_better = direction(training.metric_for_best_model, _said(given.get("greater_is_better")))
     if task == "sft":
         training.completion_only_loss = True  # the mask says what is learnt: all of it for loss_on: everything
+
+
+def _said(value: Any) -> bool | None:
+    """true, false or nothing, of YAML or of a flag's words."""
+    value = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    return None if value is None or value == () else str(value).lower() in ("true", "1", "yes")

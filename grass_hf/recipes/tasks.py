@@ -22,9 +22,9 @@ from transformers import (
 from ..integrations.base import base_class_and_kwargs
 from ..integrations.trainer import GrassCallback
 from ..integrations.trl import head_is_target, plain_head_trainer
-from . import metrics
 from .encode import chat_encoder, encode_rows, label_encoder, pack
 from .layouts import converter, find_layout
+from .metrics import Metrics, measure
 from .models import fit_config, load_config, load_tokenizer
 from .schema import Recipe
 from .sources import Rows, hold_out, load_rows
@@ -136,7 +136,9 @@ def build_trainer(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) ->
     Raises:
         ValueError: the settings do not fit model or engine.
     """
+    measured = Metrics(recipe)
     trainer, training = _trainer_of_task(recipe, prepared, model), recipe.training
+    measure(trainer, recipe, measured)
     if recipe.base != training.optim:
         # an argument of the Trainer, which not all of TRL's pass on
         factory = Trainer.get_optimizer_cls_and_kwargs
@@ -147,8 +149,6 @@ def build_trainer(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) ->
 def _trainer_of_task(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) -> Trainer:
     evaluation, training = recipe.evaluation, recipe.training
     callbacks: list[Any] = [] if recipe.grass is None else [GrassCallback(recipe.grass)]
-    if recipe.task in ("pretraining", "sft"):
-        callbacks.append(metrics.AddPerplexity())  # before the one that looks for the metric
     if evaluation.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(evaluation.early_stopping_patience, evaluation.early_stopping_threshold))
     options: dict[str, Any] = {
@@ -163,13 +163,9 @@ def _trainer_of_task(recipe: Recipe, prepared: Prepared, model: PreTrainedModel)
     if lora is not None and recipe.task in ("pretraining", "classification"):
         options["model"] = get_peft_model(model, lora)
     if recipe.task == "pretraining":
-        options |= {"data_collator": default_data_collator}
-        options |= {"compute_metrics": metrics.token_accuracy, "preprocess_logits_for_metrics": metrics.count_tokens}
-        return Trainer(**options)
+        return Trainer(data_collator=default_data_collator, **options)
     if recipe.task == "classification":
-        options |= {"data_collator": DataCollatorWithPadding(prepared.tokenizer)}
-        options |= {"compute_metrics": metrics.classification_metrics}
-        return Trainer(preprocess_logits_for_metrics=metrics.likeliest_class, **options)
+        return Trainer(data_collator=DataCollatorWithPadding(prepared.tokenizer), **options)
     import trl
 
     if lora is not None:
