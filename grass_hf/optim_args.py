@@ -20,7 +20,7 @@ from .presets import config_and_base
 
 _OPENED, _CLOSED = "([{", ")]}"
 # What is the Trainer's own to say, and how.
-_TRAINERS = {
+TRAINERS = {
     **dict.fromkeys(("lr", "learning_rate"), "--learning_rate"),
     **dict.fromkeys(("wd", "weight_decay"), "--weight_decay"),
     **dict.fromkeys(("betas", "beta1", "beta2", "adam_beta1", "adam_beta2"), "--adam_beta1 and --adam_beta2"),
@@ -75,8 +75,8 @@ def parse_optim_args(given: str | Mapping[str, Any] | None, **defaults: Any) -> 
             values[key] = value
         elif key in FIELD_TYPES:
             values[key] = _value(key, value)
-        elif key in _TRAINERS:
-            raise ValueError(f"optim_args: {key} is no setting of Grass: write {_TRAINERS[key]} instead.")
+        elif key in TRAINERS:
+            raise ValueError(f"optim_args: {key} is no setting of Grass: write {TRAINERS[key]} instead.")
         else:
             raise ValueError("optim_args: " + unknown_key(key, [*FIELD_TYPES, "base", "preset"], "a setting of Grass"))
     if any(

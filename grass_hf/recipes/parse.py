@@ -54,6 +54,15 @@ _ELSEWHERE = {
     "torch_dtype": "model.dtype",
     "r": "grass.rank",
 }
+_POSITIVE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+)
 # A flag of one replaces what the file says of the other.
 _ALTERNATIVES = {
     "rank": ("density",),
@@ -310,6 +319,11 @@ def _connect(task: str, data: DataSection, training: TrainingArguments, given: M
     """What the trainers' arguments must say because other sections say it."""
     if not given.get("output_dir"):
         raise ValueError("training.output_dir is missing: give the folder for checkpoints, results and report.")
+    for name in _POSITIVE:
+        if (value := getattr(training, name, None)) is not None and value <= 0:
+            raise ValueError(f"training.{name}={value} is not above 0: give a larger one, or leave it out.")
+    if training.learning_rate < 0:
+        raise ValueError(f"training.learning_rate={training.learning_rate} is negative: give 1e-4, say.")
     if task in ("sft", "dpo"):
         if "max_length" in given:
             raise ValueError("training.max_length is set by data.sequence_length: write that instead.")
