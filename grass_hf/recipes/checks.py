@@ -193,7 +193,7 @@ def _value(setting: Any) -> str:
 
 def _check_scheduler(training: Any) -> None:
     """Make the scheduler once, over a parameter of its own."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
     steps = training.max_steps if training.max_steps > 0 else 100
     options = training.lr_scheduler_kwargs
     try:
