@@ -9,11 +9,12 @@ import recipe_files as files
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
-pytest.importorskip("datasets")
-evaluate = pytest.importorskip("evaluate")
+pytest.importorskip("evaluate")
+
+import evaluate
 
 from grass_hf.recipes import metrics
-from grass_hf.recipes.measures import FOLDER, NAMES
+from grass_hf.recipes.metric_modules import FOLDER, NAMES
 from grass_hf.recipes.parse import load_recipe
 from grass_hf.recipes.runner import train
 
@@ -42,7 +43,9 @@ def test_our_modules_are_those_of_scikit_learn():
     for name in ("f1", "precision", "recall"):
         score, module = getattr(reference, f"{name}_score"), load(name)
         for average in ("macro", "micro", "weighted"):
-            assert module.compute(**given, average=average)[name] == pytest.approx(score(true, predicted, average=average))
+            assert module.compute(**given, average=average)[name] == pytest.approx(
+                score(true, predicted, average=average)
+            )
         two = {"predictions": predicted % 2, "references": true % 2}
         assert module.compute(**two)[name] == pytest.approx(score(true % 2, predicted % 2))
         assert module.compute(predictions=[0], references=[0])[name] == 0.0
@@ -79,7 +82,9 @@ def test_the_direction_of_a_metric_is_known(name, better, tmp_path):
     said["training"]["metric_for_best_model"] = "cosiness"
     with pytest.raises(ValueError, match="cosiness: whether more of it is better is not known"):
         load_recipe(files.write(tmp_path, said))
-    assert load_recipe(files.write(tmp_path, said), ["--greater_is_better", "false"]).training.greater_is_better is False
+    assert (
+        load_recipe(files.write(tmp_path, said), ["--greater_is_better", "false"]).training.greater_is_better is False
+    )
 
 
 @pytest.mark.parametrize("make", [files.pretraining, files.finetuning], ids=lambda make: make.__name__)
@@ -126,7 +131,7 @@ def train_rows(folder):
 def learnt(pieces, turns, ids):
     """Which tokens belong to replies: from behind the words `### Assistant:` to the end of the turn."""
     marks, inside = [], False
-    for place, token in enumerate(ids):
+    for place in range(len(ids)):
         before = pieces.decode(ids[:place])
         if before.endswith("### Assistant:\n"):
             inside = True

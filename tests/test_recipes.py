@@ -13,7 +13,7 @@ import yaml
 pytest.importorskip("datasets")
 
 from grass_hf import GrassConfig
-from grass_hf.optim_args import parse_optim_args
+from grass_hf.config.optim_args import parse_optim_args
 from grass_hf.recipes import layouts
 from grass_hf.recipes.encode import chat_encoder
 from grass_hf.recipes.parse import load_recipe

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..convert.targets import Plan, plan
 from ..integrations.deepspeed import check_config
-from ..targets import Plan, plan
 from .metrics import Metrics
 from .models import check_generation, empty_model
 from .schema import Recipe
@@ -266,5 +266,3 @@ def check_resumed(recipe: Recipe, checkpoint: str) -> None:
                 f"training.{name}={said:g} beside a resume would have no effect, as {checkpoint} goes on with {value}: "
                 f"write --{name} {value}, or start anew from its weights (--model_name_or_path {checkpoint})."
             )
-
-

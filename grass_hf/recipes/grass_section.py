@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..config import FIELD_TYPES, GrassConfig, parse_field
+from ..config.optim_args import TRAINERS
+from ..config.presets import config_and_base
+from ..config.settings import FIELD_TYPES, GrassConfig, parse_field
 from ..integrations.base import check_base
 from ..integrations.registration import NAME
-from ..optim_args import TRAINERS
-from ..presets import config_and_base
 
 # What may stand in the section beside the fields of `GrassConfig`.
 WORDS = ("preset", "base")

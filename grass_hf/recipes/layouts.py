@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..fields import unknown_key
+from ..config.fields import unknown_key
 from .rows import BadRow
 
 Row = dict[str, Any]

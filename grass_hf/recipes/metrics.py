@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
-from ..fields import unknown_key
+from ..config.fields import unknown_key
 from .schema import Recipe
 
 IGNORED = -100
@@ -97,7 +97,9 @@ class Metrics:
             try:
                 names |= numbers(self._compute(name, values, values)).keys()
             except Exception as error:  # of the module's own code
-                raise ValueError(f"evaluation.metrics: {name} does not run ({type(error).__name__}: {error}).") from error
+                raise ValueError(
+                    f"evaluation.metrics: {name} does not run ({type(error).__name__}: {error})."
+                ) from error
         self.names = None if known is None else names
 
     def compute(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
@@ -124,7 +126,7 @@ def _load(name: str) -> Any:
     try:
         import evaluate
 
-        from .measures import FOLDER, NAMES
+        from .metric_modules import FOLDER, NAMES
     except ImportError as error:
         raise ValueError("evaluation.metrics needs `evaluate`: pip install 'grass-hf[train]'.") from error
     try:

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..cli.models import language_model_class, model_config, train_language_only
+from ..integrations.model_configs import language_model_class, model_config, train_language_only
 from .encode import PLAIN_TEMPLATE
 from .packaged import MODELS
 from .schema import ModelSection, Recipe
@@ -201,7 +201,9 @@ def mend_generation(generation: GenerationConfig) -> list[str]:
             generation.validate(strict=True)
     except ValueError as error:
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"the model's generation_config.json cannot be saved again ({said}): mend that file.") from error
+        raise ValueError(
+            f"the model's generation_config.json cannot be saved again ({said}): mend that file."
+        ) from error
     finally:
         logging.set_verbosity(level)
     return found

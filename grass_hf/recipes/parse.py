@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..config import GrassConfig
-from ..fields import unknown_key
+from ..config.fields import unknown_key
+from ..config.settings import GrassConfig
 from .grass_section import WORDS, base_of, read_grass
 from .metrics import direction
 from .schema import TASKS, DataSection, EvaluationSection, LoraSection, ModelSection, Recipe, choose

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import io
 import tempfile
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, Trainer, set_seed
 
-from ..cli.errors import is_ours
-from ..config import GrassConfig
-from ..targets import plan
+from ..config.settings import GrassConfig
+from ..convert.targets import plan
 from .models import empty_model, from_config
 from .runner import carry_out, new_trainer
 from .schema import Recipe
@@ -56,7 +54,7 @@ def rehearse(recipe: Recipe, prepared: Prepared) -> str:
         What was run, or why nothing was, as a line to print.
 
     Raises:
-        ValueError: the run stops; the traceback of other packages' errors is printed before.
+        Exception: what stops the run, whoever raises it.
     """
     if recipe.training.fsdp or recipe.training.deepspeed or recipe.training.world_size > 1:
         return "dry run: left out, as FSDP, DeepSpeed and several processes need their launcher"
@@ -73,15 +71,6 @@ def rehearse(recipe: Recipe, prepared: Prepared) -> str:
                 trainer = new_trainer(tried, prepared, model)
                 _shorten(trainer, recipe)
                 carry_out(trainer, tried, prepared, None, Path(folder))
-        except Exception as error:
-            if is_ours(error):
-                raise
-            traceback.print_exception(error)
-            said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-            raise ValueError(
-                f"{recipe.path}: a dry run of two steps stopped, as training would: {type(error).__name__}: {said} (the "
-                "traceback stands above)."
-            ) from error
         finally:
             torch.random.set_rng_state(state)
     count = sum(param.numel() for param in model.parameters())
@@ -116,7 +105,7 @@ def _small_config(recipe: Recipe, config: PretrainedConfig) -> PretrainedConfig 
                 model = from_config(recipe, small)
                 model.eval()(input_ids=torch.ones(1, 4, dtype=torch.long))
             return small
-        except Exception:  # noqa: S112, of the model's own code: these sizes do not go together
+        except Exception:  # of the model's own code: these sizes do not go together
             continue
     return None
 
@@ -157,9 +146,7 @@ def _small_recipe(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
         "dataloader_num_workers": 0,
         "dataloader_prefetch_factor": None,
         "eval_strategy": type(training.eval_strategy)("steps") if evaluates else training.eval_strategy,
-        "save_strategy": training.save_strategy
-        if saves in ("no", "best")
-        else type(training.save_strategy)("steps"),
+        "save_strategy": training.save_strategy if saves in ("no", "best") else type(training.save_strategy)("steps"),
     }
     for name, value in short.items():
         setattr(training, name, value)

@@ -95,8 +95,8 @@ def new_trainer(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) -> T
     for what, rows in (("train", trainer.train_dataset), ("evaluate", trainer.eval_dataset)):
         if rows is not None and hasattr(rows, "__len__") and len(rows) == 0:
             raise ValueError(
-                f"data.sequence_length={recipe.data.sequence_length}: no row to {what} on is left, as the prompts alone "
-                "fill it: give a larger one."
+                f"data.sequence_length={recipe.data.sequence_length}: no row to {what} on is left, as the prompts "
+                "alone fill it: give a larger one."
             )
     return trainer
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..config import GrassConfig
-from ..fields import unknown_key
+from ..config.fields import unknown_key
+from ..config.settings import GrassConfig
 
 TASKS = ("pretraining", "sft", "dpo", "classification")
 LAYOUTS = ("auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "classification")

@@ -11,12 +11,12 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
-from ..cli.models import shapes_of
-from ..config import GrassConfig
-from ..convert import grass_slices
+from ..config.settings import GrassConfig
+from ..convert.conversion import grass_slices
 from ..integrations.base import base_class_and_kwargs
-from ..memory import MemoryEstimate, estimate_memory
-from ..simulate import Loss, causal_loss, vocabulary_of
+from ..integrations.model_configs import shapes_of
+from ..measure.estimate.memory import MemoryEstimate, estimate_memory
+from ..measure.estimate.simulate import Loss, causal_loss, vocabulary_of
 from .models import auto_class, from_config
 from .schema import Recipe
 from .tasks import Prepared
