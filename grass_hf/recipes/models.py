@@ -125,6 +125,8 @@ def fit_config(config: PretrainedConfig, recipe: Recipe, tokenizer: PreTrainedTo
             "they are not made for each other, give another model.tokenizer_name."
         )
     config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
+    if recipe.task == "reward":
+        config.num_labels = 1
     if recipe.task == "classification":
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
@@ -140,7 +142,8 @@ def fit_config(config: PretrainedConfig, recipe: Recipe, tokenizer: PreTrainedTo
 
 def auto_class(task: str, config: PretrainedConfig) -> type:
     """The transformers class that builds a task's models."""
-    return AutoModelForSequenceClassification if task == "classification" else language_model_class(config)
+    scores = task in ("classification", "reward")
+    return AutoModelForSequenceClassification if scores else language_model_class(config)
 
 
 def empty_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
@@ -173,7 +176,7 @@ def load_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
             ) from error
     if getattr(made, "generation_config", None) is not None:
         mend_generation(made.generation_config)
-    return made if recipe.task == "classification" else train_language_only(made)
+    return made if recipe.task in ("classification", "reward") else train_language_only(made)
 
 
 def mend_generation(generation: GenerationConfig) -> list[str]:
@@ -242,7 +245,7 @@ def from_config(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
         options["attn_implementation"] = recipe.model.attn_implementation
     try:
         model = auto_class(recipe.task, config).from_config(config, **options)
-        return model if recipe.task == "classification" else train_language_only(model)
+        return model if recipe.task in ("classification", "reward") else train_language_only(model)
     except (ValueError, ImportError) as error:
         raise ValueError(
             f"{recipe.model.name} cannot be built for task={recipe.task} ({_first_line(error)})."

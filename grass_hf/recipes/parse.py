@@ -23,57 +23,11 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..config.fields import unknown_key
 from ..config.settings import GrassConfig
 from .grass_section import WORDS, base_of, read_grass
-from .metrics import direction
+from .names import ALTERNATIVES, ELSEWHERE, RENAMED, TRL, check_kind, connect, unknown
 from .schema import TASKS, DataSection, EvaluationSection, LoraSection, ModelSection, Recipe, choose
 
 SECTIONS = ("model", "data", "grass", "lora", "training", "evaluation")
 _OPTIONAL = ("grass", "lora")  # absent is not the same as empty
-# What later versions of transformers call otherwise: a recipe may say either, whichever is installed.
-_RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-# How other tools call our fields.
-_ELSEWHERE = {
-    "lr": "training.learning_rate",
-    "batch_size": "training.per_device_train_batch_size",
-    "micro_batch_size": "training.per_device_train_batch_size",
-    "epochs": "training.num_train_epochs",
-    "num_epochs": "training.num_train_epochs",
-    "steps": "training.max_steps",
-    "scheduler": "training.lr_scheduler_type",
-    "optimizer": "training.optim",
-    "wd": "training.weight_decay",
-    "block_size": "data.sequence_length",
-    "max_seq_length": "data.sequence_length",
-    "sequence_len": "data.sequence_length",
-    "dataset_name": "data.dataset",
-    "train_file": "data.dataset",
-    "base_model": "model.model_name_or_path",
-    "tokenizer": "model.tokenizer_name",
-    "torch_dtype": "model.dtype",
-    "r": "grass.rank",
-}
-_POSITIVE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-)
-# A flag of one replaces what the file says of the other.
-_ALTERNATIVES = {
-    "rank": ("density",),
-    "density": ("rank",),
-    "model_name_or_path": ("config_name", "tokenizer_vocab_size"),
-    "config_name": ("model_name_or_path",),
-    "tokenizer_name": ("tokenizer_vocab_size",),
-    "tokenizer_vocab_size": ("tokenizer_name",),
-    **{old: (new,) for old, new in _RENAMED.items()},
-    **{new: (old,) for old, new in _RENAMED.items()},
-}
 _KINDS = {
     "model": ModelSection,
     "data": DataSection,
@@ -103,12 +57,12 @@ def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] =
     fields = {section: {f.name for f in dataclasses.fields(kind) if f.init} for section, kind in kinds.items()}
     fields["grass"].update(WORDS)
     installed = frozenset(fields["training"])
-    fields["training"].update(*_RENAMED.items())
+    fields["training"].update(*RENAMED.items())
     _check_names(document, fields, path)
     given: dict[str, Any] = {s: dict(document.get(s) or {}) for s in SECTIONS if s in document or s not in _OPTIONAL}
     for section, field, words in _flags(flags, fields):
         if section:
-            for other in _ALTERNATIVES.get(field, ()):
+            for other in ALTERNATIVES.get(field, ()):
                 given.get(section, {}).pop(other, None)
             given.setdefault(section, {})[field] = words
             if words == ("null",):
@@ -123,7 +77,7 @@ def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] =
         raise ValueError("grass and lora are two ways to train: leave one section out (--no-grass drops `grass`).")
     task = _task(document, flags)
     base = base_of(sections["training"], config, base)
-    _connect(task, sections["data"], sections["training"], given["training"])
+    connect(task, sections["data"], sections["training"], given["training"])
     shown = {"task": task, **{s: given[s] for s in SECTIONS if s in given}}
     return Recipe(path, task, grass=config, base=base, lora=lora, given=shown, **sections)
 
@@ -132,18 +86,14 @@ def training_class(task: str) -> type[TrainingArguments]:
     """The arguments of a task's trainer.
 
     Raises:
-        ValueError: the task is unknown, or TRL, which it needs, is not installed.
+        ValueError: the task is unknown.
     """
     choose("task", task, TASKS)
-    if task not in ("sft", "dpo"):
+    if task not in TRL:
         return TrainingArguments
-    try:
-        import trl
-    except ImportError as error:
-        raise ValueError(
-            f"task={task} trains with TRL, which cannot be imported: pip install 'grass-hf[trl]'."
-        ) from error
-    return trl.SFTConfig if task == "sft" else trl.DPOConfig
+    import trl
+
+    return getattr(trl, TRL[task])
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
@@ -204,8 +154,8 @@ def _check_names(document: Mapping[str, Any], fields: Mapping[str, set[str]], pa
             continue
         if key not in fields:
             owners = [section for section, names in fields.items() if key in names]
-            if not owners and key in _ELSEWHERE:
-                raise ValueError(f"{path}: " + _unknown(str(key), "", fields))
+            if not owners and key in ELSEWHERE:
+                raise ValueError(f"{path}: " + unknown(str(key), "", fields))
             if owners:
                 raise ValueError(f"{path}: {key} stands outside its section: write it under `{owners[0]}:`.")
             raise ValueError(f"{path}: " + unknown_key(str(key), ["task", *fields], "a section of a recipe"))
@@ -213,21 +163,11 @@ def _check_names(document: Mapping[str, Any], fields: Mapping[str, set[str]], pa
             raise ValueError(f"{path}: {key} holds {value!r}: write one `field: value` per line under it.")
         for name in value or ():
             if name not in fields[key]:
-                raise ValueError(f"{path}: " + _unknown(str(name), key, fields))
-
-
-def _unknown(name: str, section: str, fields: Mapping[str, set[str]]) -> str:
-    owners = [other for other, names in fields.items() if name in names]
-    if owners:
-        return f"{name} is a field of `{owners[0]}`, not of `{section}`: move it there."
-    if name in _ELSEWHERE:
-        owner, _, ours = _ELSEWHERE[name].partition(".")
-        return f"{name} is called {ours} here: write `{ours}:` under `{owner}:` (or --{ours} behind the recipe)."
-    return unknown_key(name, fields[section], f"a field of {section}")
+                raise ValueError(f"{path}: " + unknown(str(name), key, fields))
 
 
 def _use_installed_names(values: dict[str, Any], installed: Iterable[str]) -> None:
-    for old, new in _RENAMED.items():
+    for old, new in RENAMED.items():
         if old in values and new in values:
             raise ValueError(f"training.{old} and training.{new} are two names of one field: keep one.")
         other, name = (old, new) if new in installed else (new, old)
@@ -252,8 +192,8 @@ def _flags(flags: Iterable[str], fields: Mapping[str, set[str]]) -> Iterable[tup
             if len(owners) > 1:
                 ways = " or ".join(f"--{s}.{field}" for s in owners)
                 raise ValueError(f"--{field} is a field of {' and of '.join(owners)}: write {ways}.")
-            if not owners and field in _ELSEWHERE:
-                raise ValueError(f"flag --{field}: " + _unknown(field, "", fields))
+            if not owners and field in ELSEWHERE:
+                raise ValueError(f"flag --{field}: " + unknown(field, "", fields))
             if not owners and field != "task":
                 known = {f"--{name}" for names in fields.values() for name in names}
                 raise ValueError("flag " + unknown_key(f"--{field}", known, "a field of a recipe"))
@@ -261,7 +201,7 @@ def _flags(flags: Iterable[str], fields: Mapping[str, set[str]]) -> Iterable[tup
         elif section not in fields:
             raise ValueError(f"flag --{name}: " + unknown_key(section, fields, "a section of a recipe"))
         elif field not in fields[section]:
-            raise ValueError(f"flag --{name}: " + _unknown(field, section, fields))
+            raise ValueError(f"flag --{name}: " + unknown(field, section, fields))
         yield section, field, tuple(values)
 
 
@@ -278,7 +218,7 @@ def _parse(kind: type, values: Mapping[str, Any], section: str) -> Any:
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
         action = actions[name]
-        _check_kind(f"{section}.{name}", value, hints[name], action.default)
+        check_kind(f"{section}.{name}", value, hints[name], action.default)
         if value is None or value == [] or (isinstance(value, list) and action.nargs is None and len(value) > 1):
             parser.set_defaults(**{name: value})  # nothing that a flag could say
             continue
@@ -299,42 +239,5 @@ def _parse(kind: type, values: Mapping[str, Any], section: str) -> Any:
     return parsed
 
 
-def _check_kind(name: str, value: Any, hint: Any, default: Any) -> None:
-    """Refuse null, a list or a mapping where the field takes none: the parser would make text of it."""
-    kinds = {typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))}
-    if value is None and not kinds & {type(None), list, Any}:
-        raise ValueError(f"{name} is null, which it cannot be: leave the line out for its default, {default}.")
-    if isinstance(value, list) and not kinds & {list, tuple, Any}:
-        one = f", {value[0]} say" if value else ""
-        raise ValueError(f"{name}={value} is a list, and the field takes one value: write one{one}.")
-    if isinstance(value, dict) and not kinds & {dict, Any} and name != "data.columns":
-        raise ValueError(f"{name}={value} is a mapping, and the field takes one value: write that alone.")
-
-
 def _word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-
-
-def _connect(task: str, data: DataSection, training: TrainingArguments, given: Mapping[str, Any]) -> None:
-    """What the trainers' arguments must say because other sections say it."""
-    if not given.get("output_dir"):
-        raise ValueError("training.output_dir is missing: give the folder for checkpoints, results and report.")
-    for name in _POSITIVE:
-        if (value := getattr(training, name, None)) is not None and value <= 0:
-            raise ValueError(f"training.{name}={value} is not above 0: give a larger one, or leave it out.")
-    if training.learning_rate < 0:
-        raise ValueError(f"training.learning_rate={training.learning_rate} is negative: give 1e-4, say.")
-    if task in ("sft", "dpo"):
-        if "max_length" in given:
-            raise ValueError("training.max_length is set by data.sequence_length: write that instead.")
-        training.max_length = data.sequence_length
-    if training.metric_for_best_model is not None:
-        training.greater_is_better = direction(training.metric_for_best_model, _said(given.get("greater_is_better")))
-    if task == "sft":
-        training.completion_only_loss = True  # the mask says what is learnt: all of it for loss_on: everything
-
-
-def _said(value: Any) -> bool | None:
-    """true, false or nothing, of YAML or of a flag's words."""
-    value = value[0] if isinstance(value, tuple) and len(value) == 1 else value
-    return None if value is None or value == () else str(value).lower() in ("true", "1", "yes")

@@ -107,8 +107,8 @@ def check_order(base: Checkpoint, tuned: Checkpoint) -> None:
     left = [name for name in _OF_A_RUN if (base.folder / name).is_file()]
     if left and not any((tuned.folder / name).is_file() for name in _OF_A_RUN):
         raise ValueError(
-            f"BASE={base.folder} holds files of a training run ({', '.join(left)}), TUNED={tuned.folder} holds none: the "
-            "two look swapped: give the base first, or, if they are right, take those files out of BASE."
+            f"BASE={base.folder} holds files of a training run ({', '.join(left)}), TUNED={tuned.folder} none: "
+            "they look swapped: give the base first, or, if they are right, take those files out of BASE."
         )
 
 
