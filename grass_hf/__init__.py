@@ -13,12 +13,12 @@ from . import _import_hook
 __version__ = "0.1.0"
 
 _HOMES = {
-    "GrassConfig": "config",
-    "convert_to_grass": "convert",
-    "restore_model": "convert",
-    "grass_optimizer": "optim",
-    "MuonAdamW": "muon",
-    "estimate_memory": "memory",
+    "GrassConfig": "config.settings",
+    "convert_to_grass": "convert.conversion",
+    "restore_model": "convert.conversion",
+    "grass_optimizer": "optim.factory",
+    "MuonAdamW": "optim.muon",
+    "estimate_memory": "measure.estimate.memory",
     "save_plain": "integrations.saving",
     "register": "_import_hook",
     "last_complete_checkpoint": "integrations.checkpoints",

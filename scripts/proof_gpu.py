@@ -31,8 +31,8 @@ from torch import cuda, nn
 from transformers import AutoConfig
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.bench import record
-from grass_hf.simulate import enable_checkpointing
+from grass_hf.measure.bench import record
+from grass_hf.measure.estimate.simulate import enable_checkpointing
 
 DEFAULTS = {
     "config": "configs/llama_13b.json",

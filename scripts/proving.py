@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.int8 import quantize
-from grass_hf.simulate import enable_checkpointing
+from grass_hf.measure.estimate.simulate import enable_checkpointing
+from grass_hf.slices.ops.int8 import quantize
 
 GIB = 2**30
 # What the figures in docs/memory.md were measured with, whatever the defaults are.

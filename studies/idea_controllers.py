@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from grass_hf import warmup
-from grass_hf.controller import GROUP_KEY, GrassController
+from grass_hf.optim import rate_warmup
+from grass_hf.optim.controller import GROUP_KEY, GrassController
 
 
 class Shaped(GrassController):
@@ -24,7 +24,9 @@ class Shaped(GrassController):
         if self.step <= interval:
             return found
         factor = self.factor((self.step - 1) % interval, interval)
-        return found + [warmup.Factor(group, factor) for group in self.optimizer.param_groups if GROUP_KEY in group]
+        return found + [
+            rate_warmup.Factor(group, factor) for group in self.optimizer.param_groups if GROUP_KEY in group
+        ]
 
 
 class Ramp(Shaped):

@@ -26,15 +26,18 @@ import yaml
 from idea_controllers import BASES, CONTROLLERS
 from torch import Tensor
 
-from grass_hf import GrassConfig, MuonAdamW, convert, optim, reselect, targets
-from grass_hf.bench import quality, record
-from grass_hf.bench.quality_methods import resolve
-from grass_hf.bench.quality_rows import read_rows
-from grass_hf.bench.quality_run import run_row
-from grass_hf.controller import GrassController
+from grass_hf import GrassConfig, MuonAdamW
+from grass_hf.config.optim_args import parse_optim_args
+from grass_hf.convert import conversion, targets
 from grass_hf.integrations import base
-from grass_hf.optim_args import parse_optim_args
-from grass_hf.sharing import SharedColumns
+from grass_hf.measure.bench import record
+from grass_hf.optim import factory, reselection
+from grass_hf.optim.controller import GrassController
+from grass_hf.recipes.study import grid
+from grass_hf.recipes.study.methods import resolve
+from grass_hf.recipes.study.rows import read_rows
+from grass_hf.recipes.study.run import run_row
+from grass_hf.slices.ops.shared_columns import SharedColumns
 
 STUDY = Path(__file__).parent / "peers.yaml"
 
@@ -100,7 +103,7 @@ def pass_length(part) -> int:
 
 def in_passes(part, name, scores, config, step):
     """Rows that had no turn in this pass through the rows come before those that had one, by norms among themselves."""
-    turn = reselect.turn_of(config, step)
+    turn = reselection.turn_of(config, step)
     waiting = part.state.trained.cpu() <= turn - turn % pass_length(part)
     return _rows(part, name, torch.where(waiting, 1e24 * scores, scores), config, step)
 
@@ -112,13 +115,13 @@ def shuffled(part, name, scores, config, step):
 
 def norms_first(part, name, scores, config, step):
     """By norms in as many turns as one pass takes, then a cycle whose order is drawn anew in every pass."""
-    early = reselect.turn_of(config, step) < pass_length(part)
+    early = reselection.turn_of(config, step) < pass_length(part)
     return (_rows if early else shuffled)(part, name, scores, config, step)
 
 
 def norms_then_cycle(part, name, scores, config, step):
     """By norms in as many turns as one pass takes, then the package's cycle."""
-    if reselect.turn_of(config, step) >= pass_length(part):
+    if reselection.turn_of(config, step) >= pass_length(part):
         config = dataclasses.replace(config, selection="cycle")
     return _rows(part, name, scores, config, step)
 
@@ -130,7 +133,7 @@ RULES = {
     "norms_first": norms_first,
     "norms_then_cycle": norms_then_cycle,
 }
-_side, _rank_for, _rows, _leader = targets._side, GrassConfig.rank_for, reselect._rows, targets._leader
+_side, _rank_for, _rows, _leader = targets._side, GrassConfig.rank_for, reselection._rows, targets._leader
 
 
 def arrange(name: str) -> None:
@@ -157,10 +160,10 @@ def arrange(name: str) -> None:
     targets._side = side
     targets._leader = leader if name in NEURONS else _leader
     # who choose together in these need not read the same input
-    convert.SharedColumns = (lambda: None) if name in NEURONS else SharedColumns
+    conversion.SharedColumns = (lambda: None) if name in NEURONS else SharedColumns
     GrassConfig.rank_for = rank_for if name == "water_filling" else _rank_for
-    reselect._rows = WATER.observe if name == "observe" else RULES.get(name, _rows)
-    optim.GrassController = CONTROLLERS.get(name, GrassController)
+    reselection._rows = WATER.observe if name == "observe" else RULES.get(name, _rows)
+    factory.GrassController = CONTROLLERS.get(name, GrassController)
     base.MuonAdamW = BASES.get(name, MuonAdamW)  # under the name "muon", see `main`
 
 
@@ -178,13 +181,13 @@ def point_parser(description: str, json_path: str, learning_rate: float, multipl
     return parser
 
 
-def point(study: quality.Study, name: str, kind: str, settings: dict, args: argparse.Namespace) -> quality.Run:
+def point(study: grid.Study, name: str, kind: str, settings: dict, args: argparse.Namespace) -> grid.Run:
     """The run of a method at the point that the arguments name."""
-    method = quality.Method(name, kind, settings, (args.learning_rate,), (args.multiplier,))
-    return quality.Run(study, method, args.learning_rate, args.multiplier, args.seed)
+    method = grid.Method(name, kind, settings, (args.learning_rate,), (args.multiplier,))
+    return grid.Run(study, method, args.learning_rate, args.multiplier, args.seed)
 
 
-def file_row(run: quality.Run, path: Path, prepare: Callable[[], object]) -> None:
+def file_row(run: grid.Run, path: Path, prepare: Callable[[], object]) -> None:
     """Print a run's row, after `prepare` and the run itself if the file has none yet."""
     row = next((r for r in read_rows(path) if (r["method"], r["key"]) == (run.method.name, run.key)), None)
     if row is None:
@@ -195,7 +198,7 @@ def file_row(run: quality.Run, path: Path, prepare: Callable[[], object]) -> Non
     print(json.dumps({k: row[k] for k in ("method", "perplexity", "learning_rate", "multiplier", "seed")}))
 
 
-def prepare(run: quality.Run) -> None:
+def prepare(run: grid.Run) -> None:
     """Have the package follow the idea of a run."""
     if run.method.name == "water_filling":
         arrange("observe")
@@ -216,7 +219,7 @@ def main() -> None:
     )
     parser.add_argument("--training", default="", help="other TrainingArguments than the study's: adam_beta2=0.95,...")
     args = parser.parse_args()
-    study = quality.load_study(args.study)
+    study = grid.load_study(args.study)
     pairs = (pair.split("=") for pair in filter(None, args.training.split(",")))
     changed = {name: yaml.safe_load(value) for name, value in pairs}
     document = {**study.document, "training": {**study.document["training"], **changed}}

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from grass_hf.bench import quality, quality_run
+from grass_hf.recipes.study import grid, run
 
 
 class Mixtures(TrainerCallback):
@@ -39,13 +39,13 @@ class Mixtures(TrainerCallback):
 
     def arrange(self) -> None:
         """Have runs of a study train mixtures."""
-        trainer = quality_run._trainer
+        trainer = run._trainer
 
         @functools.wraps(trainer)
         def drawing(run, text, callbacks, *others, **more):
             return trainer(run, text, [self, *callbacks], *others, **more)
 
-        quality_run.make_ready, quality_run._trainer = self.ready, drawing
+        run.make_ready, run._trainer = self.ready, drawing
 
     @torch.no_grad()
     def draw(self, mixture: Tensor) -> None:
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="rows of A; a quarter of its columns if not given")
     args = parser.parse_args()
     settings = {"mixture": args.mixture, "interval": args.interval, "rank": args.rank}
-    run = point(quality.load_study(args.study), args.mixture, "lora", settings, args)
+    run = point(grid.load_study(args.study), args.mixture, "lora", settings, args)
     file_row(run, args.json, Mixtures(*settings.values()).arrange)
 
 

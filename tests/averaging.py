@@ -13,7 +13,7 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 STEPS = 8
 SETTINGS = {"update_interval": 3, "stagger": 1, "side": "output", "state_policy": "carry"}

@@ -12,9 +12,9 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.bench.counting import CountCollectives
-from grass_hf.convert import grass_slices
-from grass_hf.simulate import enable_checkpointing
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.measure.bench.counting import CountCollectives
+from grass_hf.measure.estimate.simulate import enable_checkpointing
 
 STEPS = 8
 SETTINGS = {"density": 0.25, "update_interval": 3, "selection": "top_r", "side": "output", "state_policy": "carry"}

@@ -16,7 +16,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from helpers import tiny_llama, trainer
 
-from grass_hf import GrassConfig, convert_to_grass, distributed, grass_optimizer
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
+from grass_hf.slices.ops import sharding
 
 ZERO = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
 # environment of a rank, by engine
@@ -25,7 +26,7 @@ ZERO_ENGINES = {f"zero{stage}": {**ZERO, "ZERO_STAGE": str(stage)} for stage in 
 
 def start(case: str, folder: str) -> None:
     """Begin to train as the case says, two ranks that each have their own idea of it."""
-    distributed.check_agreement.__defaults__ = (5.0,)  # seconds
+    sharding.check_agreement.__defaults__ = (5.0,)  # seconds
     stage = int(os.environ.get("ZERO_STAGE", 0))
     sharded = "ACCELERATE_USE_FSDP" in os.environ
     if sharded or stage:  # see scripts/cpu_fsdp.py

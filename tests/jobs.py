@@ -17,8 +17,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, last_complete_checkpoint
-from grass_hf.convert import grass_slices
-from grass_hf.distributed import shards, whole
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.slices.ops.sharding import shards, whole
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",

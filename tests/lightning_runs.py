@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import is_converted
+from grass_hf.convert.conversion import is_converted
 
 SETTINGS = {"density": 0.25, "update_interval": 2, "stagger": 1}
 WEIGHT = "model.layers.0.mlp.down_proj.weight"

@@ -30,11 +30,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices
-from grass_hf.functional import take_rows
-from grass_hf.modules import kind_of
-from grass_hf.patterns import Use, uses
-from grass_hf.report import pattern_of, start_report
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.convert.modules import kind_of
+from grass_hf.convert.patterns import Use, uses
+from grass_hf.integrations.start_table import pattern_of, start_report
+from grass_hf.slices.ops.rows import take_rows
 
 RATE = 1e-2
 # Above this share of a model's matrices no reason is asked for.
@@ -256,7 +256,7 @@ class Trial:
         return wrong
 
     def _called_once(self, part, ours: nn.Module) -> bool:
-        # a weight that is used several times in a step gets the sum of its uses' own norms: see functional.py
+        # a weight that is used several times in a step gets the sum of its uses' own norms: see slices/ops/tap.py
         users = [name for name, m in ours.named_modules() if part in getattr(m, "own_slices", dict)().values()]
         return len(users) == 1 and self.calls[users[0]] == 1
 

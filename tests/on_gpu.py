@@ -14,7 +14,7 @@ from helpers import VOCABULARY, assert_same_weights, tiny_llama
 from torch import nn
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 DEVICE = "cuda" if torch.cuda.is_available() else os.environ.get("GRASS_TEST_DEVICE", "")
 ON_CPU = DEVICE != "cuda"

@@ -22,8 +22,8 @@ from torch.distributed.pipelining import (
 from torch.distributed.tensor import DTensor
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
-from grass_hf.distributed import whole
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.slices.ops.sharding import whole
 
 STAGES, STEPS, MICRO = 2, 8, 2
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from grass_hf import GrassConfig, convert_to_grass
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 WIDTH, WORDS = 16, 24
 SETTINGS = {"density": 0.5, "update_interval": 2, "target_modules": "all-matrices", "exclude_modules": ["inner.c"]}

@@ -17,12 +17,12 @@ from transformers import (
 )
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.adapters import checkpoint, factor
-from grass_hf.adapters.checkpoint import Checkpoint, pair
-from grass_hf.adapters.difference import changes, total
-from grass_hf.adapters.lora import export_adapter
 from grass_hf.cli import app
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.integrations.adapters import checkpoint, factor
+from grass_hf.integrations.adapters.checkpoint import Checkpoint, pair
+from grass_hf.integrations.adapters.difference import changes, total
+from grass_hf.integrations.adapters.lora import export_adapter
 
 SHAPE = {
     "hidden_size": 32,
@@ -346,7 +346,7 @@ def test_a_resized_vocabulary_is_left_out_with_what_to_do(tmp_path):
 
 
 def test_what_peft_would_not_load_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    from grass_hf.adapters import peft_files
+    from grass_hf.integrations.adapters import peft_files
 
     base, tuned = save(model("llama"), tmp_path / "base"), save(changed(model("llama")), tmp_path / "tuned")
     monkeypatch.setattr(peft_files, "_PREFIX", "base.model.")

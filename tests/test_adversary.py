@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 X = torch.arange(48).view(4, 12)
 
@@ -132,7 +132,7 @@ def test_an_average_of_what_is_trained_is_not_evaluated_and_saved_without_a_word
 
 
 def test_an_evaluation_of_what_is_trained_compares_once(monkeypatch):
-    from grass_hf import evaluated
+    from grass_hf.slices import evaluated
 
     model = converted(density=0.25)
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2)

@@ -8,8 +8,11 @@ from helpers import tiny_llama
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, int8, restore_model, slices, surgery
-from grass_hf.convert import grass_slices
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf.convert import surgery
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.slices import slice
+from grass_hf.slices.ops import int8
 
 TOKENS = torch.arange(48).view(4, 12)
 
@@ -68,7 +71,7 @@ def stops_at(call, original):
 
 
 POINTS = {
-    "slice": (slices.Slice, "__init__"),
+    "slice": (slice.Slice, "__init__"),
     "attach": (surgery, "attach_slice"),
     "class": (surgery, "_set_class"),
     "quantise": (int8, "quantize"),
@@ -79,7 +82,7 @@ POINTS = {
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_conversion_that_stops_anywhere(case, point, monkeypatch):
-    from grass_hf import convert
+    from grass_hf.convert import conversion
 
     make, settings = CASES[case]
     owner, name = POINTS[point]
@@ -90,7 +93,7 @@ def test_a_conversion_that_stops_anywhere(case, point, monkeypatch):
             function = stops_at(reached + 1, getattr(owner, name))
             patch.setattr(owner, name, function)
             if name == "attach_slice":
-                patch.setattr(convert, name, function)
+                patch.setattr(conversion, name, function)
             try:
                 convert_to_grass(model, config)
             except Stop:

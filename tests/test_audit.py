@@ -12,10 +12,10 @@ from readers import READERS, SETTINGS, Calls, Noisy, Reader, Routers, TiedHead, 
 from torch import nn
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices
-from grass_hf.freeing import READ
-from grass_hf.functional import take_rows
-from grass_hf.optim_args import parse_optim_args
+from grass_hf.config.optim_args import parse_optim_args
+from grass_hf.convert.audit.freeing import READ
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.slices.ops.rows import take_rows
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -64,7 +64,7 @@ def test_looking_is_no_use():
 
 def test_it_is_told_once_and_stands_with_the_reasons(caplog):
     model = converted(Routers)
-    with caplog.at_level(logging.WARNING, "grass_hf.freeing"):
+    with caplog.at_level(logging.WARNING, "grass_hf.convert.audit.freeing"):
         for _ in range(2):
             model(tokens())
     assert [record.getMessage() for record in caplog.records if "inner.b" in record.getMessage()]

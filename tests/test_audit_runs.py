@@ -11,10 +11,10 @@ from torch import nn
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM, WavLMConfig, WavLMForSequenceClassification
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
-from grass_hf.exclusion import patterns, summary
-from grass_hf.freeing import freed
-from grass_hf.optim_args import parse_optim_args
+from grass_hf.config.optim_args import parse_optim_args
+from grass_hf.convert.audit.exclusion import patterns, summary
+from grass_hf.convert.audit.freeing import freed
+from grass_hf.convert.conversion import grass_slices
 
 
 def longcat(layers: int = 2) -> LongcatFlashForCausalLM:

@@ -7,8 +7,8 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
-from grass_hf.driving import plain_class
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.optim.driving import plain_class
 
 # name -> what happens on this machine; a word that the refusal must hold, or None where it trains
 TRAINS, PACKAGE, DEVICE = "trains", "package", "device"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from helpers import tiny_llama
 
-from grass_hf.bench import switch
 from grass_hf.cli import main
+from grass_hf.measure.bench import switch
 
 
 def _may_make_networks() -> bool:

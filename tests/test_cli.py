@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grass_hf.bench import record
+from grass_hf.measure.bench import record
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "tests/scripts/run_clm_tiny.py"

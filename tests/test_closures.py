@@ -8,7 +8,7 @@ from test_driving import batch, make, train
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 
 class Behind(torch.nn.Module):

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from grass_hf import GrassConfig
-from grass_hf.optim_args import parse_optim_args
-from grass_hf.presets import PRESETS
+from grass_hf.config.optim_args import parse_optim_args
+from grass_hf.config.presets import PRESETS
 
 # arguments -> words that the sentence must hold
 REFUSED = [

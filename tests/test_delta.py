@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapters import run, save
 
-from grass_hf.adapters import delta
-from grass_hf.adapters.stored import read_header
+from grass_hf.integrations.adapters import delta
+from grass_hf.integrations.adapters.stored import read_header
 
 
 def contents(folder):

@@ -7,9 +7,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from grass_hf import GrassConfig, convert_to_grass, drift, grass_optimizer, modules, restore_model
-from grass_hf.convert import grass_slices
-from grass_hf.simulate import enable_checkpointing
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf.convert import modules
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.measure.estimate.simulate import enable_checkpointing
+from grass_hf.slices import drift
 
 X = torch.arange(12).repeat(4, 1)
 NAME = "model.layers.0.mlp.down_proj"

@@ -10,8 +10,8 @@ from helpers import tiny_llama
 from torch.optim.lr_scheduler import LambdaLR
 
 from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
-from grass_hf.driving import plain_class
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.optim.driving import plain_class
 
 BASES = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "muon": MuonAdamW}
 

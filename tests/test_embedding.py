@@ -8,7 +8,7 @@ from test_no_full_gradient import Allocations
 from torch import nn
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.functional import embedding_squared_norms, embedding_tap
+from grass_hf.slices.ops.tap import embedding_squared_norms, embedding_tap
 
 V, D = 11, 8
 INDEX = torch.tensor([0, 3, 5])

@@ -15,7 +15,7 @@ from helpers import arguments, tiny_llama
 from launch import SCRIPTS, accelerate_launch, well
 from test_other_engine import ROWS, assert_goes_on, run
 
-from grass_hf.convert import is_converted
+from grass_hf.convert.conversion import is_converted
 from grass_hf.integrations import accelerate as accelerate_side
 from grass_hf.integrations import trainer as integration
 

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices
-from grass_hf.grouped import grouped_linear
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.slices.ops.grouped_linear import grouped_linear
 
 needs_interface = pytest.mark.skipif(
     transformers.__version__.startswith("4."), reason="transformers 4.57 has no experts interface"
@@ -88,9 +88,9 @@ def test_autocast_computes_in_half_precision_and_returns_full_gradients(side):
 @needs_interface
 @pytest.mark.parametrize("side", ["output", "input"])
 def test_no_tensor_of_an_experts_size_in_backward(monkeypatch, side):
-    from grass_hf import functional
+    from grass_hf.slices.ops import row_norms
 
-    monkeypatch.setattr(functional.squared_norms, "__defaults__", (4,))
+    monkeypatch.setattr(row_norms.squared_norms, "__defaults__", (4,))
     sizes = {"hidden_size": 47, "intermediate_size": 41, "num_key_value_heads": 2, "head_dim": 8}
     config = AutoConfig.for_model("mixtral", **{**SHAPE, **sizes}, num_local_experts=3, use_cache=False)
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ class Together(nn.Module):
 @pytest.mark.parametrize("state_policy", ["carry", "reset"])
 def test_the_same_trajectory_as_separate_linear_layers(monkeypatch, side, rule, state_policy):
     """Ten steps over several selections, an expert idle now and then."""
-    from grass_hf import selection
+    from grass_hf.slices.ops import selection
 
     # expert e of the parameter draws as "<name>.<e>"; give the separate layers the same draws
     original = selection.generator

@@ -17,11 +17,11 @@ from on_gpu import (
 from torch import nn
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices
-from grass_hf.functional import tap
-from grass_hf.rounding import round_stochastically
-from grass_hf.selection import seeded
-from grass_hf.simulate import enable_checkpointing
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.measure.estimate.simulate import enable_checkpointing
+from grass_hf.slices.ops.rounding import round_stochastically
+from grass_hf.slices.ops.selection import seeded
+from grass_hf.slices.ops.tap import tap
 
 pytestmark = needs_device
 
@@ -146,7 +146,7 @@ def test_owed_decay_arrives():
 
 @pytest.mark.parametrize("side, dtype", [("output", torch.float32), ("input", torch.bfloat16)])
 def test_released_slices_train_as_resident_ones(deterministic, monkeypatch, side, dtype):
-    monkeypatch.setattr("grass_hf.stepping.CHUNK_BYTES", 2000)
+    monkeypatch.setattr("grass_hf.optim.chunked_step.CHUNK_BYTES", 2000)
     options = {"slice_dtype": str(dtype).removeprefix("torch."), "side": side, "target_modules": "all-matrices"}
     ours, theirs = (walk(DEVICE, tiny_llama().to(dtype), resident=kept, **options) for kept in (False, True))
     assert_same_walk(ours, theirs, tolerance=0.0)

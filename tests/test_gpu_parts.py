@@ -9,10 +9,12 @@ from helpers import tiny_llama
 from on_gpu import DEVICE, ON_CPU, needs_cuda, needs_device, train, walk
 from torch import nn
 
-from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer, int8, muon
-from grass_hf.convert import grass_slices
-from grass_hf.functional import embedding_tap
-from grass_hf.grouped import grouped_linear
+from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.optim import muon
+from grass_hf.slices.ops import int8
+from grass_hf.slices.ops.grouped_linear import grouped_linear
+from grass_hf.slices.ops.tap import embedding_tap
 
 pytestmark = needs_device
 

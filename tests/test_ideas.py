@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grass_hf.bench.quality_rows import read_rows
+from grass_hf.recipes.study.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "studies/smoke.yaml"

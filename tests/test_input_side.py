@@ -10,7 +10,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 TOKENS, WIDTH, INNER = 30, 32, 48
 

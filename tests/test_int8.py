@@ -9,9 +9,10 @@ from helpers import assert_same_weights, plain_state, tiny_llama, trainer
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, int8, restore_model, save_plain
-from grass_hf.convert import grass_slices
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model, save_plain
+from grass_hf.convert.conversion import grass_slices
 from grass_hf.integrations import saving
+from grass_hf.slices.ops import int8
 
 TOKENS = torch.arange(48).view(4, 12)
 SETTINGS = {"density": 0.25, "side": "output", "update_interval": 3, "weight_dtype": "int8"}

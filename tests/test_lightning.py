@@ -8,7 +8,7 @@ from helpers import assert_same_weights, plain_state, tiny_llama
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LambdaLR
 
-from grass_hf.convert import grass_slices, is_converted
+from grass_hf.convert.conversion import grass_slices, is_converted
 
 lightning = pytest.importorskip("lightning")
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402

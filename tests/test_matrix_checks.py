@@ -7,9 +7,10 @@ from matrix_checks import Trial, check
 from tiny_configs import tiny_config
 from transformers import AutoConfig
 
-from grass_hf import functional, modules
-from grass_hf.doors import Doors
-from grass_hf.exchange import Exchange
+from grass_hf.convert import modules
+from grass_hf.slices.doors import Doors
+from grass_hf.slices.exchange import Exchange
+from grass_hf.slices.ops import row_norms, tap
 
 LLAMA = "llama:LlamaForCausalLM"
 
@@ -21,13 +22,13 @@ def test_a_right_one_is_right():
 
 
 def test_it_finds_a_gradient_that_is_a_little_off(monkeypatch):
-    monkeypatch.setattr(functional.torch, "mm", lambda a, b, mm=torch.mm: mm(a, b) * (1 + 1e-3))
+    monkeypatch.setattr(tap.torch, "mm", lambda a, b, mm=torch.mm: mm(a, b) * (1 + 1e-3))
     assert any("gradient of" in sentence for sentence in check(case(LLAMA)).wrong)
 
 
 def test_it_finds_norms_of_something_else(monkeypatch):
-    norms = functional.squared_norms
-    monkeypatch.setattr(functional, "squared_norms", lambda a, b: norms(a, b) * 1.01)
+    norms = row_norms.squared_norms
+    monkeypatch.setattr(row_norms, "squared_norms", lambda a, b: norms(a, b) * 1.01)
     assert any("squared norms of" in sentence for sentence in check(case(LLAMA)).wrong)
 
 

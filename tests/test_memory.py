@@ -17,13 +17,15 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from grass_hf import GrassConfig, convert, convert_to_grass, estimate_memory, functional, grass_optimizer
-from grass_hf.bench.memory import PlainCounter
+from grass_hf import GrassConfig, convert_to_grass, estimate_memory, grass_optimizer
 from grass_hf.cli import main
-from grass_hf.live import LiveBytes
-from grass_hf.memory import largest_rank
-from grass_hf.methods import METHODS, make_optimizer
-from grass_hf.simulate import _norms_of_the_last_blocks
+from grass_hf.convert import conversion
+from grass_hf.measure.bench.memory import PlainCounter
+from grass_hf.measure.estimate.live_bytes import LiveBytes
+from grass_hf.measure.estimate.memory import largest_rank
+from grass_hf.measure.estimate.methods import METHODS, make_optimizer
+from grass_hf.measure.estimate.simulate import _norms_of_the_last_blocks
+from grass_hf.slices.ops import row_norms
 
 
 def small_llama(layers=2):
@@ -125,7 +127,7 @@ def test_estimate_observes_in_the_turn_that_takes_most(options):
     estimate = estimate_memory(small_llama(), config, batch=4, sequence=64)
     model = small_llama()
     peaks = real_peaks(model, config, 4, 64, False, steps=32)[16:]
-    turns = {part.state.phase for part in convert.grass_slices(model)}
+    turns = {part.state.phase for part in conversion.grass_slices(model)}
     assert len(turns) == min(options["stagger"], 4 * model.config.num_hidden_layers) < 16
     observing = [peak for step, peak in enumerate(peaks) if step in turns]
     ordinary = [peak for step, peak in enumerate(peaks) if step not in turns]
@@ -239,7 +241,7 @@ def test_the_norms_of_the_last_blocks_take_as_much_as_all(rows, columns):
             assert function(a, b).shape == (rows,)
         return live.peak
 
-    assert peak(_norms_of_the_last_blocks) == peak(functional.squared_norms) > a.nbytes + b.nbytes
+    assert peak(_norms_of_the_last_blocks) == peak(row_norms.squared_norms) > a.nbytes + b.nbytes
 
 
 def test_storages_are_counted_as_they_are_resized():

@@ -9,10 +9,10 @@ from helpers import tiny_llama
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grass_hf import GrassConfig, estimate_memory
-from grass_hf.bench import memory as bench
-from grass_hf.bench.memory import Case, Comparison
 from grass_hf.cli import main
-from grass_hf.zero_sizes import BUCKET_ELEMENTS
+from grass_hf.measure.bench import memory as bench
+from grass_hf.measure.bench.memory import Case, Comparison
+from grass_hf.measure.estimate.zero_sizes import BUCKET_ELEMENTS
 
 SMALL = Case("", hidden=128, layers=3, vocabulary=300, sequence=48, ranks=2, dtype="bfloat16")
 CASES = {
@@ -76,7 +76,7 @@ def test_many_ranks_are_simulated_as_two_are():
     "stage, dtype, size", [(1, "bfloat16", 2), (2, "bfloat16", 2), (3, "bfloat16", 2), (3, "float32", 4)]
 )
 def test_zero_is_what_its_partitions_sum_to(stage, dtype, size):
-    """DeepSpeed's own arithmetic, for AdamW over everything: see grass_hf/zero_sizes.py."""
+    """DeepSpeed's own arithmetic, for AdamW over everything: see grass_hf/measure/estimate/zero_sizes.py."""
     found = estimate_memory(tiny_llama, method="adamw", dtype=dtype, sequence=16, world_size=4, engine=f"zero{stage}")
     elements = sum(p.numel() for p in tiny_llama().parameters())
     own = -(-elements // 4)

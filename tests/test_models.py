@@ -13,7 +13,7 @@ from model_matrix import OTHERS, TRAINED, build, distance_at_full_rank, reload, 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "support.md"

@@ -12,9 +12,10 @@ from test_experts import needs_interface
 from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from grass_hf import GrassCallback, GrassConfig, MuonAdamW, convert_to_grass, estimate_memory, grass_optimizer, muon
-from grass_hf.convert import grass_slices
-from grass_hf.driving import plain_class
+from grass_hf import GrassCallback, GrassConfig, MuonAdamW, convert_to_grass, estimate_memory, grass_optimizer
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.optim import muon
+from grass_hf.optim.driving import plain_class
 
 needs_pytorchs = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 

@@ -11,9 +11,9 @@ from helpers import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grass_hf import GrassConfig
-from grass_hf.bench.net import ADAMW, Measured, Setting, rows
-from grass_hf.network import MEASURED_ERROR, Compute, Link, buckets, ddp_step, fsdp2_step
-from grass_hf.traffic import Sent, Traffic, traffic
+from grass_hf.measure.bench.net import ADAMW, Measured, Setting, rows
+from grass_hf.measure.estimate.network_model import MEASURED_ERROR, Compute, Link, buckets, ddp_step, fsdp2_step
+from grass_hf.measure.estimate.traffic import Sent, Traffic, traffic
 
 FREE = Link(math.inf, 0.0, 8)
 

@@ -6,8 +6,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from grass_hf import GrassConfig, convert_to_grass, functional, grass_optimizer
-from grass_hf.convert import grass_slices
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.slices.ops import row_norms
 
 # Sizes whose products no other tensor has.
 TOKENS, WIDTHS = 7, (61, 83, 53)
@@ -60,7 +61,7 @@ def sizes_in_step(model, optimizer, checkpointed=None):
 @pytest.mark.parametrize("rule", ["top_r", "multinomial_norm", "uniform_nr"])
 def test_no_tensor_of_full_size_on_any_step(monkeypatch, side, checkpointed, rule):
     monkeypatch.setattr(
-        functional.squared_norms, "__defaults__", (16,)
+        row_norms.squared_norms, "__defaults__", (16,)
     )  # blocks as far below m as 256 is in a real model
     model = stack()
     convert_to_grass(model, GrassConfig(density=0.25, update_interval=3, stagger=1, side=side, selection=rule))

@@ -10,8 +10,8 @@ from helpers import trainer
 from transformers import HfArgumentParser, TrainingArguments
 
 from grass_hf import GrassConfig
-from grass_hf.convert import grass_slices
-from grass_hf.optim_args import parse_optim_args
+from grass_hf.config.optim_args import parse_optim_args
+from grass_hf.convert.conversion import grass_slices
 
 YAML = r"""
 rank: 16

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from grass_hf import GrassConfig, convert_to_grass, restore_model
-from grass_hf.convert import grass_slices, is_converted
-from grass_hf.targets import plan
+from grass_hf.convert.conversion import grass_slices, is_converted
+from grass_hf.convert.targets import plan
 
 PREFIX = "base_model.model."
 FACTORS = "base_model.model.model.layers.0.self_attn.q_proj.lora_"

@@ -7,10 +7,11 @@ import torch
 from helpers import VOCABULARY, assert_same_weights, tiny_llama, trainer
 from torch import nn
 
-from grass_hf import GrassConfig, checkpoint, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices
-from grass_hf.rounding import round_stochastically
-from grass_hf.selection import seeded
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.optim import resume
+from grass_hf.slices.ops.rounding import round_stochastically
+from grass_hf.slices.ops.selection import seeded
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -206,7 +207,7 @@ class Overflow:
 
     def everything(self):
         state = copy.deepcopy(self.optimizer.state_dict())
-        meta, entries = checkpoint.read(state)
+        meta, entries = resume.read(state)
         # the fused kernel makes its state, zero, even on a step it skips
         moments = [v for s in state["state"].values() for k, v in s.items() if v.any() and not k.startswith("grass_")]
         tensors = [*self.model.state_dict().values(), *moments]

@@ -11,10 +11,11 @@ from test_no_full_gradient import Allocations
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from grass_hf import GrassConfig, convert_to_grass, functional, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices
-from grass_hf.functional import take_rows
-from grass_hf.products import Layout, layouts
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.slices.ops import row_norms
+from grass_hf.slices.ops.products import Layout, layouts
+from grass_hf.slices.ops.rows import take_rows
 
 E, M, N, T = 4, 12, 8, 24
 
@@ -164,7 +165,7 @@ def test_steps_move_the_selected_rows_as_plain_steps_do(cls, side):
         loss_of(theirs, inputs).backward()
         with torch.no_grad():
             rows = take_rows(theirs.weight - 0.01 * theirs.weight.grad, part.index, part.dim)
-            expected = functional.put_rows(theirs.weight, part.index, rows, part.dim) or theirs.weight
+            expected = rows.put_rows(theirs.weight, part.index, rows, part.dim) or theirs.weight
         loss_of(model["experts"], inputs).backward()
         seen.add(tuple(part.index.flatten().tolist()))
         optimizer.step()
@@ -194,7 +195,7 @@ def test_checkpointing_autocast_and_copies(cls, reentrant):
 @pytest.mark.parametrize("side", ["output", "input"])
 @pytest.mark.parametrize("cls", KINDS)
 def test_no_tensor_of_full_size_in_backward(monkeypatch, cls, side):
-    monkeypatch.setattr(functional.squared_norms, "__defaults__", (4,))
+    monkeypatch.setattr(row_norms.squared_norms, "__defaults__", (4,))
     monkeypatch.setitem(globals(), "M", 26)
     monkeypatch.setitem(globals(), "N", 22)
     model = converted(cls(), side, update_interval=2, stagger=1)

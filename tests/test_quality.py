@@ -16,8 +16,9 @@ import torch
 import yaml
 from helpers import Sequences, arguments, tiny_llama
 
-from grass_hf.bench.quality import load_study
-from grass_hf.bench.quality_methods import (
+from grass_hf.integrations.trainer import GrassCallback
+from grass_hf.recipes.study.grid import load_study
+from grass_hf.recipes.study.methods import (
     KINDS,
     TwoRateTrainer,
     grass_config,
@@ -26,10 +27,9 @@ from grass_hf.bench.quality_methods import (
     target_names,
     two_rates,
 )
-from grass_hf.bench.quality_report import entries, write_report
-from grass_hf.bench.quality_rows import deciding, read_rows
-from grass_hf.bench.quality_run import held_out_loss, run_row
-from grass_hf.integrations.trainer import GrassCallback
+from grass_hf.recipes.study.report import entries, write_report
+from grass_hf.recipes.study.rows import deciding, read_rows
+from grass_hf.recipes.study.run import held_out_loss, run_row
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "studies/smoke.yaml"

@@ -9,7 +9,7 @@ from torch import nn
 
 import grass_hf
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices, is_converted
+from grass_hf.convert.conversion import grass_slices, is_converted
 
 PLAIN = {
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),

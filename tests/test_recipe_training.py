@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 pytest.importorskip("datasets")
 
 from grass_hf import MuonAdamW
-from grass_hf.convert import grass_slices
-from grass_hf.driving import plain_class
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.optim.driving import plain_class
 from grass_hf.recipes import runner
 from grass_hf.recipes.models import load_model
 from grass_hf.recipes.parse import load_recipe

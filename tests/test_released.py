@@ -7,9 +7,9 @@ import torch
 from helpers import assert_same_weights, plain_state, tiny_llama, trainer
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices
-from grass_hf.driving import plain_class
-from grass_hf.stepping import step_in_chunks
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.optim.chunked_step import step_in_chunks
+from grass_hf.optim.driving import plain_class
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -44,7 +44,7 @@ def slice_bytes(model) -> int:
     ids=lambda settings: "-".join(map(str, settings)) or "default",
 )
 def test_a_released_slice_trains_as_a_resident_one(optimizer_class, settings, monkeypatch):
-    monkeypatch.setattr("grass_hf.stepping.CHUNK_BYTES", 2000)  # several chunks, some of one slice
+    monkeypatch.setattr("grass_hf.optim.chunked_step.CHUNK_BYTES", 2000)  # several chunks, some of one slice
     ours, _ = run(False, optimizer_class, **settings)
     theirs, _ = run(True, optimizer_class, **settings)
     assert_same_weights(ours, theirs)
@@ -54,7 +54,7 @@ def test_a_released_slice_trains_as_a_resident_one(optimizer_class, settings, mo
 
 
 def test_slices_exist_only_a_chunk_at_a_time(monkeypatch):
-    monkeypatch.setattr("grass_hf.stepping.CHUNK_BYTES", 2000)
+    monkeypatch.setattr("grass_hf.optim.chunked_step.CHUNK_BYTES", 2000)
     model, optimizer = run(False, steps=1)
     held = []
     original = plain_class(optimizer).step

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from grass_hf.remap import carry_rows
-from grass_hf.seeding import Seed, seed_for
-from grass_hf.selection import Selection
-from grass_hf.slices import Slice
+from grass_hf.optim.fresh_moments import Seed, seed_for
+from grass_hf.optim.state_remap import carry_rows
+from grass_hf.slices.ops.selection import Selection
+from grass_hf.slices.slice import Slice
 
 SOURCE = torch.tensor([2, -1, 0, -1])
 

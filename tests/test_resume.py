@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 ROOT = Path(__file__).parents[1]
 STEPS = 9

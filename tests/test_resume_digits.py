@@ -7,7 +7,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 FIXED_RATE = {"scale_parameter": False, "relative_step": False}
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.optimization import Adafactor
 
-from grass_hf import GrassConfig, MuonAdamW, base_record, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
+from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.optim import base_record
 
 BASES = {
     "adamw": (torch.optim.AdamW, {}),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from test_cli import ROOT, call, grass
 
-from grass_hf import GrassConfig, fields
+from grass_hf import GrassConfig
 from grass_hf.cli import autoload, errors, main
+from grass_hf.config import fields
 
 
 def written(folder: Path, text: str, name: str = "script.py") -> Path:
@@ -24,8 +25,8 @@ def written(folder: Path, text: str, name: str = "script.py") -> Path:
 ENDINGS = {
     "other's ValueError": "def read(text):\n    return int(text)\n\nread('x')\n",
     "own ValueError": "raise ValueError('mine')\n",
-    "from ours": "from grass_hf.fields import *\ntry: check_choice(1, 2, ())\nexcept ValueError: raise OSError",
-    "called by ours": "import grass_hf.fields as f\nf.kinds_of(3)\n",
+    "from ours": "from grass_hf.config.fields import *\ntry: check_choice(1, 2, ())\nexcept ValueError: raise OSError",
+    "called by ours": "import grass_hf.config.fields as f\nf.kinds_of(3)\n",
     "exit code": "import sys; sys.exit(7)\n",
     "last words": "import sys; sys.exit('bye')\n",
     "well": "print('well')\n",
@@ -75,7 +76,7 @@ def test_killed_by_the_terminal(tmp_path):
     "text",
     [
         "import grass_hf\ngrass_hf.GrassConfig(rank=0)\n",
-        "from grass_hf.optim_args import *\nparse_optim_args('rank=0')\n",
+        "from grass_hf.config.optim_args import *\nparse_optim_args('rank=0')\n",
     ],
 )
 def test_our_own_errors_are_one_line(tmp_path, text):

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from grass_hf.functional import put_rows, take_rows
-from grass_hf.runs import Run
+from grass_hf.slices.ops.flat_runs import Run
+from grass_hf.slices.ops.rows import put_rows, take_rows
 
 SHAPES = [(7, 5), (8, 4), (1, 9), (9, 1), (3, 4, 5), (2, 6, 3)]
 

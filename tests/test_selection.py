@@ -5,8 +5,16 @@ import itertools
 import pytest
 import torch
 
-from grass_hf.config import SELECTIONS
-from grass_hf.selection import draws_of, generator, needs_scores, probabilities, select, strided, with_replacement
+from grass_hf.config.settings import SELECTIONS
+from grass_hf.slices.ops.selection import (
+    draws_of,
+    generator,
+    needs_scores,
+    probabilities,
+    select,
+    strided,
+    with_replacement,
+)
 
 SIZE, RANK = 12, 4
 SCORES = torch.rand(SIZE, generator=torch.Generator().manual_seed(5), dtype=torch.float64) ** 2 + 0.01

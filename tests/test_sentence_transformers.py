@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from grass_hf import GrassConfig, convert_to_grass, restore_model
-from grass_hf.convert import grass_slices, is_converted
+from grass_hf.convert.conversion import grass_slices, is_converted
 
 WORDS = ["<pad>", "a", "b", "c"]
 

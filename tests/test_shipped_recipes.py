@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 pytest.importorskip("datasets")
 
 from grass_hf import GrassConfig
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.convert.targets import plan
 from grass_hf.recipes import runner
 from grass_hf.recipes.parse import load_recipe
-from grass_hf.targets import plan
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

@@ -10,7 +10,7 @@ from helpers import plain_state
 from torch import nn
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices, is_converted
+from grass_hf.convert.conversion import grass_slices, is_converted
 
 skorch = pytest.importorskip("skorch")
 from sklearn.base import clone  # noqa: E402

@@ -9,13 +9,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grass_hf import MuonAdamW
-from grass_hf.bench import speed
-from grass_hf.driving import plain_class
+from grass_hf.measure.bench import speed
+from grass_hf.optim.driving import plain_class
 
 SMALL = {"layers": 1, "hidden": 64, "vocabulary": 64, "batch": 1, "sequence": 8, "rank": 16, "rounds": 3}
 # What is called when a method selects or projects anew: the owner of a function, and its name.
 CALLED = {
-    "grass": (import_module("grass_hf.reselect"), "_rows"),
+    "grass": (import_module("grass_hf.optim.reselection"), "_rows"),
     "galore": (import_module("galore_torch.galore_projector").GaLoreProjector, "get_orthogonal_matrix"),
     "apollo": (import_module("apollo_torch.random_projector").GradientProjector, "get_orthogonal_matrix"),
 }

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.cli import app
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 TOKENS = torch.arange(48).view(4, 12)
 
@@ -246,7 +246,7 @@ def test_memory_without_values_is_filled_before_the_first_step():
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("sharded", [True, False])
 def test_slices_are_removed_from_files(tmp_path, kind, sharded):
-    from grass_hf.adapters.plain import remove_slices
+    from grass_hf.integrations.adapters.plain import remove_slices
 
     model = tiny_llama()
     parts = {f"{name}_slice.active": torch.ones(2, 2) for name in model.state_dict() if "proj" in name}

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
-from grass_hf.functional import squared_norms, tap
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.slices.ops.row_norms import squared_norms
+from grass_hf.slices.ops.tap import tap
 
 M, N, R = 10, 14, 4
 INDEX = torch.tensor([1, 4, 5, 8])

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModel, BertConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, T5Config
 
 from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices, is_converted
-from grass_hf.presets import config_and_base
-from grass_hf.report import start_report
-from grass_hf.targets import plan
+from grass_hf.config.presets import config_and_base
+from grass_hf.convert.conversion import grass_slices, is_converted
+from grass_hf.convert.targets import plan
+from grass_hf.integrations.start_table import start_report
 
 
 def names(model, **settings):
@@ -225,7 +225,7 @@ def test_converting_twice_and_wrapped_models_stop():
 
 
 def test_an_optimizer_made_too_early_stops():
-    from grass_hf.optim import attach
+    from grass_hf.optim.factory import attach
 
     model = tiny_llama()
     early = torch.optim.AdamW(model.parameters())

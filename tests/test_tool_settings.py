@@ -11,8 +11,8 @@ import yaml
 from helpers import trainer
 from transformers.trainer_callback import DefaultFlowCallback
 
+from grass_hf.config.optim_args import parse_optim_args
 from grass_hf.integrations.base import default_base, with_base
-from grass_hf.optim_args import parse_optim_args
 
 ROOT = Path(__file__).parents[1]
 

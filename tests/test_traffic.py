@@ -10,9 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from grass_hf import GrassConfig, convert_to_grass
 from grass_hf.cli import main
-from grass_hf.convert import grass_slices
-from grass_hf.network import MEASURED_ERROR
-from grass_hf.traffic import KINDS, layers, ring_bytes, traffic
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.measure.estimate.network_model import MEASURED_ERROR
+from grass_hf.measure.estimate.traffic import KINDS, layers, ring_bytes, traffic
 
 
 def gpt2():

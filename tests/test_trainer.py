@@ -22,10 +22,10 @@ from grass_hf import (
     grass_optimizer,
     restore_model,
 )
-from grass_hf.convert import grass_slices, is_converted
-from grass_hf.driving import plain_class
-from grass_hf.optim_args import parse_optim_args
-from grass_hf.presets import PRESETS
+from grass_hf.config.optim_args import parse_optim_args
+from grass_hf.config.presets import PRESETS
+from grass_hf.convert.conversion import grass_slices, is_converted
+from grass_hf.optim.driving import plain_class
 
 CONFIG = GrassConfig(density=0.25, update_interval=3)
 SETTINGS = {"weight_decay": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -388,7 +388,7 @@ import sys; sys.path[:0] = [{tests!r}, {root!r}]
 import torch, torch.distributed as dist
 from helpers import *
 import grass_hf
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 job = trainer({folder!r}, optim_args={optim_args!r}, per_device_train_batch_size=2, max_steps=7)
 job.train()
 assert dist.get_world_size() == 2 and job.args.world_size == 2

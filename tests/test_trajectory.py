@@ -12,10 +12,11 @@ import torch
 from reference import NaiveGrass, Rows
 from torch import nn
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model, warmup
-from grass_hf.config import SELECTIONS
-from grass_hf.convert import grass_slices
-from grass_hf.selection import generator, needs_scores, select
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf.config.settings import SELECTIONS
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.optim import rate_warmup
+from grass_hf.slices.ops.selection import generator, needs_scores, select
 
 STEPS, INTERVAL, DENSITY = 30, 7, 0.25
 SHAPES = ((12, 20), (16, 12), (8, 16))
@@ -199,7 +200,7 @@ def test_same_trajectory_with_every_setting(options, kind):
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_same_trajectory_with_a_warmup_of_several_steps(monkeypatch, kind, stagger):
     """The ramp after a reset rises step by step: 1/5, 2/5, 3/5, 4/5, 1."""
-    monkeypatch.setattr(warmup, "RESET_SHARE", 4 / INTERVAL)
+    monkeypatch.setattr(rate_warmup, "RESET_SHARE", 4 / INTERVAL)
     config = GrassConfig(
         density=DENSITY,
         update_interval=INTERVAL,

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 from trl_runs import KINDS, model_for, tokenizer, trained, trainer_of
 
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 from grass_hf.integrations.trl import plain_head_trainer
 
 ADAMW = {"optim": "adamw_torch", "optim_args": None}

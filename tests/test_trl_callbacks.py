@@ -15,7 +15,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl_runs import model_for, trainer_of
 
 from grass_hf import GrassConfig, convert_to_grass, restore_model
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 from grass_hf.integrations.trl_callbacks import plain_parameters
 
 ADAMW = {"optim": "adamw_torch", "optim_args": None}

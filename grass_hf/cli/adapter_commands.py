@@ -52,7 +52,7 @@ def plain(
 
     Checkpoints of save_pretrained, the Trainer and `accelerate merge-weights` are plain already.
     """
-    from ..adapters.plain import remove_slices
+    from ..integrations.adapters.plain import remove_slices
 
     typer.echo(f"{checkpoint}: {remove_slices(checkpoint)} slices removed")
 

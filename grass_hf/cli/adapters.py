@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..adapters import delta, difference, lora
-from ..adapters.checkpoint import Checkpoint, appearing, pair
-from ..bench import record
+from ..integrations.adapters import delta, difference, lora
+from ..integrations.adapters.checkpoint import Checkpoint, appearing, pair
+from ..measure.bench import record
 
 _SORTS = ("name", "change")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from ..config import GrassConfig, parse_field
+from ..config.settings import GrassConfig, parse_field
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
 from .bench_commands import memory, speed

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..bench import memory, record, speed
-from ..bench.quality_methods import PACKAGES
+from ..measure.bench import memory, record, speed
+from ..recipes.study.methods import PACKAGES
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # A dtype that multiplies this many times slower than float32 is emulated; timings in it say nothing.

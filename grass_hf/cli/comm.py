@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..bench import comm, record
-from ..config import GrassConfig
-from ..traffic import ENGINES, KINDS, traffic
-from .models import causal_model
+from ..config.settings import GrassConfig
+from ..integrations.model_configs import causal_model
+from ..measure.bench import comm, record
+from ..measure.estimate.traffic import ENGINES, KINDS, traffic
 from .traffic import DTYPES
 
 _COLUMNS = ("ordinary step", "selecting step", "mean over K", "expected", "counted / expected", "Grass / AdamW")

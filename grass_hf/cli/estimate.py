@@ -17,15 +17,15 @@ from rich.table import Table
 from transformers import TrainingArguments
 from transformers.trainer import Trainer
 
-from ..bench.record import machine
-from ..config import GrassConfig
-from ..engines import check_engine
+from ..config.settings import GrassConfig
 from ..integrations.base import base_class_and_kwargs
-from ..memory import MemoryEstimate, estimate_memory, largest_rank
-from ..methods import check_method
-from ..simulate import Breakdown
+from ..integrations.model_configs import causal_model
+from ..measure.bench.record import machine
+from ..measure.estimate.fake_ranks import check_engine
+from ..measure.estimate.memory import MemoryEstimate, estimate_memory, largest_rank
+from ..measure.estimate.methods import check_method
+from ..measure.estimate.simulate import Breakdown
 from . import traffic
-from .models import causal_model
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ..bench import comm, net, record
-from ..bench.switch import check_possible
-from ..config import GrassConfig
-from ..traffic import ENGINES, traffic
+from ..config.settings import GrassConfig
+from ..integrations.model_configs import causal_model
+from ..measure.bench import comm, net, record
+from ..measure.bench.switch import check_possible
+from ..measure.estimate.traffic import ENGINES, traffic
 from .estimate import pyplot_for_png
-from .models import causal_model
 from .traffic import DTYPES, bytes_per_second
 
 

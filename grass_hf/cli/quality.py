@@ -45,9 +45,9 @@ def quality(
         TimeRemainingColumn,
     )
 
-    from ..bench.quality import load_study
-    from ..bench.quality_methods import check_installed
-    from ..bench.quality_rows import read_rows, run_study
+    from ..recipes.study.grid import load_study
+    from ..recipes.study.methods import check_installed
+    from ..recipes.study.rows import read_rows, run_study
 
     chosen = load_study(study, [name for name in only.split(",") if name])
     for kind in sorted({method.kind for method in chosen.methods}):
@@ -92,8 +92,8 @@ def report(
     Every method stands there at the best point of its grid by the mean over seeds, with the spread, and with a word if
     that point lies at the grid's edge; then all points of all grids.
     """
-    from ..bench.quality_report import write_report
-    from ..bench.quality_rows import read_rows
+    from ..recipes.study.report import write_report
+    from ..recipes.study.rows import read_rows
 
     for path in rows:
         if not path.is_file():

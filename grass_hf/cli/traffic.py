@@ -1,4 +1,5 @@
-"""``grass-hf estimate --bandwidth``: steps of AdamW and Grass on a network, by the model of `grass_hf.network`."""
+"""``grass-hf estimate --bandwidth``: steps of AdamW and Grass on a network, by the model of
+`measure.estimate.network_model`."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from ..bench.record import machine
-from ..config import GrassConfig
-from ..network import MEASURED_ERROR, Compute, Link, StepTime, ddp_step, fsdp2_step
-from ..traffic import ENGINES, KINDS, Traffic, ring_bytes, traffic
-from .models import causal_model
+from ..config.settings import GrassConfig
+from ..integrations.model_configs import causal_model
+from ..measure.bench.record import machine
+from ..measure.estimate.network_model import MEASURED_ERROR, Compute, Link, StepTime, ddp_step, fsdp2_step
+from ..measure.estimate.traffic import ENGINES, KINDS, Traffic, ring_bytes, traffic
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

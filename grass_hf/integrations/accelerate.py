@@ -7,9 +7,9 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers.utils import logging
 
-from ..config import GrassConfig
-from ..distributed import world_size
-from ..engines import for_shards
+from ..config.settings import GrassConfig
+from ..measure.estimate.fake_ranks import for_shards
+from ..slices.ops.sharding import world_size
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +55,7 @@ def refuse_parallelism() -> None:
 
 
 def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:
-    """The settings as the engine needs them: the given ones, but under FSDP2 those of `engines.for_shards`."""
+    """The settings as the engine needs them: the given ones, but under FSDP2 those of `fake_ranks.for_shards`."""
     if fsdp_version() != 2:
         return config
     if not config.resident:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers.training_args import OptimizerNames, TrainingArguments
 
-from ..fields import unknown_key
-from ..muon import MuonAdamW
-from ..optim import attach
-from ..optim_args import parse_optim_args
+from ..config.fields import unknown_key
+from ..config.optim_args import parse_optim_args
+from ..optim.factory import attach
+from ..optim.muon import MuonAdamW
 
 # Families that cannot run over slices, by the start of their Trainer name.
 _REFUSED = {

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from ..distributed import check_agreement
+from ..slices.ops.sharding import check_agreement
 
 logger = logging.get_logger(__name__)
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from ..config import GrassConfig
-from ..convert import describe, is_converted
-from ..distributed import check_agreement
-from ..driving import undriven
-from ..muon import MuonAdamW
+from ..config.settings import GrassConfig
+from ..convert.conversion import describe, is_converted
+from ..optim.driving import undriven
+from ..optim.muon import MuonAdamW
+from ..slices.ops.sharding import check_agreement
 
 _INSTEAD = "use ZeRO-1, 2 or 3 without it, FSDP2 or DDP"
 

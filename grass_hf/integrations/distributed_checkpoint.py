@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from ..doors import KEY
-from ..slices import Slice
+from ..slices.doors import KEY
+from ..slices.slice import Slice
 
 
 def load_model_state(original: Callable, names_of: Callable) -> Callable:

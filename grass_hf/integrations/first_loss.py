@@ -23,11 +23,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..convert import grass_slices, is_converted
-from ..distributed import is_partitioned, is_sharded, shape_of
-from ..modules import GrassModule
-from ..slices import Slice
-from ..watching import leaving_heads
+from ..convert.audit.watching import leaving_heads
+from ..convert.conversion import grass_slices, is_converted
+from ..convert.modules import GrassModule
+from ..slices.ops.sharding import is_partitioned, is_sharded, shape_of
+from ..slices.slice import Slice
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -8,7 +8,7 @@ The three write the same things in three forms, which the Trainer does not read 
 
 Between full and sharded accelerate's own readers do, told which form they read. Else the checkpoint is read as whole
 tensors by name, which torch.distributed.checkpoint's setters bring to any engine; what becomes of rows that do not
-lie in the shards is decided where it always is (`grass_hf.checkpoint.restore`).
+lie in the shards is decided where it always is (`grass_hf.optim.resume.restore`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
 
-from ..checkpoint import KEY, check_meta, read_meta
+from ..optim.resume import KEY, check_meta, read_meta
 
 logger = logging.get_logger(__name__)
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..convert import grass_slices
-from ..distributed import is_partitioned, is_sharded
+from ..convert.conversion import grass_slices
+from ..slices.ops.sharding import is_partitioned, is_sharded
 
 _NAME, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -17,18 +17,18 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
-from ..config import GrassConfig
-from ..controller import GROUP_KEY
-from ..convert import convert_to_grass, converted_part, describe, describe_settings, is_converted
-from ..distributed import check_agreement
-from ..optim import attach, grass_optimizer
-from ..optim_args import parse_optim_args
-from ..report import render, start_report
-from ..warmup import scale_reached
+from ..config.optim_args import parse_optim_args
+from ..config.settings import GrassConfig
+from ..convert.conversion import convert_to_grass, converted_part, describe, describe_settings, is_converted
+from ..optim.controller import GROUP_KEY
+from ..optim.factory import attach, grass_optimizer
+from ..optim.rate_warmup import scale_reached
+from ..slices.ops.sharding import check_agreement
 from .accelerate import adapt_to_engine, engine_kind, forget_evaluation, fsdp_version, refuse_parallelism
 from .base import base_class_and_kwargs, default_base, driven
 from .deepspeed import check_config
 from .registration import NAME
+from .start_table import render, start_report
 
 logger = logging.get_logger(__name__)
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..config import GrassConfig
-from ..patterns import output_heads
-from ..targets import plan
+from ..config.settings import GrassConfig
+from ..convert.patterns import output_heads
+from ..convert.targets import plan
 
 if TYPE_CHECKING:
     from transformers import Trainer

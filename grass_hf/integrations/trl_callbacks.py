@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..convert import grass_slices, is_converted
-from ..int8 import dequantize, is_int8
-from ..modules import GrassModule
+from ..convert.conversion import grass_slices, is_converted
+from ..convert.modules import GrassModule
+from ..slices.ops.int8 import dequantize, is_int8
 
 
 @contextmanager

@@ -8,7 +8,8 @@ flat vectors over the ranks, as float32 masters that it steps the optimizer over
 * gradients leave ``.grad`` in backward, so hooks note which parameters one has reached;
 * a slice's values with all digits, and its optimizer state, lie in pieces on several ranks. DeepSpeed's ``safe_get``
   functions bring them together for slices that select anew, and ``safe_set`` functions take them apart again;
-* under ZeRO-3 the frozen weight lies in pieces too (`grass_hf.runs`). After a step every rank gathers the slice, r x n,
+* under ZeRO-3 the frozen weight lies in pieces too (`slices.ops.flat_runs`). After a step every rank gathers the
+slice, r x n,
   and overwrites the elements of its own run; when a slice selects, what all runs hold of the new rows is added up. No
   weight is gathered but for forward and backward.
 
@@ -29,15 +30,15 @@ from deepspeed import utils as masters
 from deepspeed import zero
 from torch import Tensor, nn
 
-from .. import checkpoint, guards
-from ..controller import GrassController
-from ..convert import grass_slices
-from ..distributed import is_partitioned, shape_of
-from ..functional import accumulation_dtype
-from ..modules import GrassModule
-from ..remap import carry_rows
-from ..seeding import Seed
-from ..slices import Slice
+from ..convert.conversion import grass_slices
+from ..convert.modules import GrassModule
+from ..optim import guards, resume
+from ..optim.controller import GrassController
+from ..optim.fresh_moments import Seed
+from ..optim.state_remap import carry_rows
+from ..slices.ops.row_norms import accumulation_dtype
+from ..slices.ops.sharding import is_partitioned, shape_of
+from ..slices.slice import Slice
 from .zero_checkpoint import check_files, read_client_state
 from .zero_parts import rank_part, set_master
 
@@ -170,7 +171,7 @@ class ZeroController(GrassController):
         @functools.wraps(save)
         def save_checkpoint(save_dir, tag=None, client_state=None, *args, **kwargs):
             asked = inspect.signature(save).bind(save_dir, tag, client_state, *args, **kwargs).arguments
-            asked["client_state"] = {**(client_state or {}), CLIENT_KEY: checkpoint.remember(self)}
+            asked["client_state"] = {**(client_state or {}), CLIENT_KEY: resume.remember(self)}
             # the weights of slices are frozen, and trained: a Trainer leaves frozen ones out for adapters
             asked.pop("exclude_frozen_parameters", None)
             return save(**asked)
@@ -184,10 +185,10 @@ class ZeroController(GrassController):
                     "the saved model with from_pretrained, and convert it."
                 )
             check_files(self.engine, load_dir, tag)
-            checkpoint.check_remembered(read_client_state(self.engine, load_dir, tag).get(CLIENT_KEY), self)
+            resume.check_remembered(read_client_state(self.engine, load_dir, tag).get(CLIENT_KEY), self)
             path, client_state = load(load_dir, tag, *args, **kwargs)
             if path is not None:
-                checkpoint.recall(client_state.pop(CLIENT_KEY, None), self)
+                resume.recall(client_state.pop(CLIENT_KEY, None), self)
                 for part in self.slices:
                     held = rank_part(part, True)
                     held.keep(held.active)

@@ -15,20 +15,20 @@ from deepspeed import zero
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from ..distributed import is_partitioned
-from ..functional import put_rows, take_rows
-from ..parts import Part
-from ..rounding import loses_digits, round_stochastically
-from ..runs import Run
-from ..selection import seeded
-from ..slices import Slice
+from ..slices.ops.flat_runs import Run
+from ..slices.ops.rounding import loses_digits, round_stochastically
+from ..slices.ops.rows import put_rows, take_rows
+from ..slices.ops.selection import seeded
+from ..slices.ops.sharding import is_partitioned
+from ..slices.part import Part
+from ..slices.slice import Slice
 
 # Elements of a run that are converted to float32 at a time, to multiply decay into a half-precision weight.
 _DECAYED_AT_A_TIME = 2**20
 
 
 def rank_part(part: Slice, exact: bool = False) -> Part:
-    """What this rank holds of a slice and its weight; as `parts.local_part`.
+    """What this rank holds of a slice and its weight; as `part.local_part`.
 
     Args:
         part: the slice.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from ..fields import unknown_key
+from ..config.fields import unknown_key
 from .places import BadRow, shown
 from .turns import as_number, as_tools, chat, filled, parsed, string, turns
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from ..fields import unknown_key
+from ..config.fields import unknown_key
 
 Row = dict[str, Any]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..config import GrassConfig
-from ..fields import unknown_key
+from ..config.fields import unknown_key
+from ..config.settings import GrassConfig
 
 TASKS = ("pretraining", "sft", "dpo", "kto", "reward", "grpo", "classification")
 LAYOUTS = ("auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "unpaired_preference")
@@ -169,6 +169,11 @@ class EvaluationSection:
         "Stop after so many evaluations without an improvement of metric_for_best_model."
     )
     early_stopping_threshold: float = _help("The least change that counts as an improvement.", 0.0)
+    metrics: list[str] = _help_list(
+        "Modules of `evaluate`, by name or path: accuracy, f1 (these if none is given), precision, recall, "
+        "matthews_correlation for classes; exact_match, rouge for the replies of sft."
+    )
+    generated_rows: int = _help("Of so many held-out rows the last reply is generated, for metrics of replies.", 64)
     prompts: list[str] = _help_list("Texts or questions that the model goes on from after training.")
     max_new_tokens: int = _help("Length of these samples.", 48)
     do_sample: bool = _help(
@@ -178,11 +183,10 @@ class EvaluationSection:
     title: str | None = _help("Heading of the report; the recipe's name if not given.")
 
     def __post_init__(self):
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise ValueError(
-                f"evaluation.early_stopping_patience={self.early_stopping_patience} is not a positive number of "
-                "evaluations: give 1 or more."
-            )
+        for name in ("early_stopping_patience", "generated_rows", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluation.{name}={value} is not a positive whole number: give 1 or more.")
 
 
 @dataclass

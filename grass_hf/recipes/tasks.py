@@ -24,8 +24,9 @@ from transformers import (
 from ..integrations.base import base_class_and_kwargs
 from ..integrations.trainer import GrassCallback
 from ..integrations.trl import head_is_target, plain_head_trainer
-from . import encode, metrics
+from . import encode
 from .layouts import converter, find_layout
+from .metrics import Metrics, measure
 from .models import fit_config, load_config, load_tokenizer
 from .places import BadRow
 from .rows import Rows, join
@@ -195,7 +196,9 @@ def build_trainer(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) ->
     Raises:
         ValueError: the settings do not fit model or engine.
     """
+    measured = Metrics(recipe)
     trainer, training = _trainer_of_task(recipe, prepared, model), recipe.training
+    measure(trainer, recipe, measured)
     if recipe.base != training.optim:
         # an argument of the Trainer, which not all of TRL's pass on
         factory = Trainer.get_optimizer_cls_and_kwargs
@@ -206,8 +209,6 @@ def build_trainer(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) ->
 def _trainer_of_task(recipe: Recipe, prepared: Prepared, model: PreTrainedModel) -> Trainer:
     evaluation, training = recipe.evaluation, recipe.training
     callbacks: list[Any] = [] if recipe.grass is None else [GrassCallback(recipe.grass)]
-    if recipe.task in ("pretraining", "sft"):
-        callbacks.append(metrics.AddPerplexity())  # before the one that looks for the metric
     if evaluation.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(evaluation.early_stopping_patience, evaluation.early_stopping_threshold))
     options: dict[str, Any] = {
@@ -222,13 +223,9 @@ def _trainer_of_task(recipe: Recipe, prepared: Prepared, model: PreTrainedModel)
     if lora is not None and recipe.task in ("pretraining", "classification"):
         options["model"] = get_peft_model(model, lora)
     if recipe.task == "pretraining":
-        options |= {"data_collator": encode.block_collator(prepared.tokenizer)}
-        options |= {"compute_metrics": metrics.token_accuracy, "preprocess_logits_for_metrics": metrics.count_tokens}
-        return Trainer(**options)
+        return Trainer(data_collator=encode.block_collator(prepared.tokenizer), **options)
     if recipe.task == "classification":
-        options |= {"data_collator": DataCollatorWithPadding(prepared.tokenizer)}
-        options |= {"compute_metrics": metrics.classification_metrics}
-        return Trainer(preprocess_logits_for_metrics=metrics.likeliest_class, **options)
+        return Trainer(data_collator=DataCollatorWithPadding(prepared.tokenizer), **options)
     import trl
 
     if lora is not None:

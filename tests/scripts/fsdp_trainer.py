@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import grass_hf  # noqa: F401
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 
 class Look(TrainerCallback):

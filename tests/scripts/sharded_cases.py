@@ -27,8 +27,9 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, drift, grass_optimizer, restore_model
-from grass_hf.convert import grass_slices
+from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer, restore_model
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.slices import drift
 
 # so that eight ranks divide the rows of every slice
 SETTINGS = {"density": 0.5, "update_interval": 3, "selection": "top_r", "side": "output", "state_policy": "carry"}
@@ -381,9 +382,9 @@ def rows_that_do_not_fit_the_shards_start_anew():
     weights, moments = get_state_dict(alone, its_optimizer)
     model, optimizer, _ = prepare(True)
     said = []
-    from grass_hf import checkpoint
+    from grass_hf.optim import resume
 
-    checkpoint.logger.warning = lambda text, *values: said.append(text % values)
+    resume.logger.warning = lambda text, *values: said.append(text % values)
     options = StateDictOptions(full_state_dict=True)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
     assert any("start from evenly strided rows again" in text for text in said), said

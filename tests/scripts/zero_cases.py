@@ -27,10 +27,10 @@ import grass_hf  # noqa: F401  (before DeepSpeed, which it teaches)
 import deepspeed  # isort: skip
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.convert import grass_slices
-from grass_hf.driving import plain_class
+from grass_hf.convert.conversion import grass_slices
 from grass_hf.integrations.zero import ZeroController
-from grass_hf.simulate import enable_checkpointing
+from grass_hf.measure.estimate.simulate import enable_checkpointing
+from grass_hf.optim.driving import plain_class
 
 # DeepSpeed would compile a collective of its own for processes on one machine; gloo will do.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

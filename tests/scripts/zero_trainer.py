@@ -19,7 +19,7 @@ from helpers import Sequences, arguments, leave
 from transformers import AutoModelForCausalLM, Trainer
 
 import grass_hf  # noqa: F401
-from grass_hf.convert import grass_slices
+from grass_hf.convert.conversion import grass_slices
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a kernel to compile
 

@@ -12,7 +12,7 @@ from shared import DENSITY, chats, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
-from grass_hf.report import render, start_report
+from grass_hf.integrations.start_table import render, start_report
 
 folder = tiny_llama(Path("model"))
 tokenizer = AutoTokenizer.from_pretrained(folder)

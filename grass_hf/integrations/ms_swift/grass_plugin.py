@@ -9,8 +9,9 @@ from __future__ import annotations
 from swift.optimizers import OptimizerCallback, optimizers_map
 
 import grass_hf
-from grass_hf.integrations.base import with_base
-from grass_hf.integrations.registration import NAME
+
+from ..base import with_base
+from ..registration import NAME
 
 
 class GrassOptimizerCallback(OptimizerCallback):

@@ -1,0 +1,92 @@
+"""Whether what is evaluated and saved is what is trained.
+
+Both use the weights, and a slice may have been moved without them: an average of parameters, or weights clipped
+after a step, touch what has ``requires_grad``. A training forward pass that follows is stopped by `slices.drift`;
+this is for the end of training, and for an average that is put in place for an evaluation and taken out again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .drift import agree, comparable, fits, moved, weight_changed, weight_of
+from .ops import sharding
+from .ops.double_backward import is_transformed
+
+if TYPE_CHECKING:
+    from .slice import Slice
+
+logger = logging.getLogger(__name__)
+
+
+def check_after_evaluation(part: Slice) -> None:
+    """Let the next training forward pass compare values: weights may have been swapped for the evaluation.
+
+    Raises:
+        RuntimeError: as `check_use`.
+    """
+    record = part.drift
+    if not part.training and not torch.compiler.is_compiling() and not is_transformed():
+        first, record.look = not record.look, True
+        if first:
+            check_use(part)
+
+
+def warn_of_parting(part: Slice) -> None:
+    """Say before a weight is saved that its slice was changed alone; no error: weights must stay within reach."""
+    if _moved_alone(part):
+        logger.warning("%s", _said(part))
+
+
+def check_use(part: Slice) -> None:
+    """Look before the first evaluation after a training forward pass.
+
+    Raises:
+        RuntimeError: the slice was changed alone, by an average that is put into what is trained, say.
+    """
+    if _moved_alone(part):
+        raise RuntimeError(_said(part))
+
+
+def follow_weight(part: Slice) -> bool:
+    """Let a slice take its weight's values wherever they differ; whether it had been moved by itself.
+
+    For the end of training, where the weight is what the model computes with.
+    """
+    record, weight = part.drift, weight_of(part)
+    if not comparable(part, weight) or (fits(part, weight) and agree(part, record)):
+        return False
+    alone = moved(part, record) == {"slice"}
+    part.state.owed = 1.0
+    if fits(part, weight):
+        part.reload()
+    return alone
+
+
+def follow_edited(part: Slice) -> None:
+    """Let a slice follow a weight that was changed after the last forward pass, before it is written back."""
+    if part.drift.marks is not None and not sharding.is_sharded(part.active) and weight_changed(part, part.drift):
+        follow_weight(part)
+
+
+def _moved_alone(part: Slice) -> bool:
+    record, weight = part.drift, part.owner._parameters.get(part.parameter)
+    if weight is None or record.marks is None or record.near or sharding.is_sharded(part.active):
+        return False
+    with _disable_current_modes():
+        if "weight" in moved(part, record) or not comparable(part, weight) or not fits(part, weight):
+            return False
+        return not agree(part, record)
+
+
+def _said(part: Slice) -> str:
+    return (
+        f"the slice of {part.state.name} was changed and its weight was not, so what is evaluated and saved is not "
+        "what the slice holds: something moves the parameters that are trained (an average of parameters, Lookahead, "
+        "weights that are clipped). Let it move the weights: average model.state_dict(), or use "
+        "torch.optim.swa_utils.AveragedModel(model); change module.weight, which the slice follows."
+    )
