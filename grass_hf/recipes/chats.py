@@ -53,6 +53,8 @@ class ChatEncoder:
     def __call__(self, row: Row) -> tuple[list[int], list[int]]:
         if "messages" in row:
             return self._chat(row)
+        if self.system_prompt:
+            raise BadRow("data.system_prompt has no place before plain text: leave it out, or give rows with messages")
         start = len(row.get("prompt", ""))
         text = row["text"] if "text" in row else row["prompt"] + row["completion"]
         ids, mask = self._masked(text, [(0 if self.loss_on == "everything" else start, len(text))], True)
@@ -107,8 +109,10 @@ class ChatEncoder:
 
     def _spans(self, turns: list[Row], replies: list[int], text: str, options: Row) -> list[Span]:
         """From where to where each reply stands in the rendered text."""
-        marked = self._marked(turns, options)
-        if marked is not None and len(marked) == sum(turn["role"] == "assistant" for turn in turns):
+        marked, count = self._marked(turns, options), sum(turn["role"] == "assistant" for turn in turns)
+        while len(marked) > count and marked[-1][0] == marked[-2][1]:  # Phi-3 marks the last end by itself
+            marked[-2:] = [(marked[-2][0], marked[-1][1])]
+        if len(marked) == count:
             return marked[-len(replies) :]
         spans = []
         for number in replies:
@@ -132,11 +136,11 @@ class ChatEncoder:
         start = common_prefix_length(before, after)
         return start, start if start == len(before) else len(self.render(turns, **options))
 
-    def _marked(self, turns: list[Row], options: Row) -> list[Span] | None:
-        """What stands between the template's marks; None if it has none."""
+    def _marked(self, turns: list[Row], options: Row) -> list[Span]:
+        """What stands between the template's marks; nothing if it has none."""
         template = self.template or self.tokenizer.get_chat_template()
         if not has_generation_markers(template):
-            return None
+            return []
         names = {**self.tokenizer.special_tokens_map, **options}
         _, (spans,) = render_jinja_template(
             conversations=[turns], chat_template=template, return_assistant_tokens_mask=True, **names

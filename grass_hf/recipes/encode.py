@@ -176,7 +176,7 @@ class PreferenceEncoder:
 
     chat: ChatEncoder
     task: str
-    length: int | None
+    length: int
     kinds: dict[str, Any]
 
     @property
@@ -190,14 +190,26 @@ class PreferenceEncoder:
     def __call__(self, row: Row) -> Row | None:
         if self.task == "reward" and "margin" in self.kinds and "margin" not in row:
             raise BadRow("margin is missing, and other rows have one")
-        answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+        row = row | {"prompt": self._with_system(row["prompt"])}
+        answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row and self.task != "grpo"]
+        if any(turn.get("weight") == 0 for answer in answers if isinstance(answer, list) for turn in answer):
+            raise BadRow(f"a turn has weight=0, and task={self.task} learns whole answers: take it out of the rows")
         lengths = [self._length(row["prompt"], answer, row) for answer in answers]
         prompt = self._length(row["prompt"], None, row)
-        too_long = max(lengths) > self.length if self.task == "reward" else prompt >= (self.length or prompt + 1)
+        too_long = max(lengths) > self.length if self.task == "reward" else prompt >= self.length
         if too_long:
             return None
         made = {name: row.get(name, {} if name == "chat_template_kwargs" else None) for name in self.kinds}
         return made | {"length": max([*lengths, prompt])}
+
+    def _with_system(self, prompt: Any) -> Any:
+        system = self.chat.system_prompt
+        if system is None or (isinstance(prompt, list) and prompt[0]["role"] == "system"):
+            return prompt
+        if isinstance(prompt, str) and self.task != "grpo":
+            raise BadRow("data.system_prompt has no place before plain text: leave it out, or give rows with messages")
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [{"role": "system", "content": system}, *turns]
 
     def _length(self, prompt: Any, answer: Any, row: Row) -> int:
         if isinstance(prompt, str):
