@@ -124,6 +124,8 @@ def test_a_system_turn_that_a_template_drops_is_refused():
 @pytest.mark.parametrize("name", ["chatml", "qwen2_5", "phi3"])
 @pytest.mark.parametrize("loss_on", ["replies", "everything"])
 def test_weights_of_turns(name, loss_on):
+    if (name, loss_on) == ("phi3", "everything"):
+        pytest.skip("TRL's marks are for replies; its own template ends every chat with another token: refused")
     tokenizer = made(CHATML if name == "chatml" else tokenizers.template(name))
     chat = [*CHAT[:1], CHAT[1] | {"weight": 0}, CHAT[2], CHAT[3] | {"weight": 1}]
     ids, mask = chat_encoder(tokenizer, loss_on, None)({"messages": chat})
