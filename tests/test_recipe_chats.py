@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import recipe_tokenizers as tokenizers
+from recipe_tokenizers import CHATML
 
 pytest.importorskip("trl")
 
@@ -17,10 +18,6 @@ CHAT = [
     {"role": "user", "content": "second question?"},
     {"role": "assistant", "content": "another  answer é."},
 ]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Bonn", "days": None}}}
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
 CALLING = [
