@@ -196,7 +196,7 @@ def data(said: dict, folder: Path) -> dict:
         replaced["sequence_length"] = 96
     elif said["task"] == "grpo":
         rows = [{"question": f"How much is {n} + 1?", "answer": f"It is\n#### {n + 1}"} for n in range(30)]
-        replaced |= {"columns": "prompt=question", "sequence_length": 400}
+        replaced |= {"columns": "prompt=question", "sequence_length": 250}
         replaced |= {"max_completion_length": 8, "num_generations": 2}
     elif given.get("layout") == "alpaca":
         rows = [{"instruction": f"Colour of {n}?", "output": text} for n, text in enumerate(files.sentences(30))]
