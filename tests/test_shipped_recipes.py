@@ -122,6 +122,9 @@ def test_a_recipe_trains_as_it_says(path, tmp_path, monkeypatch):
     for name, value in said["training"].items():
         if name not in flags and isinstance(value, (bool, int, float)):
             assert getattr(recipe.training, name) == value
+    if said["task"] == "grpo":  # a random model solves no problem: something must tell its replies apart
+        monkeypatch.syspath_prepend(path.parent)
+        monkeypatch.setattr("gsm8k_rewards.has_result", letters)
     built, shown = [], []
     build, describe = runner.build_trainer, runner.preview.describe
     monkeypatch.setattr(runner, "build_trainer", lambda *args: built.append(converted(build(*args))) or built[0][0])
@@ -138,6 +141,20 @@ def test_a_recipe_trains_as_it_says(path, tmp_path, monkeypatch):
     assert len(history) == 2 and all(0 < entry["grass/coverage"] <= 1 for entry in history)
     assert all(torch.isfinite(torch.tensor(entry["loss"])) and entry["grad_norm"] > 0 for entry in history)
     assert AutoConfig.from_pretrained(tmp_path / "out").model_type == kind
+
+
+def letters(completions, **columns):
+    return [float(len(set(said[-1]["content"]))) for said in completions]
+
+
+def test_the_rewards_of_gsm8k(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "grpo")
+    import gsm8k_rewards
+
+    said = [[{"role": "assistant", "content": "So\n#### 1,072"}], "#### 1072.0 ", "1072", "#### $7 then #### 8"]
+    answers = ["It is\n#### 1072", "#### 1072", "#### 1072", "#### 7"]
+    assert gsm8k_rewards.correct(said, answer=answers, prompts=said) == [1, 1, 0, 0]
+    assert gsm8k_rewards.has_result(said, answer=answers) == [1, 1, 0, 1]
 
 
 def converted(trainer):
