@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -93,9 +94,10 @@ def train(
 
     To compare: `--no-grass` trains everything in full, `--no-grass --lora_r 64` LoRA adapters.
 
-    Tasks: pretraining (packed text), sft (chats; the loss is of the replies), dpo (preferences), classification.
+    Tasks: pretraining (packed text), sft (chats; the loss is of the replies), dpo, kto and reward (preferences), grpo
+    (rewards by functions of yours), classification.
 
-    `training` has the names of TrainingArguments, unchanged; for sft and dpo those of TRL's SFTConfig and DPOConfig.
+    `training` has the names of TrainingArguments, unchanged; for TRL's tasks those of its SFTConfig, DPOConfig, ...
 
     Its `optim` is the base optimizer of Grass.
 
@@ -103,9 +105,18 @@ def train(
 
     `grass-hf validate` finds mistakes without training; docs/recipes.md lists every field.
     """
+    _need_recipes()
     from .train import run_train
 
     run_train(recipe, context.args, grass=not no_grass, dry_run=dry_run, overwrite=overwrite, json=json)
+
+
+def _need_recipes() -> None:
+    missing = [name for name in ("datasets", "trl") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"recipes need {' and '.join(missing)}, which cannot be imported: pip install 'grass-hf[train]'."
+        )
 
 
 @app.command(context_settings=_RECIPE)
@@ -129,6 +140,7 @@ def validate(
     Rows are read and tokenised as for training, one example is shown as the model will see it, and the peak memory of a
     step is estimated as by `grass-hf estimate`. The first mistake is one sentence, and the exit code is 2.
     """
+    _need_recipes()
     from .train import run_validate
 
     run_validate(

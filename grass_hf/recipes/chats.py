@@ -8,11 +8,16 @@ Without marks, a reply is what the template adds after its prompt for one.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.chat_template_utils import (
+    get_training_chat_template,
+    has_generation_markers,
+    is_chat_template_stop_token_trained,
+)
 from trl.data_utils import common_prefix_length
 
 from .places import BadRow, shown
@@ -203,4 +208,11 @@ def chat_encoder(tokenizer: Any, loss_on: str, system_prompt: str | None) -> Cha
             template = get_training_chat_template(tokenizer)
         except ValueError:  # none is known: the replies are found without marks
             template = None
+        own = template is None and has_generation_markers(tokenizer.chat_template)
+        if own and not is_chat_template_stop_token_trained(tokenizer):
+            warnings.warn(
+                "the chat template ends its {% generation %} marks before the end-of-turn token, so the model does not "
+                "learn to stop: move the mark behind it, or give another model.chat_template",
+                stacklevel=2,
+            )
     return ChatEncoder(tokenizer, loss_on, system_prompt, template)
