@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from ..config.settings import GrassConfig, parse_field
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
 from .bench_commands import memory, speed
-from .errors import is_ours
+from .errors import is_ours, need
 from .network_commands import TARGETS, comm, names, net
 from .quality import quality, report
 
@@ -105,18 +104,10 @@ def train(
 
     `grass-hf validate` finds mistakes without training; docs/recipes.md lists every field.
     """
-    _need_recipes()
+    need("datasets", "trl")
     from .train import run_train
 
     run_train(recipe, context.args, grass=not no_grass, dry_run=dry_run, overwrite=overwrite, json=json)
-
-
-def _need_recipes() -> None:
-    missing = [name for name in ("datasets", "trl") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"recipes need {' and '.join(missing)}, which cannot be imported: pip install 'grass-hf[train]'."
-        )
 
 
 @app.command(context_settings=_RECIPE)
@@ -140,7 +131,7 @@ def validate(
     Rows are read and tokenised as for training, one example is shown as the model will see it, and the peak memory of a
     step is estimated as by `grass-hf estimate`. The first mistake is one sentence, and the exit code is 2.
     """
-    _need_recipes()
+    need("datasets", "trl")
     from .train import run_validate
 
     run_validate(
