@@ -141,9 +141,9 @@ def test_streams_of_several_files_with_weights(tmp_path, task):
 
 
 def test_a_bad_row_of_a_stream_is_named_when_it_is_read(tmp_path):
-    said = files.finetuning(tmp_path, [*files.chats(9), {"messages": "x"}, *files.chats(9)])
+    said = files.finetuning(tmp_path, [*files.chats(9), {"messages": []}, *files.chats(9)])
     said["data"] |= {"streaming": True, "holdout": 2}
-    with pytest.raises(ValueError, match=r"chats\.jsonl, line 10: messages is 'x' and not a list of turns"):
+    with pytest.raises(ValueError, match=r"chats\.jsonl, line 10: messages is \[\] and not a list of turns"):
         results(tmp_path, said)
     with pytest.warns(UserWarning, match=r"left out: .*line 10"):
         assert results(tmp_path, said, "--bad_rows", "skip")[0]["steps"] == 6

@@ -60,12 +60,21 @@ class ChatEncoder:
             return self._chat(row)
         if self.system_prompt:
             raise BadRow("data.system_prompt has no place before plain text: leave it out, or give rows with messages")
+        self.check_plain(row)
         start = len(row.get("prompt", ""))
         text = row["text"] if "text" in row else row["prompt"] + row["completion"]
         ids, mask = self._masked(text, [(0 if self.loss_on == "everything" else start, len(text))], True)
         if ids and ids[-1] == self.tokenizer.eos_token_id:
             return ids, [*mask[:-1], 1]
         return [*ids, self.tokenizer.eos_token_id], [*mask, 1]
+
+    def check_plain(self, row: Row) -> None:
+        """Refuse what only a chat has a place for."""
+        for name in ("tools", "chat_template_kwargs"):
+            if row.get(name):
+                raise BadRow(
+                    f"{name} has no place in plain text: give rows with messages, or data.ignore_fields={name}"
+                )
 
     def _chat(self, row: Row) -> tuple[list[int], list[int]]:
         messages, options = row["messages"], dict(row.get("chat_template_kwargs") or {})

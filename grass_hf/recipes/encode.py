@@ -180,12 +180,14 @@ class PreferenceEncoder:
     kinds: dict[str, Any]
 
     @property
-    def features(self) -> Any:
-        from datasets import Features, Json, Value
+    def features(self) -> dict[str, Any]:
+        import datasets
 
-        kinds = {"label": Value("bool"), "margin": Value("float32")} if self.task != "grpo" else self.kinds
+        json = getattr(datasets, "Json", lambda: None)()  # since datasets 4.8; None: found from the rows
+        kinds = {"label": datasets.Value("bool"), "margin": datasets.Value("float32")}
+        kinds = self.kinds if self.task == "grpo" else kinds
         named = ("prompt", "chosen", "rejected", "completion")
-        return Features({name: (None if name in named else kinds.get(name)) or Json() for name in self.kinds})
+        return {name: (None if name in named else kinds.get(name)) or json for name in self.kinds}
 
     def __call__(self, row: Row) -> Row | None:
         if self.task == "reward" and "margin" in self.kinds and "margin" not in row:
@@ -213,6 +215,7 @@ class PreferenceEncoder:
 
     def _length(self, prompt: Any, answer: Any, row: Row) -> int:
         if isinstance(prompt, str):
+            self.chat.check_plain(row if self.task != "grpo" else {})
             ids = self.chat.tokenizer(prompt + (answer or ""), verbose=False)["input_ids"]
             return len(ids) + (answer is not None and ids[-1] != self.chat.tokenizer.eos_token_id)
         options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}

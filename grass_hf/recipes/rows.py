@@ -88,7 +88,8 @@ class Rows:
         given = self.dataset.features or {}
         batch = _Batch(function, list(function.features), dict(given), self.name, self.files, self.numbers, skip)
         batch.streaming = self.streaming
-        features = Features({**function.features, "note": Value("string"), "length": Value("int64")})
+        kinds = {**function.features, "note": Value("string"), "length": Value("int64")}
+        features = None if None in kinds.values() else Features(kinds)
         options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": self.columns}
         if self.streaming:
             dataset = self.dataset.map(batch, features=features, **options)
