@@ -13,9 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 pytest.importorskip("trl")
 
 from grass_hf.recipes import runner
-from grass_hf.recipes.layouts import converter, find_layout
 from grass_hf.recipes.parse import load_recipe
-from grass_hf.recipes.places import BadRow
 from grass_hf.recipes.tasks import prepare
 
 
@@ -184,6 +182,7 @@ def test_hidden_files_and_metadata_are_no_rows_and_splits_are_found(tmp_path, mo
     chats(data, "validation.jsonl", ["v"])
     chats(data, "test.jsonl", ["t"])
     (data / "dataset_infos.json").write_text("{}")
+    (data / ".cache.csv").write_text("x\n1\n")
     found = prepared(tmp_path, model, {"dataset": str(data)})
     assert replies(found) == ["a", "b"] and replies(found, "evaluation") == ["v"]
     found = prepared(tmp_path, model, {"dataset": str(data), "eval_split": "test", "split": "train[:1]"})
@@ -236,80 +235,6 @@ def test_what_decides_about_tokens_decides_about_the_cache(tmp_path, model):
         found = prepared(tmp_path, model, data, "pretraining")
         ends.append(found.tokenizer.decode(found.train.dataset[0]["input_ids"]).count("red." + end))
     assert min(ends) > 1
-
-
-# -- layouts ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "row, mention",
-    [
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]},
-            "weight=0.5",
-        ),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "b"}]},
-            "image",
-        ),
-        (
-            {
-                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-                "images": ["x.png"],
-            },
-            "images",
-        ),
-        ({"instruction": "a", "output": "b", "history": [["only one"]]}, "history"),
-        ({"instruction": "a", "output": "b", "images": ["x.png"]}, "data.ignore_fields=images"),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": "[{"},
-            "tools",
-        ),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]}, "no name"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_fields_that_cannot_be_honoured_are_refused_by_name(row, mention):
-    layout, names = find_layout("sft", "auto", row, {})
-    with pytest.raises(BadRow) as caught:
-        converter(layout, names)(row)
-    assert mention in str(caught.value)
-
-
-def test_fields_can_be_ignored_by_name():
-    row = {
-        "messages": [{"role": "user", "content": "a", "mood": "x"}, {"role": "assistant", "content": "b"}],
-        "images": [1],
-    }
-    layout, names = find_layout("sft", "auto", row, {})
-    made = converter(layout, names, ["images", "mood"])(row)
-    assert made == {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-
-
-@pytest.mark.parametrize(
-    "turns",
-    [
-        [{"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}],
-        [{"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}],
-        [
-            {
-                "role": "assistant",
-                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
-            }
-        ],
-    ],
-)
-def test_every_way_to_write_a_tool_call_becomes_one(turns):
-    (turn,) = converter("messages", {"messages": "messages"})({"messages": turns})["messages"]
-    assert turn["content"] == "" and turn["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
-
-
-def test_replies_in_a_prompt_are_not_learnt():
-    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]}
-    layout, names = find_layout("sft", "auto", row, {})
-    weights = [turn.get("weight") for turn in converter(layout, names)(row)["messages"]]
-    assert weights == [None, 0, None, None]
 
 
 def test_stars_are_classes_by_name_and_positions_are_positions(tmp_path):
