@@ -8,11 +8,13 @@ holds: the tokenizer, its template, the settings.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from .places import BadRow, place
@@ -150,14 +152,10 @@ class _Batch:
 
 
 def _versions() -> tuple[str, ...]:
-    """Of what makes tokens, since code that is imported is not hashed."""
-    found = []
-    for package in ("grass-hf", "trl", "transformers", "tokenizers", "jinja2"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return tuple(found)
+    """Of what makes tokens, since code that is imported is not hashed; our own changes between versions too."""
+    found = [version(package) for package in ("trl", "transformers", "tokenizers", "jinja2")]
+    own = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("chats", "encode", "layouts", "turns"))
+    return (*found, *(hashlib.sha256(code).hexdigest() for code in own))
 
 
 def _without_nulls(value: Any, feature: Any) -> Any:
