@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json as json_module
+import traceback
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,10 +15,13 @@ import grass_hf
 
 from ..integrations.start_table import shown_bytes
 from ..recipes import preview
-from ..recipes.checks import check_model, check_places, estimate, visible_memory
+from ..recipes.checks import check_model, check_places, check_settings
 from ..recipes.parse import load_recipe
+from ..recipes.rehearsal import rehearse
 from ..recipes.runner import train
+from ..recipes.step_memory import estimate, visible_memory
 from ..recipes.tasks import prepare
+from .errors import is_ours
 from .estimate import parse_bytes
 
 _console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -58,8 +62,9 @@ def run_validate(
     recipe = load_recipe(path, flags, grass=grass)
     check_places(recipe, overwrite)
     prepared = prepare(recipe)
+    remarks = check_settings(recipe, prepared)
     model, plan = check_model(recipe, prepared)
-    for line in preview.describe(prepared, recipe.task):
+    for line in (*preview.describe(prepared, recipe.task), *remarks):
         _console.print(line)
     count = sum(parameter.numel() for parameter in model.parameters())
     _console.print(f"model: {recipe.model.name}, {type(model).__name__} of {count:,} parameters")
@@ -73,10 +78,27 @@ def run_validate(
         )
         found["targets"] = {target.name: target.rank for target in targets}
         found["left_out"] = plan.left_out
+    found["dry run"] = _dry_run(recipe, prepared)
+    _console.print(found["dry run"])
     if memory:
         found["memory"] = _check_memory(recipe, prepared, model, limit, where)
     _console.print(f"{path}: nothing is wrong with it")
     _write(json, found)
+
+
+def _dry_run(recipe, prepared) -> str:
+    try:
+        with _console.status("a dry run of two steps"):
+            return rehearse(recipe, prepared)
+    except Exception as error:
+        if is_ours(error):
+            raise
+        traceback.print_exception(error)
+        said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise ValueError(
+            f"{recipe.path}: a dry run of two steps stopped, as training would: {type(error).__name__}: {said} (the "
+            "traceback stands above)."
+        ) from error
 
 
 def _check_memory(recipe, prepared, model, limit: int, where: str) -> dict | None:

@@ -8,6 +8,7 @@ its JSON or Python form, or pairs whose values have that form (``target_modules=
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,17 @@ from .presets import config_and_base
 from .settings import FIELD_TYPES, GrassConfig, parse_field
 
 _OPENED, _CLOSED = "([{", ")]}"
+# What is the Trainer's own to say, and how.
+TRAINERS = {
+    **dict.fromkeys(("lr", "learning_rate"), "--learning_rate"),
+    **dict.fromkeys(("wd", "weight_decay"), "--weight_decay"),
+    **dict.fromkeys(("betas", "beta1", "beta2", "adam_beta1", "adam_beta2"), "--adam_beta1 and --adam_beta2"),
+    **dict.fromkeys(("eps", "epsilon", "adam_epsilon"), "--adam_epsilon"),
+    **dict.fromkeys(("warmup", "warmup_steps"), "--warmup_steps"),
+    "optim": "base=",
+    "optimizer": "base=",
+    "momentum": "base.momentum=",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,8 @@ def parse_optim_args(given: str | Mapping[str, Any] | None, **defaults: Any) -> 
             values[key] = value
         elif key in FIELD_TYPES:
             values[key] = _value(key, value)
+        elif key in TRAINERS:
+            raise ValueError(f"optim_args: {key} is no setting of Grass: write {TRAINERS[key]} instead.")
         else:
             raise ValueError("optim_args: " + unknown_key(key, [*FIELD_TYPES, "base", "preset"], "a setting of Grass"))
     if any(
@@ -84,8 +98,15 @@ def _pairs(given: Any) -> Iterator[tuple[str, Any]]:
             f"optim_args={given!r} is a {type(given).__name__}: give text of the form key=value, separated by commas, "
             "or a mapping."
         )
-    for part in filter(None, (p.strip() for p in _split(given or ""))):
+    parts, last = list(filter(None, (p.strip() for p in _split(given or "")))), ""
+    for number, part in enumerate(parts):
         key, equals, value = (s.strip() for s in part.partition("="))
+        if not equals and tuple in FIELD_TYPES.get(last.partition("=")[0], ()) and not set(_OPENED) & set(last):
+            rest = ";".join([last, *itertools.takewhile(lambda other: "=" not in other, parts[number:])])
+            raise ValueError(
+                f"optim_args: {last},{part}: names of a list are separated by semicolons: write {rest} instead."
+            )
+        last = part
         if not equals or not key or not value:
             raise ValueError(f"optim_args: {part!r} is not of the form key=value; separate pairs by commas.")
         yield key, value

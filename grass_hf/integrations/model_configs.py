@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 # Shipped configs stand at the top of a checkout; an installed package has none.
 _SHIPPED = Path(__file__).parents[2] / "configs"
@@ -25,14 +25,49 @@ def causal_model(name: str, dtype: torch.dtype) -> tuple[PretrainedConfig, Calla
         ValueError: nothing of that name can be read, or it is no causal language model.
     """
     config = model_config(name)
-    mapping = AutoModelForCausalLM._model_mapping
+    kind = language_model_class(config)
+    mapping = kind._model_mapping
     if type(config) not in mapping:
         raise ValueError(
             f"MODEL={name!r} is a {config.model_type} model, which transformers has no causal language model for: "
             "from Python, estimate_memory takes any model with a loss function."
         )
     _ = mapping[type(config)]  # imported here, so that its constants are not made under fake tensors
-    return config, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return config, lambda: shapes_of(lambda: train_language_only(kind.from_config(config, dtype=dtype)))
+
+
+def shapes_of(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model whose values nobody reads: under fake tensors some of its initialisations could not run."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # transformers 4
+        from transformers.modeling_utils import no_init_weights
+    with no_init_weights():
+        model = build()
+    model.tie_weights()
+    return model
+
+
+def language_model_class(config: PretrainedConfig) -> type:
+    """The auto class of a causal language model, or of the whole model where the language model is a part of it."""
+    whole = config.get_text_config() is not config and type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
+
+
+def train_language_only(model: nn.Module) -> nn.Module:
+    """Freeze what a model has beside its language model (vision and audio towers, projectors); others are as they were.
+
+    Text reaches the decoder, the embeddings and the head only, so nothing else would have gradients.
+    """
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config or getattr(config, "is_encoder_decoder", False):
+        return model
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    kept = {id(param) for part in parts if part is not None and part is not model for param in part.parameters()}
+    for param in model.parameters() if kept else ():
+        if id(param) not in kept:
+            param.requires_grad_(False)
+    return model
 
 
 def model_config(name: str, what: str = "MODEL") -> PretrainedConfig:

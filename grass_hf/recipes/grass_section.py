@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..config.optim_args import TRAINERS
 from ..config.presets import config_and_base
-from ..config.settings import GrassConfig, parse_field
+from ..config.settings import FIELD_TYPES, GrassConfig, parse_field
 from ..integrations.base import check_base
 from ..integrations.registration import NAME
 
@@ -52,6 +53,11 @@ def base_of(training: TrainingArguments, config: GrassConfig | None, base: str |
             "training.optim=grass beside a section `grass`: name the base optimizer there (adamw_torch, say), the "
             "section says the rest."
         )
+    for key in (part.partition("=")[0].strip() for part in str(training.optim_args or "").split(",")):
+        if key in (*FIELD_TYPES, *WORDS):
+            raise ValueError(f"training.optim_args: {key} stands in the section `grass` here: write it there.")
+        if key in TRAINERS:
+            raise ValueError(f"training.optim_args: {key} is no argument of {optim}: write {TRAINERS[key]} instead.")
     name = optim if base is None else str(base)
     check_base(name, "training.optim" if base is None else "grass.base")
     return name

@@ -110,7 +110,7 @@ def render(run: Run, start: StartReport | None) -> str:
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     body = [
         f"<h1>{text(recipe.title)}</h1>",
-        f'<p class="sub">{text(recipe.task)} of {text(recipe.model.name)} on {text(str(recipe.data.dataset))}: '
+        f'<p class="sub">{text(recipe.task)} of {text(recipe.model.name)} on {text(", ".join(recipe.data.dataset))}: '
         f"{text(recipe.method)}, {text(recipe.base)}, {run.results['steps']:,} steps of {batch} "
         "examples</p>",
         _cards(run.results),
