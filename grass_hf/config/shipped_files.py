@@ -7,6 +7,7 @@ They stand in `configs/` and `recipes/` at the top of a checkout; an installed p
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 
 _INSTALLED = Path(__file__).parent / "shipped"
@@ -16,6 +17,40 @@ _CHECKOUT = Path(__file__).parents[2]
 def model_configs() -> dict[str, Path]:
     """Model configs by name (llama_60m)."""
     return _by_name("configs", "*.json")
+
+
+def model_config_file(name: str, what: str) -> Path | None:
+    """The file or folder of a model's config that a user names; None for what only the hub can know.
+
+    Args:
+        name: a folder, a config JSON, a shipped config's name, or a hub id.
+        what: named in errors.
+
+    Raises:
+        ValueError: the name is a path, and no config can be read there.
+    """
+    path, shipped = Path(name), model_configs()
+    if not path.exists() and path.name.removesuffix(".json") in shipped and len(path.parts) == 1:
+        path = shipped[path.name.removesuffix(".json")]
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{what}={name!r} is a folder without config.json: give a folder that save_pretrained wrote.")
+    if path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{what}={name!r} is not a readable JSON file ({error}): give a model's config.") from None
+        if not isinstance(values, dict) or "model_type" not in values:
+            raise ValueError(
+                f"{what}={name!r} has no model_type, so it is no config of transformers: give a config.json."
+            )
+    elif path.suffix == ".json":
+        raise ValueError(f"{what}={name!r} is not a file: {known_configs()}.")
+    return path if path.exists() else None
+
+
+def known_configs() -> str:
+    """The shipped model configs, as the end of a sentence."""
+    return f"shipped configs are {', '.join(model_configs())}"
 
 
 def recipes() -> dict[str, Path]:

@@ -46,7 +46,8 @@ def find_checkpoint(output_dir: str, resume: Any) -> str | None:
     if resume in (None, False) or str(resume).lower() in ("false", "none", "null"):
         return None
     if str(resume).lower() == "true":
-        numbered = [(int(match[1]), folder) for folder in _folders(output_dir) if (match := _NUMBERED.fullmatch(folder))]
+        matches = map(_NUMBERED.fullmatch, _folders(output_dir))
+        numbered = [(int(match[1]), match[0]) for match in matches if match]
         if not numbered:
             raise ValueError(
                 f"training.resume_from_checkpoint=true, but {output_dir} has no checkpoint: leave it out to start anew."

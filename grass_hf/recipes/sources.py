@@ -138,6 +138,17 @@ def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any
     return source, options, files
 
 
+def check_local(data: DataSection) -> None:
+    """Check that datasets whose names are paths exist, without reading them.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name in (*data.dataset, *([data.eval_dataset] if data.eval_dataset else ())):
+        if name not in TEXTS:
+            _where(name, Path(name).expanduser())
+
+
 def _where(name: str, path: Path) -> tuple[str, dict[str, Any]]:
     if path.is_file():
         return str(path.parent.absolute()), {"data_files": {"train": [glob.escape(path.name)]}}

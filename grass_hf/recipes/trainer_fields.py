@@ -1,7 +1,6 @@
-"""Names of a trainer's arguments, read from the sources of the installed packages without importing them.
+"""Names of a trainer's arguments, and transformers' parser of arguments, without an import of transformers or TRL.
 
-An import of transformers' or TRL's arguments takes seconds, because torch comes with it. A field that does not exist
-can so be refused at once.
+That takes seconds, because torch comes with it. What is wrong with a name or a value can so be said at once.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import ast
 import importlib.util
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _FIRST = ("transformers", "training_args.py", "TrainingArguments")
 
@@ -32,6 +32,20 @@ def argument_names(trl_class: str | None = None) -> frozenset[str] | None:
         return frozenset(_fields(_folder("trl") / "trainer" / f"{stem}_config.py", trl_class))
     except (OSError, SyntaxError, LookupError):
         return None
+
+
+@cache
+def argument_parser() -> Any:
+    """The class `transformers.HfArgumentParser`, of a module that needs nothing else of transformers."""
+    try:
+        spec = importlib.util.spec_from_file_location("grass_hf_argparser", _folder(_FIRST[0]) / "hf_argparser.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.HfArgumentParser
+    except (OSError, ImportError, LookupError):  # it needs its package after all
+        from transformers import HfArgumentParser
+
+        return HfArgumentParser
 
 
 def _folder(package: str) -> Path:
