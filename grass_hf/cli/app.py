@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from ..config.quiet import quiet
 from ..config.settings import GrassConfig, parse_field
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
@@ -281,6 +282,7 @@ def main() -> None:
     """
     from .run import Script, run_script
 
+    quiet()
     try:
         try:
             app(prog_name="grass-hf")

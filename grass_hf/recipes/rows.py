@@ -120,7 +120,7 @@ class _Batch:
     numbers: Sequence[int]
     skip: bool
     streaming: bool = False
-    versions: tuple[str, ...] = field(default_factory=lambda: _versions())
+    versions: tuple[str, ...] = field(default_factory=lambda: versions())
 
     def __call__(self, rows: dict[str, list], numbers: list[int]) -> dict[str, list]:
         made: dict[str, list] = {name: [] for name in (*self.columns, "note", "length")}
@@ -148,7 +148,7 @@ class _Batch:
         return result, "" if result is None else None
 
 
-def _versions() -> tuple[str, ...]:
+def versions() -> tuple[str, ...]:
     """Of what makes tokens, since code that is imported is not hashed."""
     found = []
     for package in ("grass-hf", "trl", "transformers", "tokenizers", "jinja2"):
