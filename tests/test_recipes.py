@@ -16,7 +16,6 @@ from grass_hf import GrassConfig
 from grass_hf.config.optim_args import parse_optim_args
 from grass_hf.recipes import layouts
 from grass_hf.recipes.encode import chat_encoder
-from grass_hf.recipes.metrics import f1, perplexity
 from grass_hf.recipes.parse import load_recipe
 from grass_hf.recipes.rows import BadRow, place
 
@@ -501,28 +500,6 @@ def test_plain_prompts_learn_the_completion():
     pieces = files.tokenizer()
     ids, mask = chat_encoder(pieces, "replies", None)({"prompt": "The car", "completion": " is red."})
     assert pieces.decode([i for i, learn in zip(ids, mask, strict=True) if learn]) == " is red.<|endoftext|>"
-
-
-# -- metrics ---------------------------------------------------------------------------------------------------------
-
-
-def test_metrics_by_hand():
-    import numpy as np
-    import torch
-    from transformers import EvalPrediction
-
-    from grass_hf.recipes import metrics
-
-    assert perplexity(0.0) == 1.0 and perplexity(1e9) == float("inf")
-    assert f1(np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool)) == 0.5
-    found = metrics.classification_metrics(EvalPrediction(np.array([1, 1, 0]), np.array([1, 0, 0])))
-    assert found == {"accuracy": pytest.approx(2 / 3), "f1": pytest.approx(2 / 3)}
-    three = metrics.classification_metrics(EvalPrediction(np.array([0, 1, 2, 2]), np.array([0, 1, 2, 1])))
-    assert three["f1"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
-    logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 0], [1, 1, 1, 1]]), 4).float()
-    counts = metrics.count_tokens(logits, torch.tensor([[0, 1, 2, 0], [-100, -100, 1, 2]]))
-    assert counts.tolist() == [[2, 3], [1, 2]]
-    assert metrics.token_accuracy(EvalPrediction(counts.numpy(), None)) == {"token_accuracy": 3 / 5}
 
 
 # -- shipped recipes -------------------------------------------------------------------------------------------------

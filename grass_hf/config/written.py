@@ -8,6 +8,7 @@ its JSON or Python form, or pairs whose values have that form (``target_modules=
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,17 @@ from typing import Any
 from .fields import parse, unknown_key
 
 _OPENED, _CLOSED = "([{", ")]}"
+# What is the Trainer's own to say, and how.
+TRAINERS = {
+    **dict.fromkeys(("lr", "learning_rate"), "--learning_rate"),
+    **dict.fromkeys(("wd", "weight_decay"), "--weight_decay"),
+    **dict.fromkeys(("betas", "beta1", "beta2", "adam_beta1", "adam_beta2"), "--adam_beta1 and --adam_beta2"),
+    **dict.fromkeys(("eps", "epsilon", "adam_epsilon"), "--adam_epsilon"),
+    **dict.fromkeys(("warmup", "warmup_steps"), "--warmup_steps"),
+    "optim": "base=",
+    "optimizer": "base=",
+    "momentum": "base.momentum=",
+}
 
 
 def read(
@@ -33,7 +45,7 @@ def read(
     values: dict[str, Any] = dict(defaults)
     seen: set[str] = set()
     base_args = {}
-    for key, value in _pairs(given):
+    for key, value in _pairs(given, kinds):
         if key in seen:
             raise ValueError(f"optim_args: {key} is given twice: keep one.")
         seen.add(key)
@@ -50,6 +62,8 @@ def read(
             values[key] = value
         elif key in kinds:
             values[key] = _value(key, value, kinds[key])
+        elif key in TRAINERS:
+            raise ValueError(f"optim_args: {key} is no setting of Grass: write {TRAINERS[key]} instead.")
         else:
             raise ValueError("optim_args: " + unknown_key(key, [*kinds, "base", "preset"], "a setting of Grass"))
     if any(
@@ -60,7 +74,7 @@ def read(
     return values, base_args
 
 
-def _pairs(given: Any) -> Iterator[tuple[str, Any]]:
+def _pairs(given: Any, kinds: Mapping[str, tuple[type, ...]]) -> Iterator[tuple[str, Any]]:
     if isinstance(given, str) and given.strip().startswith("{"):
         given = _mapping(given.strip())
     if isinstance(given, Mapping):
@@ -71,8 +85,15 @@ def _pairs(given: Any) -> Iterator[tuple[str, Any]]:
             f"optim_args={given!r} is a {type(given).__name__}: give text of the form key=value, separated by commas, "
             "or a mapping."
         )
-    for part in filter(None, (p.strip() for p in _split(given or ""))):
+    parts, last = list(filter(None, (p.strip() for p in _split(given or "")))), ""
+    for number, part in enumerate(parts):
         key, equals, value = (s.strip() for s in part.partition("="))
+        if not equals and tuple in kinds.get(last.partition("=")[0], ()) and not set(_OPENED) & set(last):
+            rest = ";".join([last, *itertools.takewhile(lambda other: "=" not in other, parts[number:])])
+            raise ValueError(
+                f"optim_args: {last},{part}: names of a list are separated by semicolons: write {rest} instead."
+            )
+        last = part
         if not equals or not key or not value:
             raise ValueError(f"optim_args: {part!r} is not of the form key=value; separate pairs by commas.")
         yield key, value

@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from torch import nn
 
+from ..config.sizes import shown_bytes
 from ..convert import experts
 from ..convert.conversion import grass_slices
 from ..convert.modules import kind_of
@@ -159,13 +160,3 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     except Exception:  # third-party kernels without a meta implementation: the table says "after the first step"
         return None
     return sum(v.nbytes for state in trial.state.values() for v in state.values() if isinstance(v, torch.Tensor))
-
-
-def shown_bytes(count: int | None) -> str:
-    """A size in a unit to read."""
-    if count is None:
-        return "known after the first step"
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"

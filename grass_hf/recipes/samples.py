@@ -15,8 +15,8 @@ def write_samples(trainer: Trainer, recipe: Recipe, prepared: Prepared) -> list[
     """(prompt, continuation) of every prompt of the recipe; none for classifiers and for sharded models."""
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if (
-        recipe.task == "classification"
-        or sharded
+        sharded
+        or not trainer.accelerator.unwrap_model(trainer.model).can_generate()
         or not recipe.evaluation.prompts
         or not trainer.is_world_process_zero()
     ):

@@ -21,6 +21,8 @@ from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What a training run leaves beside the weights.
+_OF_A_RUN = ("training_args.bin", "trainer_state.json", "training.jsonl")
 # Elements that are compared at a time: temporaries stay near 100 MB whatever the size of a tensor.
 _BLOCK = 2**22
 
@@ -95,6 +97,20 @@ class Checkpoint:
                 "which writes safetensors."
             )
         raise ValueError(f"{role}={folder} has neither {WEIGHTS} nor {INDEX}: give a checkpoint of save_pretrained.")
+
+
+def check_order(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Refuse folders that look swapped: the base is what a run has written, and the tuned one is not.
+
+    Raises:
+        ValueError: it is so.
+    """
+    left = [name for name in _OF_A_RUN if (base.folder / name).is_file()]
+    if left and not any((tuned.folder / name).is_file() for name in _OF_A_RUN):
+        raise ValueError(
+            f"BASE={base.folder} holds files of a training run ({', '.join(left)}), TUNED={tuned.folder} none: "
+            "they look swapped: give the base first, or, if they are right, take those files out of BASE."
+        )
 
 
 @dataclass(frozen=True)

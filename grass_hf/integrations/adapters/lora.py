@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .checkpoint import Checkpoint, appearing, pair
+from .checkpoint import Checkpoint, appearing, check_order, pair
 from .difference import wide
 from .factor import factor
 from .named import NamedWeights
@@ -88,6 +88,7 @@ def export_adapter(
     if rank < 1:
         raise ValueError(f"rank={rank} is not a positive rank: give 1 or more, 64 say.")
     old, new = Checkpoint(base, "BASE"), Checkpoint(tuned, "TUNED")
+    check_order(old, new)
     with appearing(output, overwrite=overwrite, inputs=[old.folder, new.folder]) as folder:
         pair(old, new)  # refuses checkpoints of different models
         model = skeleton(new)

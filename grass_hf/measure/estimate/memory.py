@@ -114,7 +114,7 @@ def estimate_memory(
         raise ValueError(f"dtype={dtype!r} is not known: choose one of {', '.join(_DTYPES)}.")
     if optimizer_args is None:
         optimizer_args = default_optimizer_args(optimizer)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode, model = FakeTensorMode(allow_non_fake_inputs=True), None
     try:
         with Engine(engine, world_size).rank() as one, mode:
             model = _fake_model(model_or_factory, mode, dtype)
@@ -126,9 +126,10 @@ def estimate_memory(
                     step = on_one_rank(one.zero_stage, world_size, step, simulated.transient, simulated.model)
                     observing = None
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        what = "the model" if model is None else type(model).__name__
         raise ValueError(
-            f"{type(model).__name__} decides by the values of tensors ({error.func}), which a simulation does not "
-            "have: its memory cannot be estimated."
+            f"{what} decides by the values of tensors ({error.func}), which a simulation does not have: its memory "
+            "cannot be estimated."
         ) from error
     computed = method in COMPUTED or bool(one.zero_stage)
     return MemoryEstimate(method, step, observing, computed)

@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, default_data_collator, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from ...integrations.base import base_class_and_kwargs
 from ...integrations.trainer import GrassCallback
 from ...measure.bench import record
 from ...measure.bench.methods import KINDS, PACKAGES, check_installed, make_ready, target_names, trainer_flags
 from ...measure.estimate.live_bytes import LiveBytes
+from ..encode import block_collator
 from ..models import empty_model, load_model
 from ..parse import build_recipe
 from ..schema import Recipe
@@ -68,7 +69,8 @@ def shared_text(study: Study) -> Text:
         prepared = prepare(recipe)
         if prepared.evaluation is None or prepared.train.streaming:
             raise ValueError(f"{study.path}: a study needs held-out documents, and rows that are not streamed.")
-        blocks = torch.tensor(prepared.evaluation.dataset["input_ids"])
+        whole = recipe.data.sequence_length
+        blocks = torch.tensor([ids for ids in prepared.evaluation.dataset["input_ids"] if len(ids) == whole])
         count = min(study.eval_blocks, len(blocks))
         held_out = blocks[torch.arange(count) * len(blocks) // count]
         digest = hashlib.sha256(repr(prepared.train.dataset["input_ids"][:]).encode())
@@ -184,7 +186,7 @@ def _trainer(
         model=model,
         args=recipe.training,
         train_dataset=text.prepared.train.dataset,
-        data_collator=default_data_collator,
+        data_collator=block_collator(text.prepared.tokenizer),
         callbacks=callbacks,
         targets=targets,
         multiplier=run.multiplier,
