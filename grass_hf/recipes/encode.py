@@ -159,7 +159,7 @@ class Labelled:
         ids, mask = self.encode(row)
         part = slice(-self.length if self.length else None, None) if self.keep_end else slice(self.length)
         labels = [token if learnt else -100 for token, learnt in zip(ids, mask, strict=True)]
-        made = {"input_ids": ids[part], "labels": labels[part], "length": len(ids)}
+        made: Row = {"input_ids": ids[part], "labels": labels[part], "length": len(ids)}
         return made if any(label != -100 for label in made["labels"][1:]) else None
 
 
@@ -193,8 +193,8 @@ class PreferenceEncoder:
         answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
         lengths = [self._length(row["prompt"], answer, row) for answer in answers]
         prompt = self._length(row["prompt"], None, row)
-        too_long = max(lengths) > self.length if self.task == "reward" else prompt >= (self.length or prompt + 1)
-        if too_long:
+        size = max(lengths) if self.task == "reward" else prompt + 1
+        if self.length is not None and size > self.length:
             return None
         made = {name: row.get(name, {} if name == "chat_template_kwargs" else None) for name in self.kinds}
         return made | {"length": max([*lengths, prompt])}
