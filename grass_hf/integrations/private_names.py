@@ -1,7 +1,7 @@
 """The private names of other libraries that this package touches, by the place where each stands.
 
-A new release may move any of them. tests/test_private_names.py looks for each in what is installed, and for names in
-the package's source that stand in no list here.
+A new release may move any of them. tests/package/test_private_names.py looks for each in what is installed, and for
+names in the package's source that stand in no list here.
 """
 
 from __future__ import annotations
