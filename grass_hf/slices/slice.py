@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import drift
+from . import checks, drift, exchange
 from .doors import Doors
 from .drift import Drift
 from .evaluated import check_after_evaluation
-from .exchange import Exchange
 from .matrices import Matrices
 from .ops import int8, sharding, tap
 from .ops.double_backward import refuse_transforms
@@ -48,7 +47,7 @@ def living_slices() -> Iterator[Slice]:
     return iter(list(_LIVING))
 
 
-class Slice(Doors, Exchange, nn.Module):
+class Slice(Doors, nn.Module):
     """The trained rows or columns of one weight; a child ``<parameter>_slice`` of the module that holds the weight.
 
     Args:
@@ -84,6 +83,17 @@ class Slice(Doors, Exchange, nn.Module):
     index: Tensor
     rho: Tensor | None
     write: Tensor | None
+
+    # what moves values
+    held, hold, release = exchange.held, exchange.hold, exchange.release
+    write_back = exchange.write_back
+    settle_decay = exchange.settle_decay
+    load_selection, current_selection = exchange.load_selection, exchange.current_selection
+    take_new_weight, reload = exchange.take_new_weight, exchange.reload
+    mark_trained = exchange.mark_trained
+    # what is checked
+    blocks = checks.blocks
+    check_alignment, check_rows, check_sharding = checks.check_alignment, checks.check_rows, checks.check_sharding
 
     def __init__(
         self,
@@ -154,6 +164,11 @@ class Slice(Doors, Exchange, nn.Module):
     def weight(self) -> nn.Parameter:
         """The full weight, (..., m, n) or as it is stored."""
         return getattr(self.owner, self.parameter)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the slice has no memory of its own now."""
+        return not self.resident and self.active.stride() == (0,) * self.active.dim()
 
     def tap(self, y: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """`ops.tap.tap` for a product ``y`` of this weight, which this use of it may see transposed."""
