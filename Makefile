@@ -85,7 +85,7 @@ dist: $(VENV)/.stamp-dev ## Build the sdist, and the wheel from it (dist/)
 test-wheel: dist ## Install the wheel into an empty environment and try its commands there (.venv-wheel; large downloads)
 	$(PYTHON) -m venv --clear .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet -c constraints/dev.txt "$$(ls dist/*.whl)[train]"
-	GRASS_HF_WHEEL_PYTHON=$(CURDIR)/.venv-wheel/bin/python $(BIN)/python -m pytest tests/test_wheel.py
+	GRASS_HF_WHEEL_PYTHON=$(CURDIR)/.venv-wheel/bin/python $(BIN)/python -m pytest tests/package/test_wheel.py
 
 BENCH_WORKERS ?= 2
 bench: $(VENV)/.stamp-dev ## Compare Grass with its peers, each at its own best rates (hours; goes on where it was)

@@ -88,7 +88,7 @@ def _pairs(given: Any, kinds: Mapping[str, tuple[type, ...]]) -> Iterator[tuple[
     parts, last = list(filter(None, (p.strip() for p in _split(given or "")))), ""
     for number, part in enumerate(parts):
         key, equals, value = (s.strip() for s in part.partition("="))
-        if not equals and tuple in kinds.get(last.partition("=")[0], ()) and not set(_OPENED) & set(last):
+        if not equals and tuple in kinds.get(last.partition("=")[0].strip(), ()) and not set(_OPENED) & set(last):
             rest = ";".join([last, *itertools.takewhile(lambda other: "=" not in other, parts[number:])])
             raise ValueError(
                 f"optim_args: {last},{part}: names of a list are separated by semicolons: write {rest} instead."

@@ -122,7 +122,7 @@ class FollowTraining(TrainerCallback):
             console = Console(stderr=True)
             if not console.is_terminal:
                 console.width = 160  # a log file has no width; no column should wrap
-            console.print(render(start_report(model, controller.optimizer)))
+            console.print(render(start_report(model, controller.optimizer, state.max_steps)))
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         # GradScaler may have skipped the step before, and the Trainer clears gradients through the model.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import glob
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,11 @@ def hold_out(rows: Rows, data: DataSection, seed: int) -> tuple[Rows, Rows | Non
 
 def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
     """The rows of a split, and those for evaluation that a folder or a packaged text has beside it."""
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(name).expanduser()
     if name in TEXTS:
-        sets = [Dataset.from_list(part) if part else None for part in TEXTS[name]()]
+        sets = [_cached(part) if part else None for part in TEXTS[name]()]
         parts = [part.to_iterable_dataset() if part and data.streaming else part for part in sets]
         return Rows(parts[0], name), None if parts[1] is None else Rows(parts[1], f"{name} (evaluation)")
     if path.is_dir() and any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
@@ -82,7 +83,7 @@ def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
             dataset = dataset[split]
         return Rows(dataset, name), None
     source, options, files = _found(data, name, path)
-    splits = list(files) if path.exists() or "*" in name else []
+    splits = list(files) if path.exists() or _is_pattern(name) else []
     if splits:
         _check_split(split, splits, name)
     beside = next((part for part in ("validation", "test") if part in splits and part != split), None)
@@ -98,6 +99,30 @@ def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
         shown = name if splits and part == split else f"{name} ({'evaluation' if splits else part})"
         read.append(Rows(dataset, shown, files.get(part, []) if numbered and splits else []))
     return read[0], read[1] if beside else None
+
+
+def _cached(rows: list[dict[str, Any]]) -> Any:
+    """Rows as a dataset in the cache of `datasets`: what is made of rows in memory would be made in every run again."""
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+    from datasets.utils import are_progress_bars_disabled
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        return Dataset.from_generator(_InMemory(rows))
+    finally:
+        if not silent:
+            enable_progress_bars()
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A generator function over rows, whose hash is theirs."""
+
+    rows: list[dict[str, Any]]
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
 
 
 def _check_split(split: str, splits: Any, name: str) -> None:
@@ -138,6 +163,10 @@ def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any
     return source, options, files
 
 
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
+
+
 def check_local(data: DataSection) -> None:
     """Check that datasets whose names are paths exist, without reading them.
 
@@ -154,9 +183,9 @@ def _where(name: str, path: Path) -> tuple[str, dict[str, Any]]:
         return str(path.parent.absolute()), {"data_files": {"train": [glob.escape(path.name)]}}
     if path.is_dir():
         return str(path.absolute()), {}
-    if any(sign in name for sign in "*?["):
+    if _is_pattern(name):
         parts = path.absolute().parts
-        first = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?["))
+        first = next(number for number, part in enumerate(parts) if _is_pattern(part))
         return str(Path(*parts[:first])), {"data_files": {"train": ["/".join(parts[first:])]}}
     if path.suffix in KINDS or name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"data: {name} is not a file or folder: give the path of one, a packaged text, or a hub id.")
@@ -172,7 +201,7 @@ def _reason(error: Exception, files: list[str], name: str, split: str, data: Dat
     while cause.__cause__ is not None:
         cause = cause.__cause__
     first = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
-    if any(sign in name for sign in "*?[") or Path(name).expanduser().exists():
+    if _is_pattern(name) or Path(name).expanduser().exists():
         return f"data: {name} (split {split}) cannot be read: {first}."
     return (
         f"data: {name!r} (configuration {data.dataset_config or 'default'}, split {split}) is no local file and cannot "

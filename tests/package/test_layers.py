@@ -168,7 +168,14 @@ def test_public_names():
     import grass_hf
 
     expected = {"GrassConfig", "convert_to_grass", "grass_optimizer", "restore_model", "register", "estimate_memory"}
-    expected |= {"GrassCallback", "MuonAdamW", "GrassOptimizerFactory", "last_complete_checkpoint", "save_plain"}
+    expected |= {
+        "GrassCallback",
+        "MuonAdamW",
+        "GrassOptimizerFactory",
+        "last_complete_checkpoint",
+        "save_plain",
+        "summary",
+    }
     assert set(grass_hf.__all__) == expected
     for name in grass_hf.__all__:
         assert getattr(grass_hf, name).__doc__

@@ -123,7 +123,7 @@ def train_rows(folder):
     from grass_hf.recipes.sources import hold_out, load_rows
 
     recipe = load_recipe(folder / "recipe.yaml")
-    rows, _ = load_rows(recipe.data)
+    ((rows, _),) = load_rows(recipe.data)
     _, held_out = hold_out(rows, recipe.data, recipe.training.seed)
     return list(held_out.dataset)
 
