@@ -14,7 +14,7 @@ from grass_hf.integrations.private_names import PRIVATE_NAMES
 PACKAGE = Path(__file__).parents[2] / "grass_hf"
 PRIVATE = re.compile(r"_[a-zA-Z]\w*")
 # Words of ours that begin with a line: ends of names, the mark of what we have wrapped.
-OUR_WORDS = {"_STATE_DICT", "_bias", "_grass_hf", "_import_hook", "_pattern", "_slice"}
+OUR_WORDS = {"_bias", "_grass_hf", "_import_hook", "_pattern", "_slice"}
 
 
 def place_of(home):
@@ -89,7 +89,8 @@ def touched(tree):
         if isinstance(node, ast.Attribute) and PRIVATE.fullmatch(node.attr):
             yield node.lineno, node.attr
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and PRIVATE.fullmatch(node.value):
-            yield node.lineno, node.value
+            if not node.value.isupper():  # the end of a constant's name or of a variable's
+                yield node.lineno, node.value
         elif isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
             for alias in node.names:
                 full = f"{getattr(node, 'module', '')}.{alias.name}".lstrip(".")
