@@ -13,7 +13,7 @@ from ..config.shipped_files import model_config_file
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
 from .bench_commands import memory, speed
-from .errors import is_ours
+from .errors import is_ours, need
 from .network_commands import TARGETS, comm, names, net
 from .quality import quality, report
 from .recipe_files import recipes
@@ -101,9 +101,10 @@ def train(
 
     To compare: `--no-grass` trains everything in full, `--no-grass --lora_r 64` LoRA adapters.
 
-    Tasks: pretraining (packed text), sft (chats; the loss is of the replies), dpo (preferences), classification.
+    Tasks: pretraining (packed text), sft (chats; the loss is of the replies), dpo, kto and reward (preferences), grpo
+    (rewards by functions of yours), classification.
 
-    `training` has the names of TrainingArguments, unchanged; for sft and dpo those of TRL's SFTConfig and DPOConfig.
+    `training` has the names of TrainingArguments, unchanged; for TRL's tasks those of its SFTConfig, DPOConfig, ...
 
     Its `optim` is the base optimizer of Grass.
 
@@ -111,6 +112,7 @@ def train(
 
     `grass-hf validate` finds mistakes without training; docs/recipes.md lists every field.
     """
+    need("datasets", "trl")
     from .train import run_train
 
     run_train(recipe, context.args, grass=not no_grass, dry_run=dry_run, overwrite=overwrite, json=json)
@@ -137,6 +139,7 @@ def validate(
     Rows are read and tokenised as for training, one example is shown as the model will see it, and the peak memory of a
     step is estimated as by `grass-hf estimate`. The first mistake is one sentence, and the exit code is 2.
     """
+    need("datasets", "trl")
     from .train import run_validate
 
     run_validate(

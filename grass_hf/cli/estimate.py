@@ -89,7 +89,7 @@ def run_estimate(
         console.print(line)
     if json is not None:
         _write(json, model, dtype, base, config, setting, estimates, steps)
-    if pyplot is not None:
+    if png is not None:
         _draw(pyplot, estimates, title, png)
     if limit is not None and estimates[0].peak > limit:
         raise ValueError(

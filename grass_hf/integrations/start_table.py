@@ -6,6 +6,7 @@ import inspect
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,7 +16,8 @@ from ..config.settings import GrassConfig
 from ..convert import experts
 from ..convert.conversion import grass_slices, is_converted
 from ..convert.modules import kind_of
-from ..optim.driving import plain_class
+from ..convert.record import conversion_of
+from ..optim.driving import controller_of, plain_class
 from ..optim.parameter_groups import GROUP_KEY, VOCABULARY_KEY
 from ..slices.ops import products
 from ..slices.ops.sharding import shape_of
@@ -149,7 +151,7 @@ def pattern_of(name: str) -> str:
 
 def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
     owner, _, leaf = name.rpartition(".")
-    left_out = model.grass.left_out
+    left_out = conversion_of(model).left_out
     if name in left_out or (leaf == "weight" and owner in left_out):
         return left_out.get(name) or left_out[owner]
     if len(shape_of(param)) < 2:
@@ -187,10 +189,10 @@ def _bytes(param: nn.Parameter) -> int:
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     """Bytes of state after a first step, found by taking one on the meta device; None if the class cannot."""
-    controller = optimizer.grass
+    controller = controller_of(optimizer)
     base = controller.base
-    base_class = plain_class(base)
-    known = inspect.signature(base_class.__init__).parameters
+    base_class: Any = plain_class(base)
+    known = inspect.signature(base_class).parameters
     settings = {key: value for key, value in base.defaults.items() if key in known}
     settings.update({key: False for key in ("fused", "foreach", "capturable") if key in settings})
     # an optimizer may treat the slices' groups in its own way, and those of embeddings in another

@@ -8,11 +8,16 @@ Without marks, a reply is what the template adds after its prompt for one.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.chat_template_utils import (
+    get_training_chat_template,
+    has_generation_markers,
+    is_chat_template_stop_token_trained,
+)
 from trl.data_utils import common_prefix_length
 
 from .places import BadRow, shown
@@ -53,12 +58,23 @@ class ChatEncoder:
     def __call__(self, row: Row) -> tuple[list[int], list[int]]:
         if "messages" in row:
             return self._chat(row)
+        if self.system_prompt:
+            raise BadRow("data.system_prompt has no place before plain text: leave it out, or give rows with messages")
+        self.check_plain(row)
         start = len(row.get("prompt", ""))
         text = row["text"] if "text" in row else row["prompt"] + row["completion"]
         ids, mask = self._masked(text, [(0 if self.loss_on == "everything" else start, len(text))], True)
         if ids and ids[-1] == self.tokenizer.eos_token_id:
             return ids, [*mask[:-1], 1]
         return [*ids, self.tokenizer.eos_token_id], [*mask, 1]
+
+    def check_plain(self, row: Row) -> None:
+        """Refuse what only a chat has a place for."""
+        for name in ("tools", "chat_template_kwargs"):
+            if row.get(name):
+                raise BadRow(
+                    f"{name} has no place in plain text: give rows with messages, or data.ignore_fields={name}"
+                )
 
     def _chat(self, row: Row) -> tuple[list[int], list[int]]:
         messages, options = row["messages"], dict(row.get("chat_template_kwargs") or {})
@@ -107,8 +123,10 @@ class ChatEncoder:
 
     def _spans(self, turns: list[Row], replies: list[int], text: str, options: Row) -> list[Span]:
         """From where to where each reply stands in the rendered text."""
-        marked = self._marked(turns, options)
-        if marked is not None and len(marked) == sum(turn["role"] == "assistant" for turn in turns):
+        marked, count = self._marked(turns, options), sum(turn["role"] == "assistant" for turn in turns)
+        while len(marked) > count and marked[-1][0] == marked[-2][1]:  # Phi-3 marks the last end by itself
+            marked[-2:] = [(marked[-2][0], marked[-1][1])]
+        if len(marked) == count:
             return marked[-len(replies) :]
         spans = []
         for number in replies:
@@ -132,11 +150,11 @@ class ChatEncoder:
         start = common_prefix_length(before, after)
         return start, start if start == len(before) else len(self.render(turns, **options))
 
-    def _marked(self, turns: list[Row], options: Row) -> list[Span] | None:
-        """What stands between the template's marks; None if it has none."""
+    def _marked(self, turns: list[Row], options: Row) -> list[Span]:
+        """What stands between the template's marks; nothing if it has none."""
         template = self.template or self.tokenizer.get_chat_template()
         if not has_generation_markers(template):
-            return None
+            return []
         names = {**self.tokenizer.special_tokens_map, **options}
         _, (spans,) = render_jinja_template(
             conversations=[turns], chat_template=template, return_assistant_tokens_mask=True, **names
@@ -199,4 +217,11 @@ def chat_encoder(tokenizer: Any, loss_on: str, system_prompt: str | None) -> Cha
             template = get_training_chat_template(tokenizer)
         except ValueError:  # none is known: the replies are found without marks
             template = None
+        own = template is None and has_generation_markers(tokenizer.chat_template)
+        if own and not is_chat_template_stop_token_trained(tokenizer):
+            warnings.warn(
+                "the chat template ends its {% generation %} marks before the end-of-turn token, so the model does not "
+                "learn to stop: move the mark behind it, or give another model.chat_template",
+                stacklevel=2,
+            )
     return ChatEncoder(tokenizer, loss_on, system_prompt, template)

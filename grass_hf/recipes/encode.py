@@ -176,31 +176,46 @@ class PreferenceEncoder:
 
     chat: ChatEncoder
     task: str
-    length: int | None
+    length: int
     kinds: dict[str, Any]
 
     @property
-    def features(self) -> Any:
-        from datasets import Features, Json, Value
+    def features(self) -> dict[str, Any]:
+        import datasets
 
-        kinds = {"label": Value("bool"), "margin": Value("float32")} if self.task != "grpo" else self.kinds
+        json = getattr(datasets, "Json", lambda: None)()  # since datasets 4.8; None: found from the rows
+        kinds = {"label": datasets.Value("bool"), "margin": datasets.Value("float32")}
+        kinds = self.kinds if self.task == "grpo" else kinds
         named = ("prompt", "chosen", "rejected", "completion")
-        return Features({name: (None if name in named else kinds.get(name)) or Json() for name in self.kinds})
+        return {name: (None if name in named else kinds.get(name)) or json for name in self.kinds}
 
     def __call__(self, row: Row) -> Row | None:
         if self.task == "reward" and "margin" in self.kinds and "margin" not in row:
             raise BadRow("margin is missing, and other rows have one")
-        answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+        row = row | {"prompt": self._with_system(row["prompt"])}
+        answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row and self.task != "grpo"]
+        if any(turn.get("weight") == 0 for answer in answers if isinstance(answer, list) for turn in answer):
+            raise BadRow(f"a turn has weight=0, and task={self.task} learns whole answers: take it out of the rows")
         lengths = [self._length(row["prompt"], answer, row) for answer in answers]
         prompt = self._length(row["prompt"], None, row)
-        too_long = max(lengths) > self.length if self.task == "reward" else prompt >= (self.length or prompt + 1)
+        too_long = max(lengths) > self.length if self.task == "reward" else prompt >= self.length
         if too_long:
             return None
         made = {name: row.get(name, {} if name == "chat_template_kwargs" else None) for name in self.kinds}
         return made | {"length": max([*lengths, prompt])}
 
+    def _with_system(self, prompt: Any) -> Any:
+        system = self.chat.system_prompt
+        if system is None or (isinstance(prompt, list) and prompt[0]["role"] == "system"):
+            return prompt
+        if isinstance(prompt, str) and self.task != "grpo":
+            raise BadRow("data.system_prompt has no place before plain text: leave it out, or give rows with messages")
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [{"role": "system", "content": system}, *turns]
+
     def _length(self, prompt: Any, answer: Any, row: Row) -> int:
         if isinstance(prompt, str):
+            self.chat.check_plain(row if self.task != "grpo" else {})
             ids = self.chat.tokenizer(prompt + (answer or ""), verbose=False)["input_ids"]
             return len(ids) + (answer is not None and ids[-1] != self.chat.tokenizer.eos_token_id)
         options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..config.optim_args import TRAINERS
-from ..config.presets import config_and_base
+from ..config.optim_args import config_and_base
 from ..config.settings import FIELD_TYPES, GrassConfig, parse_field
+from ..config.written import TRAINERS
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -45,7 +45,7 @@ def base_of(training: TrainingArguments, config: GrassConfig | None, base: str |
         ValueError: it cannot step over slices.
     """
     from ..integrations.base import check_base
-    from ..integrations.registration import NAME
+    from ..integrations.optimizer_name import NAME
 
     optim = str(getattr(training.optim, "value", training.optim))
     if config is None:

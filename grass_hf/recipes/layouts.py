@@ -108,20 +108,25 @@ def _named(layout: str, columns: list[str], renamed: dict[str, str]) -> dict[str
     return names
 
 
-def converter(layout: str, names: dict[str, str], ignored: Iterable[str] = ()) -> Callable[[Row], Row | None]:
+def converter(
+    layout: str, names: dict[str, str], ignored: Iterable[str] = (), classes: Iterable[str] = ()
+) -> Callable[[Row], Row | None]:
     """A function of a dataset's row: the row that the task trains on; it raises `BadRow`.
 
     Args:
         layout: of the rows.
         names: our name of a column -> the dataset's, from `find_layout`.
         ignored: fields of rows and turns that are left out.
+        classes: names of classes that are given, of which one may be -1.
     """
-    return partial(_converted, layout, names, frozenset(ignored))
+    return partial(_converted, layout, names, tuple(ignored), tuple(classes))
 
 
-def _converted(layout: str, names: dict[str, str], ignored: frozenset[str], row: Row) -> Row | None:
+def _converted(layout: str, names: dict[str, str], ignored: tuple, classes: tuple, row: Row) -> Row | None:
     row = {ours: _without(row[theirs], ignored) for ours, theirs in names.items() if ours not in ignored}
-    if layout in ("text", "classification", "prompt"):
+    if layout == "classification":
+        return _classification(row, classes)
+    if layout in ("text", "prompt"):
         return _CONVERTERS[layout](row)
     needed, possible = COLUMNS[layout]
     for name in _MEANT:
@@ -135,7 +140,7 @@ def _converted(layout: str, names: dict[str, str], ignored: frozenset[str], row:
     return made | {name: value for name, value in extras.items() if value}
 
 
-def _without(value: Any, ignored: frozenset[str]) -> Any:
+def _without(value: Any, ignored: tuple) -> Any:
     if ignored and isinstance(value, list):
         return [{k: v for k, v in x.items() if k not in ignored} if isinstance(x, dict) else x for x in value]
     return value
@@ -229,9 +234,9 @@ def _asturns(row: Row, name: str) -> list[Row]:
     return turns([{"role": role, "content": row[name]}] if isinstance(row[name], str) else row[name], name)
 
 
-def _classification(row: Row) -> Row:
+def _classification(row: Row, classes: tuple) -> Row:
     label = int(row["label"]) if isinstance(row["label"], float) and row["label"].is_integer() else row["label"]
-    if label is None or label == "" or (isinstance(label, int) and label < 0):
+    if label is None or label == "" or (isinstance(label, int) and label < 0 and str(label) not in classes):
         raise BadRow(f"label is {shown(label)}, and a row needs one (test splits of GLUE have -1)")
     if isinstance(label, float):
         raise BadRow(f"label is {label!r}: classes are whole numbers or names")
@@ -248,5 +253,4 @@ _CONVERTERS: dict[str, Callable[[Row], Row | None]] = {
     "preference": _preference,
     "unpaired_preference": _unpaired,
     "prompt": _prompt,
-    "classification": _classification,
 }

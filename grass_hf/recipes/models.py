@@ -99,7 +99,8 @@ def train_tokenizer(texts: Any, vocab_size: int, cached: Path | None = None) -> 
 
 def _with_special_tokens(tokenizer: Any) -> PreTrainedTokenizerFast:
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    inputs = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **special)
 
 
 def load_config(model: ModelSection) -> PretrainedConfig:

@@ -29,6 +29,7 @@ def place(files: Iterable[str], number: int) -> str:
 
 def complaint(files: Iterable[str]) -> str | None:
     """What is wrong with the first line of local files that is no row; None if nothing is found."""
+    kinds: dict[str, type] = {}
     for file in files:
         try:
             for line, row in _rows(Path(file)):
@@ -36,6 +37,10 @@ def complaint(files: Iterable[str]) -> str | None:
                     return f"{file}, {line}: {row}"
                 if not isinstance(row, dict):
                     return f"{file}, {line}: a row is an object with fields, and here stands {shown(row)}"
+                for key, value in row.items():
+                    before = kinds.setdefault(key, type(value)) if value is not None else type(None)
+                    if value is not None and before is not type(value) and {before, type(value)} != {int, float}:
+                        return f"{file}, {line}: {key} is {shown(value)}, and a {before.__name__} in the rows before"
         except (OSError, UnicodeDecodeError) as error:
             return f"{file}: {error}"
     return None

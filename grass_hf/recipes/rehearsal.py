@@ -148,6 +148,10 @@ def _small_recipe(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
         "eval_strategy": type(training.eval_strategy)("steps") if evaluates else training.eval_strategy,
         "save_strategy": training.save_strategy if saves in ("no", "best") else type(training.save_strategy)("steps"),
     }
+    if recipe.task == "grpo":  # its batches hold whole groups of replies
+        del short["per_device_train_batch_size"], short["per_device_eval_batch_size"]
+        del short["gradient_accumulation_steps"]
+        short["max_completion_length"] = min(8, training.max_completion_length)
     for name, value in short.items():
         setattr(training, name, value)
     return dataclasses.replace(recipe, training=training, grass=_small_grass(recipe, prepared))

@@ -112,7 +112,9 @@ class DataSection:
     sample_by: str = _help("What is one text in a .txt file: document (all of it), paragraph or line.", "document")
     sequence_length: int = _help("Tokens of a packed block, or the most of one example.", 512)
     loss_on: str = _help("Finetuning: replies (every turn of the assistant), last_reply, or everything.", "replies")
-    system_prompt: str | None = _help("Finetuning: put before chats that have no system turn of their own.")
+    system_prompt: str | None = _help(
+        "Put before chats that have no system turn of their own; in grpo before plain prompts too."
+    )
     ignore_fields: list[str] = _help_list("Finetuning: fields of rows and turns that are left out instead of refused.")
     reward_funcs: list[str] = _help_list(
         "grpo: functions that score what the model writes, as module.function beside the recipe or installed."

@@ -83,7 +83,7 @@ def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
             dataset = dataset[split]
         return Rows(dataset, name), None
     source, options, files = _found(data, name, path)
-    splits = list(files) if path.exists() or "*" in name else []
+    splits = list(files) if path.exists() or _is_pattern(name) else []
     if splits:
         _check_split(split, splits, name)
     beside = next((part for part in ("validation", "test") if part in splits and part != split), None)
@@ -163,6 +163,10 @@ def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any
     return source, options, files
 
 
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
+
+
 def check_local(data: DataSection) -> None:
     """Check that datasets whose names are paths exist, without reading them.
 
@@ -179,9 +183,9 @@ def _where(name: str, path: Path) -> tuple[str, dict[str, Any]]:
         return str(path.parent.absolute()), {"data_files": {"train": [glob.escape(path.name)]}}
     if path.is_dir():
         return str(path.absolute()), {}
-    if any(sign in name for sign in "*?["):
+    if _is_pattern(name):
         parts = path.absolute().parts
-        first = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?["))
+        first = next(number for number, part in enumerate(parts) if _is_pattern(part))
         return str(Path(*parts[:first])), {"data_files": {"train": ["/".join(parts[first:])]}}
     if path.suffix in KINDS or name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"data: {name} is not a file or folder: give the path of one, a packaged text, or a hub id.")
@@ -196,7 +200,7 @@ def _reason(error: Exception, files: list[str], name: str, split: str, data: Dat
     while error.__cause__ is not None:
         error = error.__cause__
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    if any(sign in name for sign in "*?[") or Path(name).expanduser().exists():
+    if _is_pattern(name) or Path(name).expanduser().exists():
         return f"data: {name} (split {split}) cannot be read: {first}."
     return (
         f"data: {name!r} (configuration {data.dataset_config or 'default'}, split {split}) is no local file and cannot "

@@ -136,7 +136,7 @@ def _part(recipe: Recipe, rows: Rows) -> _Part:
     several = len(data.dataset) > 1 or data.eval_dataset
     renamed = {ours: theirs for ours, theirs in data.column_names.items() if theirs in columns or not several}
     layout, names = find_layout(recipe.task, data.layout, columns, renamed)
-    return _Part(rows, layout, names, converter(layout, names, data.ignore_fields))
+    return _Part(rows, layout, names, converter(layout, names, data.ignore_fields, data.labels))
 
 
 def _texts(parts: list[_Part]) -> Iterator[str]:
