@@ -79,8 +79,8 @@ def _lines(report: StartReport) -> Iterator[str]:
         yield f"after {found.steps:,} steps {reached} of the compressed weights are trained"
     else:
         yield (
-            f"K x 1/density = {found.turn:,} steps would reach every row, and {found.steps:,} are planned: {reached} of "
-            "the compressed weights will ever be trained; a smaller update_interval or a larger density reaches more"
+            f"K x 1/density = {found.turn:,} steps would reach every row, and {found.steps:,} are planned: {reached} "
+            "of the compressed weights will ever be trained; a smaller update_interval or a larger density reaches more"
         )
 
 
