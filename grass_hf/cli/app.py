@@ -9,6 +9,7 @@ import typer
 
 from ..config.quiet import quiet
 from ..config.settings import GrassConfig, parse_field
+from ..config.shipped_files import model_config_file
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
 from .bench_commands import memory, speed
@@ -247,6 +248,8 @@ def estimate(
         "weight_dtype": weight_dtype,
         "resident": resident,
     }
+    GrassConfig(**grass)  # what is wrong with them, and with the model's name, is said before torch is imported
+    model_config_file(model, "MODEL")
     setting = {"batch": batch, "sequence": sequence, "gradient_checkpointing": gradient_checkpointing}
     network = None
     if bandwidth:
