@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -234,7 +235,7 @@ def estimate(
 
     What is counted, and what comes on top of it, stands in docs/memory.md and docs/communication.md.
     """
-    grass = {
+    grass: dict[str, Any] = {
         "rank": rank,
         "density": density,
         "density_pattern": density_pattern and parse_field("density_pattern", density_pattern, "--density-pattern"),

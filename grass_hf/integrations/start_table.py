@@ -113,11 +113,12 @@ def start_report(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int 
     for name, param in model.named_parameters():
         if param.requires_grad and id(param) not in slices:
             ordinary.setdefault((pattern_of(name), _reason(model, name, param)), []).append(shape_of(param).numel())
-    controller = optimizer.grass
+    controller = controller_of(optimizer)
     layers = list(grass_slices(model))
     others = sum(sum(sizes) for sizes in ordinary.values())
     weights = {id(layer.weight): shape_of(layer.weight).numel() for layer in layers}
     beside = {id(p): shape_of(p).numel() for p in model.parameters() if id(p) not in slices}
+    sizes = [(layer.state.rank, layer.state.size, weights[id(layer.weight)]) for layer in layers]
     return StartReport(
         plain_class(controller.base).__name__,
         controller.config,
@@ -126,12 +127,7 @@ def start_report(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int 
         others + sum(shape_of(layer.active).numel() for layer in layers),
         others + sum(weights.values()),
         sum((beside | weights).values()),
-        steps
-        and coverage_of(
-            [(layer.state.rank, layer.state.size, weights[id(layer.weight)]) for layer in layers],
-            controller.config,
-            steps,
-        ),
+        coverage_of(sizes, controller.config, steps) if steps else None,
         [(count, *kind) for kind, count in targets.items()],
         [(len(sizes), name, sum(sizes), reason) for (name, reason), sizes in ordinary.items()],
         _grass_bytes(model, optimizer),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
@@ -41,7 +41,7 @@ def render(report: StartReport) -> Group:
     return Group(compressed, ordinary, memory, Text(said))
 
 
-def _table(title: str, **columns: str) -> Table:
+def _table(title: str, **columns: Any) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading, justify in columns.items():
         table.add_column(heading, justify=justify, no_wrap=True)
