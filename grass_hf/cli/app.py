@@ -42,11 +42,7 @@ for command in (speed, memory, comm, net, quality, report):
 
 
 @app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "allow_interspersed_args": False,
-    },
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
     options_metavar="",
 )
 def run(
@@ -251,7 +247,7 @@ def estimate(
     }
     GrassConfig(**grass)  # what is wrong with them, and with the model's name, is said before torch is imported
     model_config_file(model, "MODEL")
-    setting = {"batch": batch, "sequence": sequence, "gradient_checkpointing": gradient_checkpointing}
+    setting: dict[str, Any] = {"batch": batch, "sequence": sequence, "gradient_checkpointing": gradient_checkpointing}
     network = None
     if bandwidth:
         from .traffic import Network, run_prediction
@@ -264,6 +260,7 @@ def estimate(
         raise ValueError("--no-memory leaves nothing to estimate: give --bandwidth, or leave it out.")
     from .estimate import run_estimate
 
+    setting |= {"world_size": world_size, "engine": engine}
     run_estimate(
         model,
         methods=method,
@@ -275,8 +272,6 @@ def estimate(
         json=json,
         png=png,
         network=network,
-        world_size=world_size,
-        engine=engine,
         **setting,
     )
 
@@ -284,8 +279,7 @@ def estimate(
 def main() -> None:
     """Entry point of ``grass-hf``: our own sentences about what the user asked for are one line and exit code 2.
 
-    They are the `ValueError`s that this package raises (`errors.is_ours`). Errors of other packages and of the user's
-    script, and ours about what happened while training (not finite, ranks that part), keep their traceback.
+    Errors of others, and ours about what happened in training (not finite, ranks that part), keep their traceback.
     """
     from .run import Script, run_script
 
