@@ -116,6 +116,12 @@ def test_every_private_name_in_the_source_stands_in_the_list():
     assert unlisted(trees) == []
 
 
+def test_the_list_has_no_name_that_nothing_touches():
+    paths = [path for path in PACKAGE.rglob("*.py") if path.name != "private_names.py"]
+    words = {word for path in paths for word in re.findall(r"\w+", path.read_text())}
+    assert {name for names in PRIVATE_NAMES.values() for name in names} <= words
+
+
 @pytest.mark.parametrize(
     "line",
     [
