@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from ..config.quiet import quiet
 from ..config.settings import GrassConfig, parse_field
+from ..config.shipped_files import model_config_file
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
 from .bench_commands import memory, speed
@@ -40,11 +42,7 @@ for command in (speed, memory, comm, net, quality, report):
 
 
 @app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "allow_interspersed_args": False,
-    },
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
     options_metavar="",
 )
 def run(
@@ -233,7 +231,7 @@ def estimate(
 
     What is counted, and what comes on top of it, stands in docs/memory.md and docs/communication.md.
     """
-    grass = {
+    grass: dict[str, Any] = {
         "rank": rank,
         "density": density,
         "density_pattern": density_pattern and parse_field("density_pattern", density_pattern, "--density-pattern"),
@@ -247,7 +245,9 @@ def estimate(
         "weight_dtype": weight_dtype,
         "resident": resident,
     }
-    setting = {"batch": batch, "sequence": sequence, "gradient_checkpointing": gradient_checkpointing}
+    GrassConfig(**grass)  # what is wrong with them, and with the model's name, is said before torch is imported
+    model_config_file(model, "MODEL")
+    setting: dict[str, Any] = {"batch": batch, "sequence": sequence, "gradient_checkpointing": gradient_checkpointing}
     network = None
     if bandwidth:
         from .traffic import Network, run_prediction
@@ -260,6 +260,7 @@ def estimate(
         raise ValueError("--no-memory leaves nothing to estimate: give --bandwidth, or leave it out.")
     from .estimate import run_estimate
 
+    setting |= {"world_size": world_size, "engine": engine}
     run_estimate(
         model,
         methods=method,
@@ -271,8 +272,6 @@ def estimate(
         json=json,
         png=png,
         network=network,
-        world_size=world_size,
-        engine=engine,
         **setting,
     )
 
@@ -280,8 +279,7 @@ def estimate(
 def main() -> None:
     """Entry point of ``grass-hf``: our own sentences about what the user asked for are one line and exit code 2.
 
-    They are the `ValueError`s that this package raises (`errors.is_ours`). Errors of other packages and of the user's
-    script, and ours about what happened while training (not finite, ranks that part), keep their traceback.
+    Errors of others, and ours about what happened in training (not finite, ranks that part), keep their traceback.
     """
     from .run import Script, run_script
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import TrainingArguments
 from transformers.trainer import Trainer
 
+from ..config.extras import install
 from ..config.settings import GrassConfig
 from ..config.sizes import parse_bytes
 from ..integrations.base import base_class_and_kwargs
@@ -176,7 +177,7 @@ def pyplot_for_png():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--png needs matplotlib, which is not installed: pip install matplotlib.") from None
+        raise ValueError(f"--png needs matplotlib, which is not installed: {install('matplotlib')}.") from None
     matplotlib.use("Agg")  # no display is needed
     from matplotlib import pyplot
 

@@ -35,6 +35,10 @@ def quality(
     a grid of equal size for each method. A study that was interrupted goes on with the runs that have no row yet.
     `grass-hf bench report` makes tables and a plot; docs/benchmarks.md says how the comparison is made fair.
     """
+    from ..recipes.parse import read_document
+
+    read_document(study)  # a file that cannot be read is refused before torch is imported
+
     from rich.console import Console
     from rich.progress import (
         BarColumn,

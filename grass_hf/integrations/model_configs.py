@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,25 +35,25 @@ def causal_model(name: str, dtype: torch.dtype) -> tuple[PretrainedConfig, Calla
     return config, lambda: shapes_of(lambda: train_language_only(kind.from_config(config, dtype=dtype)))
 
 
-def shapes_of(build: Callable[[], nn.Module]) -> nn.Module:
+def shapes_of(build: Callable[[], Any]) -> Any:
     """A model whose values nobody reads: under fake tensors some of its initialisations could not run."""
     try:
-        from transformers.initialization import no_init_weights
+        initialization = importlib.import_module("transformers.initialization")
     except ImportError:  # transformers 4
-        from transformers.modeling_utils import no_init_weights
-    with no_init_weights():
+        initialization = importlib.import_module("transformers.modeling_utils")
+    with initialization.no_init_weights():
         model = build()
     model.tie_weights()
     return model
 
 
-def language_model_class(config: PretrainedConfig) -> type:
+def language_model_class(config: PretrainedConfig) -> Any:
     """The auto class of a causal language model, or of the whole model where the language model is a part of it."""
     whole = config.get_text_config() is not config and type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
-def train_language_only(model: nn.Module) -> nn.Module:
+def train_language_only(model: Any) -> Any:
     """Freeze what a model has beside its language model (vision and audio towers, projectors); others are as they were.
 
     Text reaches the decoder, the embeddings and the head only, so nothing else would have gradients.

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
-import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 from torch import nn
 
 from ..config.settings import GrassConfig
-from ..config.sizes import shown_bytes
 from ..convert import experts
 from ..convert.conversion import grass_slices, is_converted
 from ..convert.modules import kind_of
@@ -28,6 +21,8 @@ from ..optim.driving import controller_of, plain_class
 from ..optim.parameter_groups import GROUP_KEY, VOCABULARY_KEY
 from ..slices.ops import products
 from ..slices.ops.sharding import shape_of
+from .coverage import Coverage, coverage_of
+from .table_text import render
 
 
 @dataclass(frozen=True)
@@ -37,23 +32,6 @@ class Bytes:
     slices: int
     gradients: int
     optimizer_state: int | None
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How much of the compressed weights a run of so many steps reaches.
-
-    Attributes:
-        steps: that are planned.
-        turn: steps that a weight's rows take together, K / density, of the smallest density.
-        most: the share that is trained at most, if no row is selected twice before all were.
-        expected: the share to expect; None where the rule's choice cannot be foretold.
-    """
-
-    steps: int
-    turn: int
-    most: float
-    expected: float | None
 
 
 @dataclass(frozen=True)
@@ -135,11 +113,12 @@ def start_report(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int 
     for name, param in model.named_parameters():
         if param.requires_grad and id(param) not in slices:
             ordinary.setdefault((pattern_of(name), _reason(model, name, param)), []).append(shape_of(param).numel())
-    controller = optimizer.grass
+    controller = controller_of(optimizer)
     layers = list(grass_slices(model))
     others = sum(sum(sizes) for sizes in ordinary.values())
     weights = {id(layer.weight): shape_of(layer.weight).numel() for layer in layers}
     beside = {id(p): shape_of(p).numel() for p in model.parameters() if id(p) not in slices}
+    sizes = [(layer.state.rank, layer.state.size, weights[id(layer.weight)]) for layer in layers]
     return StartReport(
         plain_class(controller.base).__name__,
         controller.config,
@@ -148,12 +127,7 @@ def start_report(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int 
         others + sum(shape_of(layer.active).numel() for layer in layers),
         others + sum(weights.values()),
         sum((beside | weights).values()),
-        steps
-        and coverage_of(
-            [(layer.state.rank, layer.state.size, weights[id(layer.weight)]) for layer in layers],
-            controller.config,
-            steps,
-        ),
+        coverage_of(sizes, controller.config, steps) if steps else None,
         [(count, *kind) for kind, count in targets.items()],
         [(len(sizes), name, sum(sizes), reason) for (name, reason), sizes in ordinary.items()],
         _grass_bytes(model, optimizer),
@@ -161,105 +135,9 @@ def start_report(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int 
     )
 
 
-def coverage_of(slices: list[tuple[int, int, int]], config: GrassConfig, steps: int) -> Coverage | None:
-    """What share of the weights is trained within `steps`.
-
-    Args:
-        slices: (rank, size of the side that is selected from, elements of the weight) of each.
-        config: of the run.
-        steps: optimizer steps.
-    """
-    if not slices:
-        return None
-    choosing = min(steps, config.select_until or steps)
-    # with stagger, some layers select once more, before their first interval is over
-    turns = math.ceil(choosing / config.update_interval) + (config.stagger > 1 and choosing > 1)
-    weights = sum(elements for _, _, elements in slices)
-    most = sum(min(1.0, turns * rank / size) * elements for rank, size, elements in slices) / weights
-    if config.selection == "cycle":
-        expected = most
-    elif config.selection == "top_r":
-        expected = None
-    else:  # as if all rows were equally likely
-        expected = sum((1 - (1 - rank / size) ** turns) * elements for rank, size, elements in slices) / weights
-    turn = max(math.ceil(config.update_interval * size / rank) for rank, size, _ in slices)
-    return Coverage(steps, turn, most, expected)
-
-
 def _rates(optimizer: torch.optim.Optimizer, *, slices: bool) -> list[float]:
     groups = [group for group in optimizer.param_groups if (GROUP_KEY in group) is slices and group["params"]]
     return sorted({float(group.get("initial_lr", group["lr"])) for group in groups})
-
-
-def render(report: StartReport) -> Group:
-    """The report as rich tables and lines, to print; at 80 columns every name can be read."""
-    compressed = _table("Grass trains a slice of", weights="right", modules="left", shape="right", side="left")
-    for heading in ("r", "density"):
-        compressed.add_column(heading, justify="right", no_wrap=True)
-    for count, name, shape, side, rank, density in report.targets:
-        sizes = " x ".join(map(str, shape))
-        compressed.add_row(str(count), _broken(name, 36), sizes, side, str(rank), f"{density:.1%}")
-    ordinary = _table("and in full", parameters="right", names="left", elements="right")
-    ordinary.add_column("why", overflow="fold")
-    for count, name, elements, reason in report.ordinary:
-        ordinary.add_row(str(count), _broken(name, 30), f"{elements:,}", reason)
-    memory = _table("Memory, weights and activations aside", **{"": "left", "Grass": "right", "full AdamW": "right"})
-    for field, label in (
-        ("slices", "slices"),
-        ("gradients", "gradients"),
-        ("optimizer_state", "optimizer state"),
-    ):
-        memory.add_row(label, shown_bytes(getattr(report.grass, field)), shown_bytes(getattr(report.adamw, field)))
-    said = "\n".join(textwrap.fill(line, 80, subsequent_indent="  ") for line in _lines(report))
-    return Group(compressed, ordinary, memory, Text(said))
-
-
-def _table(title: str, **columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading, justify in columns.items():
-        table.add_column(heading, justify=justify, no_wrap=True)
-    return table
-
-
-def _broken(name: str, width: int) -> str:
-    """A module's name on lines of at most `width` characters, each but the last ending with a dot."""
-    lines = [""]
-    for part in re.split(r"(?<=\.)", name):
-        if lines[-1] and len(lines[-1] + part) > width:
-            lines.append("  ")
-        lines[-1] += part
-    return "\n".join(lines)
-
-
-def _lines(report: StartReport) -> Iterator[str]:
-    config, elements = report.config, report.elements
-    yield (
-        f"{report.optimizer} steps over the slices; others are selected every K = {config.update_interval} steps by "
-        f"{config.selection}, state {config.state_policy}"
-    )
-    scaled = "" if config.scale == 1 else f" (scale {config.scale:g})"
-    others = f", others {_numbers(report.other_rates)}" if report.other_rates else ""
-    yield f"learning rate: slices {_numbers(report.slice_rates)}{scaled}{others}"
-    yield (
-        f"trained now: {report.trained_now:,} of {elements:,} parameters ({report.trained_now / elements:.1%}); "
-        f"in all: {report.trained_in_all:,} ({report.trained_in_all / elements:.1%})"
-    )
-    found = report.coverage
-    if found is None:
-        return
-    if found.expected is None:
-        yield f"after {found.steps:,} steps: at most {found.most:.0%} of the compressed weights are trained"
-    else:
-        yield f"after {found.steps:,} steps: about {found.expected:.0%} of the compressed weights are trained"
-    if found.turn > found.steps:
-        yield (
-            f"K / density = {found.turn:,} steps would reach every row, and {found.steps:,} are planned: at most "
-            f"{found.most:.0%} of the compressed weights will ever be trained; a smaller update_interval reaches more"
-        )
-
-
-def _numbers(values: list[float]) -> str:
-    return " and ".join(f"{value:g}" for value in values)
 
 
 def pattern_of(name: str) -> str:

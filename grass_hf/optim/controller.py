@@ -187,9 +187,9 @@ class GrassController(LettingGo):
         drift.check_step(layers)
         guards.check_any_reached(layers, self.parameters(), self.step, self._reached)
         if not self._has_stepped:
-            guards.check_replicas(self.model, self.replicas)
+            guards.check_replicas(self.link.driven, self.replicas)
             weights = guards.int8_weights(layers) if world_size(self.replicas) > 1 else ""
-            said = f"step={self.step}; {describe(self.model)}; {weights}"
+            said = f"step={self.step}; {describe(self.link.driven)}; {weights}"
             check_agreement("the first step", said, group=self.replicas)
             guards.check_each_reached(layers, self.step, self._reached, self.model)
         if layers and self.step < 2 and not self._rates_known:
@@ -206,7 +206,7 @@ class GrassController(LettingGo):
             return
         if not self._has_stepped:
             self._has_stepped = True
-            watching.watched(self.model)
+            watching.watched(self.link.driven)
         groups = self.groups()
         self._has_moved = self._has_moved or guards.check_moved(self.optimizer, layers, self.step)
         self._write_back(layers)
@@ -235,7 +235,7 @@ class GrassController(LettingGo):
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
         if due:
-            watching.watch_again_if_changed(self.model)
+            watching.watch_again_if_changed(self.link.driven)
         for part in due:
             part.mark_trained(reselection.turn_of(self.config, self.step))
         moved = False

@@ -63,6 +63,12 @@ class Link:
         return None if self.conversion is None else self.conversion.model
 
     @property
+    def driven(self) -> nn.Module:
+        """The model whose slices are stepped, where `require` has found nothing wrong."""
+        assert self.conversion is not None
+        return self.conversion.model
+
+    @property
     def is_stepping(self) -> bool:
         """Whether the optimizer's own step runs now."""
         return controller_of(self.optimizer).is_stepping

@@ -147,7 +147,7 @@ class ChatEncoder:
             prompt = self.render(asked, True, **options).removeprefix(self.render(asked, **options))
             return (after.index(prompt) + len(prompt) if prompt in after else 0), 0
         before = self.render(turns, True, **options)
-        start = common_prefix_length(before, after)
+        start = common_prefix_length(before, after)  # type: ignore[arg-type]  # any two sequences will do
         return start, start if start == len(before) else len(self.render(turns, **options))
 
     def _marked(self, turns: list[Row], options: Row) -> list[Span]:
@@ -156,10 +156,11 @@ class ChatEncoder:
         if not has_generation_markers(template):
             return []
         names = {**self.tokenizer.special_tokens_map, **options}
-        _, (spans,) = render_jinja_template(
+        made: Any = render_jinja_template(
             conversations=[turns], chat_template=template, return_assistant_tokens_mask=True, **names
         )
-        return [tuple(span) for span in spans]
+        _, (spans,) = made
+        return [(first, last) for first, last in spans]
 
     def _masked(self, text: str, spans: list[Span], special: bool = False) -> tuple[list[int], list[int]]:
         """Tokens of a text, and 1 for those that have a part of a span."""

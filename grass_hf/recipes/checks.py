@@ -31,7 +31,7 @@ def find_checkpoint(recipe: Recipe) -> str | None:
     return folders.find_checkpoint(recipe.training.output_dir, recipe.training.resume_from_checkpoint)
 
 
-def check_checkpoint(checkpoint: str, model: nn.Module) -> None:
+def check_checkpoint(checkpoint: str, model: Any) -> None:
     """Check that a checkpoint is of this model: same names, same shapes.
 
     Args:

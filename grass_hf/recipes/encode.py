@@ -159,7 +159,7 @@ class Labelled:
         ids, mask = self.encode(row)
         part = slice(-self.length if self.length else None, None) if self.keep_end else slice(self.length)
         labels = [token if learnt else -100 for token, learnt in zip(ids, mask, strict=True)]
-        made = {"input_ids": ids[part], "labels": labels[part], "length": len(ids)}
+        made: Row = {"input_ids": ids[part], "labels": labels[part], "length": len(ids)}
         return made if any(label != -100 for label in made["labels"][1:]) else None
 
 

@@ -52,8 +52,10 @@ _PAIRS = (
     ("sentence", None),
 )
 # Fields of a row that say what is learnt, where the layout has no place for them.
-_MEANT = ("image", "images", "video", "videos", "audio", "audios", "documents", "history", "functions", "system")
-_MEANT += (*_CHAT, "weight", "loss_weight")
+_MEANT = (
+    *("image", "images", "video", "videos", "audio", "audios", "documents", "history", "functions", "system"),
+    *(*_CHAT, "weight", "loss_weight"),
+)
 
 
 def find_layout(task: str, wanted: str, columns: Iterable[str], renamed: dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -135,7 +137,7 @@ def _converted(layout: str, names: dict[str, str], ignored: tuple, classes: tupl
                 f"{name} is {shown(row[name])}, which the layout {layout} has no place for: "
                 f"data.ignore_fields={name} leaves it out"
             )
-    made = _CONVERTERS[layout](row)
+    made = _CONVERTERS[layout](row) or {}
     extras = {"tools": as_tools(row), "chat_template_kwargs": parsed(row, "chat_template_kwargs", dict)}
     return made | {name: value for name, value in extras.items() if value}
 

@@ -38,6 +38,7 @@ def load_tokenizer(model: ModelSection, texts: Any = None, cached: Path | None =
     Raises:
         ValueError: it cannot be found or made.
     """
+    tokenizer: Any
     if model.tokenizer_vocab_size:
         tokenizer = train_tokenizer(texts, model.tokenizer_vocab_size, cached)
     else:
@@ -111,11 +112,11 @@ def load_config(model: ModelSection) -> PretrainedConfig:
     """
     if model.model_name_or_path in MODELS:
         return MODELS[model.model_name_or_path].config()
-    if model.from_scratch:
+    if model.config_name is not None:
         return model_config(model.config_name, "model.config_name")
     options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(model.model_name_or_path, **options)
+        return AutoConfig.from_pretrained(model.name, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model.model_name_or_path={model.model_name_or_path!r} is no folder with a config.json, and cannot be "
@@ -155,7 +156,7 @@ def fit_config(config: PretrainedConfig, recipe: Recipe, tokenizer: PreTrainedTo
     return config
 
 
-def auto_class(task: str, config: PretrainedConfig) -> type:
+def auto_class(task: str, config: PretrainedConfig) -> Any:
     """The transformers class that builds a task's models."""
     scores = task in ("classification", "reward")
     return AutoModelForSequenceClassification if scores else language_model_class(config)
@@ -236,7 +237,7 @@ def check_generation(model: ModelSection) -> list[str]:
     if model.from_scratch or model.model_name_or_path in MODELS:
         return []
     try:
-        generation = GenerationConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+        generation = GenerationConfig.from_pretrained(model.name, revision=model.model_revision)
     except OSError:  # it has none
         return []
     return mend_generation(generation)

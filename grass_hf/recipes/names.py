@@ -10,7 +10,7 @@ from ..config.fields import unknown_key
 from .schema import DataSection
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    pass
 
 # What later versions of transformers call otherwise: a recipe may say either, whichever is installed.
 RENAMED = {
@@ -93,7 +93,7 @@ def check_kind(name: str, value: Any, hint: Any, default: Any) -> None:
         raise ValueError(f"{name}={value} is a mapping, and the field takes one value: write that alone.")
 
 
-def connect(task: str, data: DataSection, training: TrainingArguments, given: Mapping[str, Any]) -> None:
+def connect(task: str, data: DataSection, training: Any, given: Mapping[str, Any]) -> None:
     """What the trainers' arguments must say because other sections say it."""
     if not given.get("output_dir"):
         raise ValueError("training.output_dir is missing: give the folder for checkpoints, results and report.")

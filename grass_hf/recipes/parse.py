@@ -117,7 +117,7 @@ def _check_files(model: ModelSection, data: DataSection, training: Mapping[str, 
     said = {**training, **flag}
     if not said.get("output_dir"):
         raise ValueError("training.output_dir is missing: give the folder for checkpoints, results and report.")
-    if model.from_scratch:
+    if model.config_name is not None:
         model_config_file(model.config_name, "model.config_name")
     sources.check_local(data)
     if overwrite is not None:
@@ -246,7 +246,9 @@ def _flags(flags: Iterable[str], fields: Mapping[str, set[str]]) -> Iterable[tup
 
 @functools.cache
 def _parser_class() -> type:
-    class Parser(argument_parser()):
+    base = argument_parser()
+
+    class Parser(base):  # type: ignore[valid-type, misc]  # a class that is known when this runs
         def error(self, message: str):
             raise argparse.ArgumentTypeError(message)
 

@@ -60,11 +60,12 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
             start = reader.line_num
+            names: Any = reader.fieldnames
             for row in reader:
                 start, line = reader.line_num, start + 1
                 if None in row:
-                    count = len(reader.fieldnames) + len(row[None])
-                    yield f"line {line}", ValueError(f"{count} fields under {len(reader.fieldnames)} headings")
+                    count = len(names) + len(row[None])
+                    yield f"line {line}", ValueError(f"{count} fields under {len(names)} headings")
                 else:
                     yield f"line {line}", row
     elif file.suffix == ".txt":
@@ -94,10 +95,10 @@ def _json_rows(text: str) -> Iterator[tuple[str, Any]]:
                 yield f"line {line}", ValueError(f"not valid JSON ({error})")
                 return
             yield f"line {line}", row
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+    for number, words in enumerate(text.split("\n"), 1):
+        if words.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(words)
             except ValueError as error:
                 row = ValueError(f"not valid JSON ({error})")
             yield f"line {number}", row

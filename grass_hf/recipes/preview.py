@@ -90,7 +90,8 @@ def describe(prepared: Prepared, task: str) -> list[str]:
 
 def example(prepared: Prepared, task: str, longest: int = 1200) -> str:
     """The first example as text, as the model sees it."""
-    row, tokenizer = prepared.train.first(), prepared.tokenizer
+    row = prepared.train.first()
+    tokenizer: Any = prepared.tokenizer
     if task == "sft":
         runs = itertools.groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != -100)
         pieces = [(learnt, tokenizer.decode([token for token, _ in run])) for learnt, run in runs]

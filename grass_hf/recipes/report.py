@@ -10,6 +10,7 @@ import html
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def _targets(start: StartReport) -> str:
     )
 
 
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]], numbers: tuple[int, ...] = ()) -> str:
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: tuple[int, ...] = ()) -> str:
     def line(tag: str, cells: tuple[str, ...]) -> str:
         kinds = (' class="n"' if place in numbers else "" for place in range(len(cells)))
         return (

@@ -15,11 +15,13 @@ from ..config.fields import unknown_key
 from ..config.settings import GrassConfig
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    pass
 
 TASKS = ("pretraining", "sft", "dpo", "kto", "reward", "grpo", "classification")
-LAYOUTS = ("auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "unpaired_preference")
-LAYOUTS += ("prompt", "classification")
+LAYOUTS = (
+    *("auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "unpaired_preference"),
+    *("prompt", "classification"),
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOSS_ON = ("replies", "last_reply", "everything")
 BAD_ROWS = ("stop", "skip")
@@ -88,7 +90,7 @@ class ModelSection:
 
     @property
     def name(self) -> str:
-        return self.model_name_or_path or self.config_name
+        return self.model_name_or_path or self.config_name or ""
 
 
 @dataclass
@@ -242,7 +244,7 @@ class Recipe:
     grass: GrassConfig | None
     base: str
     lora: LoraSection | None
-    training: TrainingArguments
+    training: Any  # `TrainingArguments`, or TRL's of the task
     evaluation: EvaluationSection
     given: dict[str, Any]
 

@@ -24,7 +24,7 @@ def load_rows(data: DataSection) -> list[tuple[Rows, Rows | None]]:
     Raises:
         ValueError: something cannot be found or read; the sentence names it.
     """
-    found = []
+    found: list[tuple[Rows, Rows | None]] = []
     for name in data.dataset:
         rows, own = _load(data, name, data.split)
         if data.eval_dataset:
@@ -87,7 +87,7 @@ def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
     if splits:
         _check_split(split, splits, name)
     beside = next((part for part in ("validation", "test") if part in splits and part != split), None)
-    parts = []
+    read: list[Rows] = []
     for part in (split, beside) if beside else (split,):
         try:
             dataset = load_dataset(source, split=part, streaming=data.streaming, **options)
@@ -97,8 +97,8 @@ def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
             raise ValueError(_reason(error, files.get(part.split("[")[0], []), name, part, data)) from error
         numbered = "[" not in part and options.get("sample_by", "line") == "line"
         shown = name if splits and part == split else f"{name} ({'evaluation' if splits else part})"
-        parts.append(Rows(dataset, shown, files.get(part, []) if numbered and splits else []))
-    return parts[0], parts[1] if beside else None
+        read.append(Rows(dataset, shown, files.get(part, []) if numbered and splits else []))
+    return read[0], read[1] if beside else None
 
 
 def _cached(rows: list[dict[str, Any]]) -> Any:
@@ -197,9 +197,10 @@ def _reason(error: Exception, files: list[str], name: str, split: str, data: Dat
     found = complaint(file for file in files if Path(file).is_file())
     if found:
         return f"data: {found}."
-    while error.__cause__ is not None:
-        error = error.__cause__
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    first = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
     if _is_pattern(name) or Path(name).expanduser().exists():
         return f"data: {name} (split {split}) cannot be read: {first}."
     return (

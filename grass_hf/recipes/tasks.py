@@ -89,12 +89,12 @@ def prepare(recipe: Recipe) -> Prepared:
             )
         labels, numbers = _classes(recipe, train, evaluation)
         config = fit_config(config, recipe, tokenizer, labels)
-        held = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in evaluation], [], seed)
+        held: Any = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in evaluation], [], seed)
         for part in train:
             if not part.rows.streaming and not len(part.rows.dataset):
                 size = f"the {len(held.dataset)} rows of {part.rows.name}" if held else part.rows.name
                 raise ValueError(f"data.holdout={data.holdout} leaves nothing of {size} to train on.")
-        rows = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in train], data.weights, seed)
+        rows: Any = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in train], data.weights, seed)
         if recipe.task == "pretraining":
             for one in (rows, held) if held else (rows,):
                 encode.blocks(one, data.sequence_length, data.preprocessing_workers, whole=one is held)
@@ -170,7 +170,7 @@ def _encoded(recipe: Recipe, part: _Part, tokenizer: Any, labels: list[str], num
             kinds |= {k: (part.rows.dataset.features or {}).get(part.names[k]) for k in kinds}
             most = length - training.max_completion_length if task == "grpo" else length
             encoder = encode.PreferenceEncoder(chat, task, most, kinds)
-    options = {"skip": data.bad_rows == "skip", "workers": data.preprocessing_workers, "most": length}
+    options: dict[str, Any] = {"skip": data.bad_rows == "skip", "workers": data.preprocessing_workers, "most": length}
     return part.rows.made(encode.Encoded(part.convert, encoder), **options)
 
 
@@ -178,7 +178,8 @@ def _classes(recipe: Recipe, train: list[_Part], evaluation: list[_Part]) -> tup
     """Names of the classes, and a label as rows have it -> the number of its class. Names win over positions."""
     if recipe.task != "classification":
         return [], {}
-    labels, own, found = list(recipe.data.labels), [], set()
+    labels, own = list(recipe.data.labels), list[str]()
+    found: set[str] = set()
     for part in train + evaluation:
         column, rows = part.names["label"], part.rows
         own = own or list(getattr((rows.dataset.features or {}).get(column), "names", None) or [])
@@ -250,7 +251,7 @@ def _trainer_of_task(recipe: Recipe, prepared: Prepared, model: PreTrainedModel)
     if recipe.task == "reward":
         return trl.RewardTrainer(**options)
     if recipe.task == "grpo":
-        return trl.GRPOTrainer(reward_funcs=reward_functions(recipe), **options)
+        return trl.GRPOTrainer(reward_funcs=list[Any](reward_functions(recipe)), **options)
     # Whole, and from before the policy is converted. Log-probabilities that are computed in advance need none, and with
     # adapters it is the model without them.
     reference = None

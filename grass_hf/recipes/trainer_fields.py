@@ -39,6 +39,7 @@ def argument_parser() -> Any:
     """The class `transformers.HfArgumentParser`, of a module that needs nothing else of transformers."""
     try:
         spec = importlib.util.spec_from_file_location("grass_hf_argparser", _folder(_FIRST[0]) / "hf_argparser.py")
+        assert spec is not None and spec.loader is not None  # the file's name ends in .py
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.HfArgumentParser

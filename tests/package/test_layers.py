@@ -1,6 +1,7 @@
 """The rooms of the package: imports point downward only, there is no circle, and importing it is cheap."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,25 @@ def test_only_the_upper_floors_know_transformers(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_modules_stay_small(path):
     assert len(path.read_text().splitlines()) < 300
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_long_functions_have_signposts(path):
+    """Of more than fifty lines beside signature and docstring."""
+    lines = path.read_text().splitlines()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            inside = lines[body[0].lineno - 1 : node.end_lineno] if body else []
+            signposts = [line for line in inside if line.lstrip().startswith("# ")]
+            assert len(inside) <= 50 or len(signposts) >= 4, f"{node.name} has {len(inside)} lines: cut it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_mypy_is_to_ignore_has_a_code_and_a_reason(path):
+    for line in path.read_text().splitlines():
+        if "type: " + "ignore" in line:
+            assert re.search(r"# type: ignore\[[a-z, -]+\]  # \w", line), line
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():

@@ -59,8 +59,8 @@ def _converted(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Call
     def convert(name: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         entry = copy.deepcopy(by_pattern[joined[name][0][1]])
         for stored, pattern in joined[name]:
-            # it calls what it is given when it needs the tensor
-            entry.add_tensor(name, stored, pattern, partial(read, stored))  # type: ignore[arg-type]
+            later = partial(read, stored)
+            entry.add_tensor(name, stored, pattern, later)  # type: ignore[arg-type]  # it may be any callable
         made = entry.convert(name, model=model, config=model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 

@@ -100,7 +100,8 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
     peak = _counted_bytes(run, text, folder)
     follow = _Follow(run, text)
     trainer, recipe = _trainer(run, text, [follow], folder)
-    started = held_out_loss(trainer.model, text.held_out, recipe.training.per_device_eval_batch_size)
+    model: Any = trainer.model
+    started = held_out_loss(model, text.held_out, recipe.training.per_device_eval_batch_size)
     try:
         trainer.train()
     except FloatingPointError:  # Grass refuses gradients that are not finite; the others go on with them
@@ -136,7 +137,7 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         "loss_before": started,
         "train": history,
         "validation": follow.validation,
-        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_bytes": peak,
         "seconds": seconds,
         "tokens_per_second": len(follow.seconds) * tokens_a_step / seconds if seconds else None,
