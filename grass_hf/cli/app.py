@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from ..config.quiet import quiet
 from ..config.settings import GrassConfig, parse_field
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
@@ -14,6 +15,7 @@ from .bench_commands import memory, speed
 from .errors import is_ours, need
 from .network_commands import TARGETS, comm, names, net
 from .quality import quality, report
+from .recipe_files import recipes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,11 +28,12 @@ app = typer.Typer(
         '    grass-hf run run_clm.py --optim grass --optim_args "rank=64,update_interval=200" ...\n\n'
         "    accelerate launch -m grass_hf run run_clm.py --optim grass ...\n\n"
         "or a recipe, which is a whole run in one file:\n\n"
-        "    grass-hf train recipes/pretrain/llama_demo_sotu.yaml"
+        "    grass-hf train llama_demo_sotu"
     ),
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure Grass against its limits and its peers on this machine.")
 app.add_typer(bench, name="bench")
+app.add_typer(recipes, name="recipes")
 app.add_typer(adapter_commands)
 for command in (speed, memory, comm, net, quality, report):
     bench.command(command.__name__)(command)
@@ -63,7 +66,9 @@ def run(
 
 
 _RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
-_RECIPE_ARGUMENT = typer.Argument(..., help="The YAML file; flags for its fields follow it.", metavar="RECIPE.yaml")
+_RECIPE_ARGUMENT = typer.Argument(
+    ..., help="A YAML file, or a name of `grass-hf recipes list`; flags for its fields follow it.", metavar="RECIPE"
+)
 
 
 @app.command(context_settings=_RECIPE)
@@ -81,11 +86,13 @@ def train(
 
     For example:
 
-        grass-hf train recipes/pretrain/llama_demo_sotu.yaml
+        grass-hf train llama_demo_sotu
 
-        grass-hf train recipes/finetune/smollm2_135m_chitchat.yaml --learning_rate 1e-4 --max_steps 20
+        grass-hf train my_recipe.yaml --learning_rate 1e-4 --max_steps 20
 
-        accelerate launch --config_file configs/accelerate/ddp_8gpu.yaml -m grass_hf train RECIPE.yaml
+        accelerate launch --config_file ddp_8gpu.yaml -m grass_hf train my_recipe.yaml
+
+    `grass-hf recipes` lists the recipes and launch configs that come with the package, and copies them.
 
     Every field is a flag behind the recipe and replaces what the file says: `--rank 64`, `--output_dir runs/try`.
 
@@ -126,7 +133,7 @@ def validate(
 
     For example:
 
-        grass-hf validate recipes/pretrain/llama_demo_sotu.yaml --budget 24GB
+        grass-hf validate llama_demo_sotu --budget 24GB
 
     Rows are read and tokenised as for training, one example is shown as the model will see it, and the peak memory of a
     step is estimated as by `grass-hf estimate`. The first mistake is one sentence, and the exit code is 2.
@@ -278,6 +285,7 @@ def main() -> None:
     """
     from .run import Script, run_script
 
+    quiet()
     try:
         try:
             app(prog_name="grass-hf")

@@ -45,9 +45,10 @@ def quality(
         TimeRemainingColumn,
     )
 
+    from ..measure.bench.methods import check_installed
     from ..recipes.study.grid import load_study
-    from ..recipes.study.methods import check_installed
-    from ..recipes.study.rows import read_rows, run_study
+    from ..recipes.study.rows import read_rows
+    from ..recipes.study.workers import run_study
 
     chosen = load_study(study, [name for name in only.split(",") if name])
     for kind in sorted({method.kind for method in chosen.methods}):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
-# Shipped configs stand at the top of a checkout; an installed package has none.
-_SHIPPED = Path(__file__).parents[2] / "configs"
+from ..config.shipped_files import known_configs, model_config_file
 
 
 def causal_model(name: str, dtype: torch.dtype) -> tuple[PretrainedConfig, Callable[[], nn.Module]]:
@@ -76,31 +73,11 @@ def model_config(name: str, what: str = "MODEL") -> PretrainedConfig:
     Raises:
         ValueError: nothing of that name can be read.
     """
-    path = Path(name)
-    shipped = {file.stem: file for file in sorted(_SHIPPED.glob("*.json"))}
-    if not path.exists() and path.name.removesuffix(".json") in shipped and len(path.parts) == 1:
-        path = shipped[path.name.removesuffix(".json")]
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{what}={name!r} is a folder without config.json: give a folder that save_pretrained wrote.")
-    if path.is_file():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{what}={name!r} is not a readable JSON file ({error}): give a model's config.") from None
-        if not isinstance(values, dict) or "model_type" not in values:
-            raise ValueError(
-                f"{what}={name!r} has no model_type, so it is no config of transformers: give a config.json."
-            )
-    elif path.suffix == ".json":
-        raise ValueError(f"{what}={name!r} is not a file: {_known(shipped)}.")
+    path = model_config_file(name, what)
     try:
-        return AutoConfig.from_pretrained(path if path.exists() else name)
+        return AutoConfig.from_pretrained(name if path is None else path)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{what}={name!r} could not be read as a folder, a config file or a hub id ({first}): {_known(shipped)}."
+            f"{what}={name!r} could not be read as a folder, a config file or a hub id ({first}): {known_configs()}."
         ) from error
-
-
-def _known(shipped: dict[str, Path]) -> str:
-    return f"shipped configs are {', '.join(shipped)}" if shipped else "give the path of a config JSON"

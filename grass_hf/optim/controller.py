@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..convert.audit import watching
 from ..convert.conversion import describe
+from ..convert.record import conversion_of
 from ..slices import drift, evaluated
 from ..slices.ops import selection
 from ..slices.ops.sharding import check_agreement, forget_residuals, local, world_size
@@ -70,17 +71,17 @@ class GrassController(LettingGo):
         replace: bool = False,
     ):
         if not replace:
-            model.grass.refuse_second()
+            conversion_of(model).refuse_second()
         self.replicas = replicas
         self.optimizer = self.base = optimizer
-        self.config = model.grass.config
+        self.config = conversion_of(model).config
         self.step = 0
         self.due: set[str] = set()
         self.is_stepping = self._has_stepped = self._has_moved = False
-        self.link = Link(model.grass, optimizer)
+        self.link = Link(conversion_of(model), optimizer)
         self.asked = base_record.asked(self)
         optimizer.__class__ = driving_class(plain_class(optimizer))
-        optimizer.grass = self
+        optimizer.grass = self  # type: ignore[attr-defined]  # it is a `Driving` now
         self.look_ahead()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -250,11 +251,6 @@ class GrassController(LettingGo):
             self.due.discard(part.state.name)
         if moved:
             forget_residuals()
-
-    def _rounding_seed(self, part: Slice) -> str | None:
-        if self.config.rounding == "nearest":
-            return None
-        return f"{self.config.seed}:{self.step}:{part.state.name}:rounding"
 
     def look_ahead(self) -> None:
         """Let the layers that are due after the coming step observe its backward passes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,19 @@ from .schema import ModelSection, Recipe
 END_OF_TEXT = "<|endoftext|>"
 
 
-def load_tokenizer(model: ModelSection, texts: Any = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelSection, texts: Any = None, cached: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that a recipe names, or one trained on `texts`; it has a token to pad with.
 
     Args:
         model: the section.
         texts: an iterable of strings, for `tokenizer_vocab_size`.
+        cached: where a tokenizer that was trained on the same texts stands, or is to stand.
 
     Raises:
         ValueError: it cannot be found or made.
     """
     if model.tokenizer_vocab_size:
-        tokenizer = train_tokenizer(texts, model.tokenizer_vocab_size)
+        tokenizer = train_tokenizer(texts, model.tokenizer_vocab_size, cached)
     else:
         name = model.tokenizer_name or model.name
         options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
@@ -68,7 +71,7 @@ def _template(name: str) -> str:
         ) from error
 
 
-def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Any, vocab_size: int, cached: Path | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on texts: it can spell anything, so it needs no unknown token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -77,6 +80,8 @@ def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"model.tokenizer_vocab_size={vocab_size} cannot hold the {len(alphabet)} bytes: give 512 or more."
         )
+    if cached is not None and cached.is_file():
+        return _with_special_tokens(Tokenizer.from_file(str(cached)))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,6 +89,15 @@ def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:  # whole, or not there
+            tokenizer.save(f"{folder}/tokenizer.json")
+            os.replace(f"{folder}/tokenizer.json", cached)
+    return _with_special_tokens(tokenizer)
+
+
+def _with_special_tokens(tokenizer: Any) -> PreTrainedTokenizerFast:
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     inputs = ["input_ids", "attention_mask"]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **special)

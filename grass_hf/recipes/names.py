@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from typing import Any
-
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any
 
 from ..config.fields import unknown_key
-from .metrics import direction
 from .schema import DataSection
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # What later versions of transformers call otherwise: a recipe may say either, whichever is installed.
 RENAMED = {
@@ -103,6 +103,8 @@ def connect(task: str, data: DataSection, training: TrainingArguments, given: Ma
     if training.learning_rate < 0:
         raise ValueError(f"training.learning_rate={training.learning_rate} is negative: give 1e-4, say.")
     if training.metric_for_best_model is not None:
+        from .metrics import direction
+
         training.greater_is_better = direction(training.metric_for_best_model, _said(given.get("greater_is_better")))
     if task not in TRL:
         return

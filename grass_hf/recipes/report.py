@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ..config.sizes import shown_bytes
 from ..convert.conversion import is_converted
-from ..integrations.start_table import StartReport, shown_bytes, start_report
+from ..integrations.start_table import StartReport, start_report
 from ..measure.bench.record import machine
 from .curves import draw, save_loss
 from .preview import as_yaml, resolved

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ class _Batch:
     numbers: Sequence[int]
     skip: bool
     streaming: bool = False
-    versions: tuple[str, ...] = field(default_factory=lambda: _versions())
+    versions: tuple[str, ...] = field(default_factory=lambda: versions())
 
     def __call__(self, rows: dict[str, list], numbers: list[int]) -> dict[str, list]:
         made: dict[str, list] = {name: [] for name in (*self.columns, "note", "length")}
@@ -151,9 +151,14 @@ class _Batch:
         return result, "" if result is None else None
 
 
-def _versions() -> tuple[str, ...]:
+def versions() -> tuple[str, ...]:
     """Of what makes tokens, since code that is imported is not hashed; our own changes between versions too."""
-    found = [version(package) for package in ("trl", "transformers", "tokenizers", "jinja2")]
+    found = []
+    for package in ("trl", "transformers", "tokenizers", "jinja2"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
     own = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("chats", "encode", "layouts", "turns"))
     return (*found, *(hashlib.sha256(code).hexdigest() for code in own))
 

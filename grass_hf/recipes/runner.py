@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel, Trainer, set_seed
 
-from . import preview
-from .checks import check_model, check_places, check_settings, find_checkpoint
+from . import folders, preview
+from .checks import check_model, check_settings, find_checkpoint
 from .models import load_model
 from .report import Run, report_run
 from .samples import write_samples
@@ -40,7 +40,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, json_file: Path | None = N
     """
     started = time.perf_counter()
     training, output = recipe.training, Path(recipe.training.output_dir)
-    check_places(recipe, overwrite)
+    folders.check_places(training.output_dir, training.resume_from_checkpoint, overwrite)
     prepared = prepare(recipe)
     remarks = check_settings(recipe, prepared)
     check_model(recipe, prepared)

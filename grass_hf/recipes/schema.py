@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any
 
 from ..config.fields import unknown_key
 from ..config.settings import GrassConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 TASKS = ("pretraining", "sft", "dpo", "kto", "reward", "grpo", "classification")
 LAYOUTS = ("auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "unpaired_preference")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import glob
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,11 @@ def hold_out(rows: Rows, data: DataSection, seed: int) -> tuple[Rows, Rows | Non
 
 def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
     """The rows of a split, and those for evaluation that a folder or a packaged text has beside it."""
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(name).expanduser()
     if name in TEXTS:
-        sets = [Dataset.from_list(part) if part else None for part in TEXTS[name]()]
+        sets = [_cached(part) if part else None for part in TEXTS[name]()]
         parts = [part.to_iterable_dataset() if part and data.streaming else part for part in sets]
         return Rows(parts[0], name), None if parts[1] is None else Rows(parts[1], f"{name} (evaluation)")
     if path.is_dir() and any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
@@ -98,6 +99,30 @@ def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
         shown = name if splits and part == split else f"{name} ({'evaluation' if splits else part})"
         parts.append(Rows(dataset, shown, files.get(part, []) if numbered and splits else []))
     return parts[0], parts[1] if beside else None
+
+
+def _cached(rows: list[dict[str, Any]]) -> Any:
+    """Rows as a dataset in the cache of `datasets`: what is made of rows in memory would be made in every run again."""
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+    from datasets.utils import are_progress_bars_disabled
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        return Dataset.from_generator(_InMemory(rows))
+    finally:
+        if not silent:
+            enable_progress_bars()
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A generator function over rows, whose hash is theirs."""
+
+    rows: list[dict[str, Any]]
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
 
 
 def _check_split(split: str, splits: Any, name: str) -> None:
@@ -140,6 +165,17 @@ def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any
 
 def _is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[")
+
+
+def check_local(data: DataSection) -> None:
+    """Check that datasets whose names are paths exist, without reading them.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name in (*data.dataset, *([data.eval_dataset] if data.eval_dataset else ())):
+        if name not in TEXTS:
+            _where(name, Path(name).expanduser())
 
 
 def _where(name: str, path: Path) -> tuple[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
 import itertools
 import sys
@@ -29,8 +30,8 @@ from .layouts import converter, find_layout
 from .metrics import Metrics, measure
 from .models import fit_config, load_config, load_tokenizer
 from .places import BadRow
-from .rows import Rows, join
-from .schema import Recipe
+from .rows import Rows, join, versions
+from .schema import ModelSection, Recipe
 from .sources import hold_out, load_rows
 
 # Of a stream, so many texts are read to train a tokenizer on.
@@ -77,7 +78,7 @@ def prepare(recipe: Recipe) -> Prepared:
     seed = training.seed if training.data_seed is None else training.data_seed
     with training.main_process_first(desc="preparing the rows"):
         train, evaluation = _parts(recipe, seed)
-        tokenizer = load_tokenizer(recipe.model, _texts(train))
+        tokenizer = load_tokenizer(recipe.model, _texts(train), _tokenizer_file(recipe.model, train))
         for name in ("eos_token", "pad_token"):
             if getattr(training, name, None):
                 setattr(tokenizer, name, getattr(training, name))
@@ -101,6 +102,18 @@ def prepare(recipe: Recipe) -> Prepared:
         raise ValueError("training.max_steps is missing: a stream has no length, so the number of steps must be given.")
     layout = ", ".join(dict.fromkeys(part.layout for part in train))
     return Prepared(layout, rows, held, tokenizer, config, labels)
+
+
+def _tokenizer_file(model: ModelSection, parts: list[_Part]) -> Path | None:
+    """Where a tokenizer trained on these texts is kept between runs; None for streams, whose texts are not known."""
+    if not model.tokenizer_vocab_size or any(part.rows.streaming for part in parts):
+        return None
+    import datasets
+
+    known = [(part.rows.dataset._fingerprint, part.layout, part.names) for part in parts]
+    said = repr((known, model.tokenizer_vocab_size, versions()))
+    name = hashlib.sha256(said.encode()).hexdigest()[:32]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "grass_hf" / f"tokenizer-{name}.json"
 
 
 def _parts(recipe: Recipe, seed: int) -> tuple[list[_Part], list[_Part]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,8 @@ class Slice(Doors, Exchange, nn.Module):
         rank_part: says what this rank has of the weight and the slice; `part.local_part`, or an engine's own.
     """
 
+    owner: nn.Module
+    before: Any
     index: Tensor
     rho: Tensor | None
     write: Tensor | None

@@ -1,7 +1,7 @@
 """What an answer to one of GSM8K's problems is worth: functions as TRL's GRPO calls them.
 
-Each is given the completions, and every column of the rows as a list of the same length: ``answer`` is GSM8K's solution,
-whose last line is ``#### 72``.
+Each is given the completions, and every column of the rows as a list of the same length: ``answer`` is GSM8K's
+solution, whose last line is ``#### 72``.
 """
 
 import re

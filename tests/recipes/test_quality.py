@@ -17,19 +17,12 @@ import yaml
 from helpers import Sequences, arguments, tiny_llama
 
 from grass_hf.integrations.trainer import GrassCallback
+from grass_hf.measure.bench.methods import KINDS, make_ready, resolve, target_names
 from grass_hf.recipes.study.grid import load_study
-from grass_hf.recipes.study.methods import (
-    KINDS,
-    TwoRateTrainer,
-    grass_config,
-    make_ready,
-    resolve,
-    target_names,
-    two_rates,
-)
 from grass_hf.recipes.study.report import entries, write_report
 from grass_hf.recipes.study.rows import deciding, read_rows
 from grass_hf.recipes.study.run import held_out_loss, run_row
+from grass_hf.recipes.study.two_rates import TwoRateTrainer, grass_config, two_rates
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "studies/smoke.yaml"

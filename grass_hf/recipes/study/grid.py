@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ...config.fields import unknown_key
+from ...measure.bench.methods import resolve
 from ..parse import build_recipe, read_document
-from .methods import resolve
 from .rows import deciding
 
 # Fields of the section ``study``: those of `Study` that have a default, and what every method is made of.
@@ -38,7 +38,7 @@ class Method:
 
     Attributes:
         name: in the study.
-        kind: a name of `quality_methods.KINDS`.
+        kind: a name of `measure.bench.methods.KINDS`.
         settings: all of them.
         learning_rates: of everything but the targets.
         multipliers: of the targets' learning rate; (1.0,) for a method that does not train them.

@@ -28,6 +28,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from ...integrations.base import base_class_and_kwargs
 from ...integrations.trainer import GrassCallback
 from ...measure.bench import record
+from ...measure.bench.methods import KINDS, PACKAGES, check_installed, make_ready, target_names, trainer_flags
 from ...measure.estimate.live_bytes import LiveBytes
 from ..encode import block_collator
 from ..models import empty_model, load_model
@@ -35,16 +36,7 @@ from ..parse import build_recipe
 from ..schema import Recipe
 from ..tasks import Prepared, prepare
 from .grid import Method, Run, Study
-from .methods import (
-    KINDS,
-    PACKAGES,
-    TwoRateTrainer,
-    check_installed,
-    grass_config,
-    make_ready,
-    target_names,
-    trainer_flags,
-)
+from .two_rates import TwoRateTrainer, grass_config
 
 _COUNTED_GAP, _COUNTED_RATE = 2, 1e-4
 _LOGGED_POINTS = 20
