@@ -237,7 +237,10 @@ def _asturns(row: Row, name: str) -> list[Row]:
 def _classification(row: Row, classes: tuple) -> Row:
     label = int(row["label"]) if isinstance(row["label"], float) and row["label"].is_integer() else row["label"]
     if label is None or label == "" or (isinstance(label, int) and label < 0 and str(label) not in classes):
-        raise BadRow(f"label is {shown(label)}, and a row needs one (test splits of GLUE have -1)")
+        raise BadRow(
+            f"label is {shown(label)}, and a row needs one (test splits of GLUE have -1; "
+            f"a class can be named -1 in data.labels)"
+        )
     if isinstance(label, float):
         raise BadRow(f"label is {label!r}: classes are whole numbers or names")
     made = {"text": filled(row, "text"), "label": label}

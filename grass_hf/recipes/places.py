@@ -38,6 +38,7 @@ def _lines(file: str, changed: int) -> list[str]:
 def complaint(files: Iterable[str]) -> str | None:
     """What is wrong with the first line of local files that is no row; None if nothing is found."""
     kinds: dict[str, type] = {}
+    files = list(files)
     for file in files:
         try:
             for line, row in _rows(Path(file)):
@@ -51,7 +52,8 @@ def complaint(files: Iterable[str]) -> str | None:
                         return f"{file}, {line}: {key} is {shown(value)}, and a {before.__name__} in the rows before"
         except (OSError, UnicodeDecodeError) as error:
             return f"{file}: {error}"
-    return None
+    empty = [str(file) for file in files if not os.path.getsize(file)]
+    return f"{empty[0]} is empty" if empty else None
 
 
 def shown(value: Any) -> str:

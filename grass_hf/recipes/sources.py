@@ -160,7 +160,7 @@ def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any
     if hasattr(config, "keep_default_na"):  # a CSV: words stay words, and cells stay as they are written
         options |= {"keep_default_na": False, "na_filter": False}
         if local:
-            with local[0].open(encoding="utf-8-sig", newline="") as lines:
+            with local[0].open(encoding="utf-8-sig", errors="replace", newline="") as lines:
                 head = next(csv.reader(lines, delimiter=config.sep), [])
             options["features"] = Features({column: Value("string") for column in head})
     return source, options, files

@@ -206,6 +206,22 @@ def test_files_of_several_kinds_are_not_half_read(tmp_path, model):
         prepared(tmp_path, model, {"dataset": str(tmp_path / "tables")})
 
 
+@pytest.mark.parametrize(
+    "name, content, mention",
+    [
+        ("a.jsonl", b"", "a.jsonl is empty"),
+        ("a.jsonl", b'{"messages": []}\n{"messages"\n', "a.jsonl, line 2: not valid JSON"),
+        ("a.csv", "messages\ncaf\xe9\n".encode("latin-1"), "a.csv: 'utf-8' codec can't decode"),
+        ("a.csv", b'messages,b\n"x\ny",1\na,b,c\n', "a.csv, line 4: 3 fields under 2 headings"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named_with_the_line(tmp_path, model, name, content, mention):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        prepared(tmp_path, model, {"dataset": str(tmp_path / name)})
+    assert mention in str(caught.value)
+
+
 def test_several_datasets_of_different_layouts_and_weights(tmp_path, model):
     chats(tmp_path, "a [1].jsonl", ["a"] * 30)
     files.write_lines(tmp_path / "b.jsonl", [{"instruction": "q", "output": "b"}] * 30)

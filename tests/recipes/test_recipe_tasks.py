@@ -135,7 +135,7 @@ def test_a_wrong_recipe_for_grpo_gets_a_sentence(tmp_path, monkeypatch, capsys, 
 
 @pytest.mark.parametrize(
     "options",
-    [{"loss_type": "dft"}, {"label_smoothing_factor": 0.2}, {"packing": True, "packing_strategy": "wrapped"}],
+    [{"loss_type": "dft"}, {"label_smoothing_factor": 0.2}, {"packing": True}, {"padding_free": True}],
     ids=lambda options: next(iter(options)),
 )
 def test_a_head_that_is_compressed_has_the_losses_that_are_asked_for(tmp_path, options):
@@ -148,7 +148,16 @@ def test_a_head_that_is_compressed_has_the_losses_that_are_asked_for(tmp_path, o
     assert losses["all-matrices"] == pytest.approx(losses["all-linear"], abs=1e-5)
     plain = files.finetuning(tmp_path)
     plain["training"]["max_steps"] = 1
-    assert abs(results(tmp_path, plain)[1][0]["loss"] - losses["all-linear"]) > 1e-4
+    same = results(tmp_path, plain)[1][0]["loss"] == pytest.approx(losses["all-linear"], abs=1e-5)
+    assert same == ("padding_free" in options)
+
+
+def test_fields_that_a_task_does_not_read_are_refused(tmp_path):
+    for name, value in (("loss_on", "everything"), ("labels", ["a"]), ("reward_funcs", ["a.b"])):
+        said = files.preferences(tmp_path)
+        said["data"][name] = value
+        with pytest.raises(ValueError, match=rf"data\.{name} is of .* has no effect on task=dpo"):
+            load_recipe(files.write(tmp_path, said))
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])
