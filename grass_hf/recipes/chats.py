@@ -88,7 +88,8 @@ class ChatEncoder:
         text = self.render(turns, **options)
         self._check_whole(turns, text, options)
         replies = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
-        weights = [turn.get("weight", 1) for turn in messages]
+        given = row.get("given", 0) + len(messages) - len(row["messages"]) if self.loss_on != "everything" else 0
+        weights = [turn.get("weight", int(at >= given)) for at, turn in enumerate(messages)]
         odd = next((at for at, turn in enumerate(messages) if turn.get("weight") and at not in replies), None)
         if self.loss_on == "everything":
             if all(weights):

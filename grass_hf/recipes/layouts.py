@@ -186,9 +186,9 @@ def _prompt_completion(row: Row) -> Row:
         return {"prompt": filled(row, "prompt"), "completion": filled(row, "completion")}
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    # what stands in the prompt is not learnt, replies among it neither
-    given = [turn | ({"weight": 0} if turn["role"] == "assistant" else {}) for turn in turns(prompt, "prompt")]
-    return {"messages": _with_system(row, [*given, *chat(completion, "completion")])}
+    said = _with_system(row, [*turns(prompt, "prompt"), *(answer := chat(completion, "completion"))])
+    given = len(said) - len(answer)  # what stands in the prompt is not learnt, replies among it neither
+    return {"messages": said} | ({"given": given} if any(t["role"] == "assistant" for t in said[:given]) else {})
 
 
 def _preference(row: Row) -> Row:
