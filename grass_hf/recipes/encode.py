@@ -219,4 +219,4 @@ class PreferenceEncoder:
             ids = self.chat.tokenizer(prompt + (answer or ""), verbose=False)["input_ids"]
             return len(ids) + (answer is not None and ids[-1] != self.chat.tokenizer.eos_token_id)
         options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-        return self.chat.length([*prompt, *(answer or [])], answer is None, options)
+        return self.chat.count([*prompt, *(answer or [])], answer is None, options)

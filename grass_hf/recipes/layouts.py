@@ -188,9 +188,9 @@ def _prompt_completion(row: Row) -> Row:
         return {"prompt": filled(row, "prompt"), "completion": filled(row, "completion")}
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    # what stands in the prompt is not learnt, replies among it neither
-    given = [turn | ({"weight": 0} if turn["role"] == "assistant" else {}) for turn in turns(prompt, "prompt")]
-    return {"messages": _with_system(row, [*given, *chat(completion, "completion")])}
+    said = _with_system(row, [*turns(prompt, "prompt"), *(answer := chat(completion, "completion"))])
+    given = len(said) - len(answer)  # what stands in the prompt is not learnt, replies among it neither
+    return {"messages": said} | ({"given": given} if any(t["role"] == "assistant" for t in said[:given]) else {})
 
 
 def _preference(row: Row) -> Row:
@@ -239,7 +239,10 @@ def _asturns(row: Row, name: str) -> list[Row]:
 def _classification(row: Row, classes: tuple) -> Row:
     label = int(row["label"]) if isinstance(row["label"], float) and row["label"].is_integer() else row["label"]
     if label is None or label == "" or (isinstance(label, int) and label < 0 and str(label) not in classes):
-        raise BadRow(f"label is {shown(label)}, and a row needs one (test splits of GLUE have -1)")
+        raise BadRow(
+            f"label is {shown(label)}, and a row needs one (test splits of GLUE have -1; "
+            f"a class can be named -1 in data.labels)"
+        )
     if isinstance(label, float):
         raise BadRow(f"label is {label!r}: classes are whole numbers or names")
     made = {"text": filled(row, "text"), "label": label}

@@ -69,6 +69,14 @@ _SAID_ELSEWHERE = {
     "model_init_kwargs": "the section model",
 }
 TRL = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig", "reward": "RewardConfig", "grpo": "GRPOConfig"}
+# Fields of data that only some tasks read.
+_ONLY = {
+    "loss_on": ("sft",),
+    "labels": ("classification",),
+    "reward_funcs": ("grpo",),
+    "system_prompt": tuple(TRL),
+    "ignore_fields": tuple(TRL),
+}
 
 
 def unknown(name: str, section: str, fields: Mapping[str, set[str]]) -> str:
@@ -106,13 +114,18 @@ def connect(task: str, data: DataSection, training: Any, given: Mapping[str, Any
         from .metrics import direction
 
         training.greater_is_better = direction(training.metric_for_best_model, _said(given.get("greater_is_better")))
+    for name, tasks in _ONLY.items():
+        if task not in tasks and getattr(data, name) not in (None, [], "replies"):
+            raise ValueError(f"data.{name} is of {', '.join(tasks)}, and has no effect on task={task}: leave it out.")
     if task not in TRL:
         return
     for name, where in _SAID_ELSEWHERE.items():
         if given.get(name) is not None:
             raise ValueError(f"training.{name} is set by {where}: write that instead.")
     if task != "grpo":
-        training.max_length = data.sequence_length
+        # rows are cut before TRL sees them, which it cannot know where it does not pad
+        loose = getattr(training, "padding_free", False) and not getattr(training, "packing", False)
+        training.max_length = None if loose else data.sequence_length
     elif not data.reward_funcs:
         raise ValueError("data.reward_funcs is missing: name the functions that score what the model writes.")
     elif training.max_completion_length >= data.sequence_length:

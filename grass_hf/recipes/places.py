@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,23 @@ class BadRow(ValueError):
 def place(files: Iterable[str], number: int) -> str:
     """``"chats.jsonl, line 17"`` for the row of a number, counted from 0 through all files."""
     for file in files:
-        for line, _ in _rows(Path(file)):
-            if number == 0:
-                return f"{file}, {line}"
-            number -= 1
-    return f"row {number}"
+        lines = _lines(str(file), os.stat(file).st_mtime_ns)
+        if number < len(lines):
+            return f"{file}, {lines[number]}"
+        number -= len(lines)
+    return f"row {number + 1}"
+
+
+@lru_cache(maxsize=16)
+def _lines(file: str, changed: int) -> list[str]:
+    """The place of every row, kept for the next bad one."""
+    return [line for line, _ in _rows(Path(file))]
 
 
 def complaint(files: Iterable[str]) -> str | None:
     """What is wrong with the first line of local files that is no row; None if nothing is found."""
     kinds: dict[str, type] = {}
+    files = list(files)
     for file in files:
         try:
             for line, row in _rows(Path(file)):
@@ -43,7 +52,8 @@ def complaint(files: Iterable[str]) -> str | None:
                         return f"{file}, {line}: {key} is {shown(value)}, and a {before.__name__} in the rows before"
         except (OSError, UnicodeDecodeError) as error:
             return f"{file}: {error}"
-    return None
+    empty = [str(file) for file in files if not os.path.getsize(file)]
+    return f"{empty[0]} is empty" if empty else None
 
 
 def shown(value: Any) -> str:

@@ -152,7 +152,7 @@ def closing(task: str, before: dict[str, Any], after: dict[str, Any]) -> str:
     """The last line: what training has changed."""
     if not after:
         return "nothing was held out, so nothing was measured"
-    names = {"classification": ("accuracy",), "pretraining": ("perplexity",), "sft": ("perplexity",)}.get(task, ())
+    names = {"classification": ("accuracy",), "reward": ("accuracy",), "grpo": ("reward",)}.get(task, ("perplexity",))
     name = next(name for name in (*names, "loss") if f"eval_{name}" in after or name == "loss")
     digits = 1 if name == "perplexity" else 4
     untrained, trained = (

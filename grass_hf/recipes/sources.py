@@ -79,14 +79,16 @@ def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
     if path.is_dir() and any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
         dataset = load_from_disk(str(path))
         if isinstance(dataset, DatasetDict):
-            _check_split(split, dataset, name)
+            if split not in dataset:
+                raise ValueError(_no_split(split, dataset, name))
             dataset = dataset[split]
         return Rows(dataset, name), None
     source, options, files = _found(data, name, path)
     splits = list(files) if path.exists() or _is_pattern(name) else []
-    if splits:
-        _check_split(split, splits, name)
-    beside = next((part for part in ("validation", "test") if part in splits and part != split), None)
+    named = [part.split("[")[0].strip() for part in split.split("+")]
+    if splits and not set(named) <= set(splits):
+        raise ValueError(_no_split(split, splits, name))
+    beside = next((part for part in ("validation", "test") if part in splits and part not in named), None)
     read: list[Rows] = []
     for part in (split, beside) if beside else (split,):
         try:
@@ -125,9 +127,8 @@ class _InMemory:
         return iter(self.rows)
 
 
-def _check_split(split: str, splits: Any, name: str) -> None:
-    if split.split("[")[0] not in splits:
-        raise ValueError(f"data: {name} has no split {split!r}: it has {', '.join(map(str, splits))}.")
+def _no_split(split: str, splits: Any, name: str) -> str:
+    return f"data: {name} has no split {split!r}: it has {', '.join(map(str, splits))}."
 
 
 def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any], dict[str, list[str]]]:
@@ -146,7 +147,9 @@ def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any
     if path.is_dir():
         every = (file.relative_to(path) for file in path.rglob("*") if file.is_file() and file.suffix in KINDS)
         seen = [file for file in every if not any(part.startswith((".", "__")) for part in file.parts)]
-        other = sorted({file.suffix for file in seen} - {file.suffix for file in local} - {".json", ".txt"})
+        read = {file.suffix for file in local}
+        other = sorted({file.suffix for file in seen} - read - {".json", ".txt"})
+        other = other or ([".tsv"] if {".csv", ".tsv"} <= read else [])  # one separator is used for all
         if other:
             raise ValueError(
                 f"data: {name} has files of several kinds, and those with {', '.join(other)} would not be read: name "
@@ -157,7 +160,7 @@ def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any
     if hasattr(config, "keep_default_na"):  # a CSV: words stay words, and cells stay as they are written
         options |= {"keep_default_na": False, "na_filter": False}
         if local:
-            with local[0].open(encoding="utf-8-sig", newline="") as lines:
+            with local[0].open(encoding="utf-8-sig", errors="replace", newline="") as lines:
                 head = next(csv.reader(lines, delimiter=config.sep), [])
             options["features"] = Features({column: Value("string") for column in head})
     return source, options, files

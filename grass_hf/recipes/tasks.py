@@ -160,11 +160,12 @@ def _encoded(recipe: Recipe, part: _Part, tokenizer: Any, labels: list[str], num
     elif task == "classification":
         encoder = encode.LabelEncoder(tokenizer, labels, numbers, length)
     else:
+        keep_end = getattr(training, "truncation_mode", "") == "keep_end"
+        used = None if task != "sft" or training.packing or keep_end else length
         # TRL has variants of templates for finetuning only
-        chat = encode.chat_encoder(tokenizer, data.loss_on if task == "sft" else "everything", data.system_prompt)
+        chat = encode.chat_encoder(tokenizer, data.loss_on if task == "sft" else "everything", data.system_prompt, used)
         if task == "sft":
-            most = None if training.packing else length
-            encoder = encode.Labelled(chat, most, training.truncation_mode == "keep_end")
+            encoder = encode.Labelled(chat, None if training.packing else length, keep_end)
         else:
             kinds = dict.fromkeys(name for name in part.names if name in encode.TRL_COLUMNS or task == "grpo")
             kinds |= {k: (part.rows.dataset.features or {}).get(part.names[k]) for k in kinds}

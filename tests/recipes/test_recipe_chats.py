@@ -100,6 +100,7 @@ def test_tool_calls_and_tools_are_rendered_and_learnt(name):
         ({"messages": CALLING}, "tool_calls"),
         ({"messages": CHAT, "tools": [TOOL]}, "the row has tools"),
         ({"messages": [CHAT[0], CHAT[1] | {"reasoning_content": "because"}]}, "reasoning_content='because'"),
+        ({"messages": [CHAT[0], CHAT[1] | {"reasoning_content": "one"}]}, "reasoning_content='one'"),
         ({"messages": [CHAT[0], CHAT[1] | {"audio": "a.wav"}]}, "audio='a.wav'"),
         ({"messages": [CHAT[0] | {"name": "Ann"}, CHAT[1]]}, "name='Ann'"),
         ({"messages": [CHAT[0] | {"weight": 1}, CHAT[1]]}, "weight"),
@@ -114,8 +115,9 @@ def test_what_a_template_leaves_out_is_refused_by_name(row, mention):
 
 def test_a_system_turn_that_a_template_drops_is_refused():
     without = "{% for m in messages if m['role'] != 'system' %}" + CHATML.split("%}", 1)[1]
-    with pytest.raises(BadRow, match=r"turn 1, of the system, has content='Be brief\.'"):
-        chat_encoder(made(without), "replies", "Be brief.")({"messages": CHAT})
+    for said in ("Be brief.", "s"):
+        with pytest.raises(BadRow, match="turn 1, of the system, has content="):
+            chat_encoder(made(without), "replies", said)({"messages": CHAT})
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen2_5", "phi3"])
@@ -153,3 +155,12 @@ def test_prompt_and_completion_are_one_text(kind):
     assert tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on]).startswith(("bank", "rbank", "erbank"))
     with pytest.raises(BadRow, match=r"data\.system_prompt"):
         chat_encoder(tokenizer, "replies", "Be brief.")({"prompt": "a", "completion": "b"})
+
+
+def test_replies_behind_the_cut_are_not_looked_for():
+    tokenizer, long = made(CHATML), [*CHAT * 30]
+    ids, mask = chat_encoder(tokenizer, "replies", None)({"messages": long})
+    rendered, render = [], tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda turns, **options: rendered.append(turns) or render(turns, **options)
+    cut_ids, cut_mask = chat_encoder(tokenizer, "replies", None, 100)({"messages": long})
+    assert cut_ids == ids and cut_mask[:100] == mask[:100] and len(rendered) < 16

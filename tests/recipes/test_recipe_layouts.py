@@ -1,7 +1,9 @@
 """Fields of rows and turns: honoured, refused by name, or left out where the recipe says so."""
 
 import pytest
+import recipe_tokenizers as tokenizers
 
+from grass_hf.recipes.chats import PLAIN_TEMPLATE, chat_encoder
 from grass_hf.recipes.layouts import converter, find_layout
 from grass_hf.recipes.places import BadRow
 
@@ -82,5 +84,10 @@ def test_replies_in_a_prompt_are_not_learnt():
     prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]}
     layout, names = find_layout("sft", "auto", row, {})
-    weights = [turn.get("weight") for turn in converter(layout, names)(row)["messages"]]
-    assert weights == [None, 0, None, None]
+    made = converter(layout, names)(row)
+    assert made == {"messages": [*prompt, {"role": "assistant", "content": "d"}], "given": 3}
+    tokenizer = tokenizers.byte_level(chat=PLAIN_TEMPLATE)
+    for loss_on, learnt in (("replies", "d"), ("everything", "### User:\na")):
+        ids, mask = chat_encoder(tokenizer, loss_on, None)(made)
+        text = tokenizer.decode([token for token, on in zip(ids, mask, strict=True) if on])
+        assert text.startswith(learnt)

@@ -187,6 +187,8 @@ def test_hidden_files_and_metadata_are_no_rows_and_splits_are_found(tmp_path, mo
     assert replies(found) == ["a", "b"] and replies(found, "evaluation") == ["v"]
     found = prepared(tmp_path, model, {"dataset": str(data), "eval_split": "test", "split": "train[:1]"})
     assert replies(found) == ["a"] and replies(found, "evaluation") == ["t"]
+    found = prepared(tmp_path, model, {"dataset": str(data), "split": "train+test[:1]"})
+    assert replies(found) == ["a", "b", "t"] and replies(found, "evaluation") == ["v"]
     with pytest.raises(ValueError, match="no split 'dev': it has train, validation, test"):
         prepared(tmp_path, model, {"dataset": str(data), "eval_split": "dev"})
 
@@ -197,6 +199,27 @@ def test_files_of_several_kinds_are_not_half_read(tmp_path, model):
     with pytest.raises(ValueError, match=r"several kinds, and those with \.csv would not be read"):
         prepared(tmp_path, model, {"dataset": str(tmp_path / "data")})
     assert replies(prepared(tmp_path, model, {"dataset": str(tmp_path / "data" / "*.jsonl")})) == ["a"]
+    (tmp_path / "tables").mkdir()
+    for name in ("a.csv", "b.tsv"):
+        (tmp_path / "tables" / name).write_text("text\nx\n")
+    with pytest.raises(ValueError, match=r"those with \.tsv would not be read"):
+        prepared(tmp_path, model, {"dataset": str(tmp_path / "tables")})
+
+
+@pytest.mark.parametrize(
+    "name, content, mention",
+    [
+        ("a.jsonl", b"", "a.jsonl is empty"),
+        ("a.jsonl", b'{"messages": []}\n{"messages"\n', "a.jsonl, line 2: not valid JSON"),
+        ("a.csv", "messages\ncaf\xe9\n".encode("latin-1"), "a.csv: 'utf-8' codec can't decode"),
+        ("a.csv", b'messages,b\n"x\ny",1\na,b,c\n', "a.csv, line 4: 3 fields under 2 headings"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named_with_the_line(tmp_path, model, name, content, mention):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        prepared(tmp_path, model, {"dataset": str(tmp_path / name)})
+    assert mention in str(caught.value)
 
 
 def test_several_datasets_of_different_layouts_and_weights(tmp_path, model):
@@ -221,9 +244,12 @@ def test_a_row_that_the_template_refuses_is_named_or_counted(tmp_path):
     data = {"dataset": str(tmp_path / "rows.jsonl"), "holdout": 1}
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 4: the chat template refuses the chat: .*must alternate"):
         prepared(tmp_path, where, data)
+    with (tmp_path / "rows.jsonl").open("a") as lines:
+        lines.write(json.dumps(bad | {"messages": []}) + "\n")
     for _ in range(2):  # from the cache the second time
         found = prepared(tmp_path, where, data | {"bad_rows": "skip", "holdout": 0})
-        assert len(found.train.bad) == 1 and "line 4" in found.train.bad[0] and len(found.train.dataset) == 2
+        assert len(found.train.dataset) == 2 and len(found.train.bad) == 2
+        assert all(f"line {at}" in note for at, note in zip((4, 5), found.train.bad, strict=True))
 
 
 def test_what_decides_about_tokens_decides_about_the_cache(tmp_path, model):

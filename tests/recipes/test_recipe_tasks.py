@@ -103,7 +103,12 @@ def test_grpo_is_driven_by_a_function_beside_the_recipe(tmp_path, system):
     before = load_file(tmp_path / "model" / "model.safetensors")
     said["training"]["max_steps"] = 3
     found, steps = results(tmp_path, said)
-    assert found["steps"] == 3 and "rewards/counted/mean" in steps[0] and steps[0]["grass/coverage"] > 0
+    assert (
+        found["steps"] == 3
+        and "reward after" in found
+        and "rewards/counted/mean" in steps[0]
+        and steps[0]["grass/coverage"] > 0
+    )
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in before if "q_proj" in name)
     first = prepare(load_recipe(files.write(tmp_path, said))).train.first()
@@ -126,6 +131,33 @@ def test_a_wrong_recipe_for_grpo_gets_a_sentence(tmp_path, monkeypatch, capsys, 
     said["training"] |= training
     assert files.grass(monkeypatch, "train", files.write(tmp_path, said)) == 2
     assert mention in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss_type": "dft"}, {"label_smoothing_factor": 0.2}, {"packing": True}, {"padding_free": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_head_that_is_compressed_has_the_losses_that_are_asked_for(tmp_path, options):
+    said = files.finetuning(tmp_path)
+    said["training"] |= {"max_steps": 1, **options}
+    losses = {}
+    for targets in ("all-linear", "all-matrices"):
+        said["grass"]["target_modules"] = targets
+        losses[targets] = results(tmp_path, said)[1][0]["loss"]
+    assert losses["all-matrices"] == pytest.approx(losses["all-linear"], abs=1e-5)
+    plain = files.finetuning(tmp_path)
+    plain["training"]["max_steps"] = 1
+    same = results(tmp_path, plain)[1][0]["loss"] == pytest.approx(losses["all-linear"], abs=1e-5)
+    assert same == ("padding_free" in options)
+
+
+def test_fields_that_a_task_does_not_read_are_refused(tmp_path):
+    for name, value in (("loss_on", "everything"), ("labels", ["a"]), ("reward_funcs", ["a.b"])):
+        said = files.preferences(tmp_path)
+        said["data"][name] = value
+        with pytest.raises(ValueError, match=rf"data\.{name} is of .* has no effect on task=dpo"):
+            load_recipe(files.write(tmp_path, said))
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])
