@@ -10,5 +10,5 @@ SHIPPED = {f"grass_hf.config.shipped.{folder}": folder for folder in ("configs",
 setup(
     packages=[*find_packages(include=["grass_hf*"]), *SHIPPED],
     package_dir=SHIPPED,
-    package_data={"grass_hf": ["py.typed"], **{package: ["**/*.json", "**/*.yaml"] for package in SHIPPED}},
+    package_data={"grass_hf": ["py.typed"], **{package: ["**/*.json", "**/*.yaml", "**/*.py"] for package in SHIPPED}},
 )

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from ..config.quiet import quiet
 from ..config.settings import GrassConfig, parse_field
 from ..config.shipped_files import model_config_file
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
 from .bench_commands import memory, speed
-from .errors import is_ours, need
 from .network_commands import TARGETS, comm, names, net
 from .quality import quality, report
 from .recipe_files import recipes
@@ -109,7 +106,6 @@ def train(
 
     `grass-hf validate` finds mistakes without training; docs/recipes.md lists every field.
     """
-    need("datasets", "trl")
     from .train import run_train
 
     run_train(recipe, context.args, grass=not no_grass, dry_run=dry_run, overwrite=overwrite, json=json)
@@ -136,7 +132,6 @@ def validate(
     Rows are read and tokenised as for training, one example is shown as the model will see it, and the peak memory of a
     step is estimated as by `grass-hf estimate`. The first mistake is one sentence, and the exit code is 2.
     """
-    need("datasets", "trl")
     from .train import run_validate
 
     run_validate(
@@ -274,26 +269,3 @@ def estimate(
         network=network,
         **setting,
     )
-
-
-def main() -> None:
-    """Entry point of ``grass-hf``: our own sentences about what the user asked for are one line and exit code 2.
-
-    Errors of others, and ours about what happened in training (not finite, ranks that part), keep their traceback.
-    """
-    from .run import Script, run_script
-
-    quiet()
-    try:
-        try:
-            app(prog_name="grass-hf")
-        except Script as asked:
-            script, words = asked.script, asked.words
-        else:
-            return
-        run_script(script, words)
-    except (autoload_module.AutoloadError, ValueError) as error:
-        if not is_ours(error):
-            raise
-        print(f"grass-hf: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import importlib.util
 from types import TracebackType
 
 _PACKAGE = __package__.partition(".")[0]
@@ -27,16 +26,3 @@ def is_ours(error: BaseException) -> bool:
 def _raises(where: TracebackType) -> bool:
     code = where.tb_frame.f_code.co_code
     return dis.opname[code[where.tb_lasti]] == "RAISE_VARARGS"
-
-
-def need(*packages: str) -> None:
-    """Check that what recipes are made of is installed, before it is imported.
-
-    Raises:
-        ValueError: it is not.
-    """
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"recipes need {' and '.join(missing)}, which is not installed: pip install 'grass-hf[train]'."
-        )

@@ -96,6 +96,9 @@ def _with_needed(path: Path) -> list[Path]:
             found = shipped_files.shipped_file(name)
             if found is not None and found not in files:
                 files.append(found)
+    # functions of rewards, which a recipe finds in its own folder
+    text = path.read_text(encoding="utf-8")
+    files += [script for script in sorted(path.parent.glob("*.py")) if re.search(rf"\b{script.stem}\b", text)]
     return files
 
 

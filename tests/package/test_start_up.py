@@ -13,9 +13,21 @@ from grass_hf.config import extras, quiet
 from grass_hf.recipes import trainer_fields
 from grass_hf.recipes.names import TRL
 
-ROOT = Path(__file__).resolve().parents[1]
-WITHOUT_TORCH = "import sys, runpy; sys.argv[0] = 'grass-hf'\ntry: runpy.run_module('grass_hf', run_name='__main__')\nfinally: print('heavy:', sorted({'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules)))"
-RECIPE = "task: pretraining\nmodel: {config_name: llama_4m, tokenizer_vocab_size: 300}\ndata: {dataset: sotu}\ntraining: {output_dir: out}\n"
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_TORCH = """
+import runpy, sys
+sys.argv[0] = "grass-hf"
+try:
+    runpy.run_module("grass_hf", run_name="__main__")
+finally:
+    print("heavy:", sorted({"torch", "transformers", "datasets", "trl"} & set(sys.modules)))
+"""
+RECIPE = """
+task: pretraining
+model: {config_name: llama_4m, tokenizer_vocab_size: 300}
+data: {dataset: sotu}
+training: {output_dir: out}
+"""
 
 
 def call(folder, *words):
@@ -88,10 +100,11 @@ def test_a_class_that_the_sources_do_not_explain_is_asked_itself():
 
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path):
     for name in ("datasets", "trl"):
-        block = f"import sys; sys.modules[{name!r}] = None; sys.argv = ['x', 'validate', 'llama_demo_sotu']; from grass_hf.cli import main; main()"
+        block = f"import sys; sys.modules[{name!r}] = None; sys.argv = ['x', 'validate', 'llama_demo_sotu']; "
+        block += "from grass_hf.cli import main; main()"
         done = call(tmp_path, "-c", block)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
-        assert f"needs {name}, which is not installed: pip install 'grass-hf[train]'." in done.stderr
+        assert f" {name}, which is not installed: pip install 'grass-hf[train]'." in done.stderr
     setup = (ROOT / "setup.cfg").read_text()
     for package, extra in extras._EXTRA_OF.items():
         assert f"\n{extra} =" in setup and package.replace("_", "-") in setup.replace("_", "-")
@@ -104,9 +117,6 @@ def test_only_lines_about_nothing_are_left_out():
     )
     done = call(ROOT, "-c", code)
     assert "Failed" not in done.stderr and "your optimizer is wrong" in done.stderr
-    told = call(
-        ROOT,
-        "-c",
-        f"import os; os.environ[{quiet.VARIABLE!r}] = '1'; import grass_hf, logging; logging.getLogger('torchao').warning('Failed to load x')",
-    )
+    code = "import grass_hf, logging; logging.getLogger('torchao').warning('Failed to load x')"
+    told = call(ROOT, "-c", f"import os; os.environ[{quiet.VARIABLE!r}] = '1'; {code}")
     assert told.stderr == ""
