@@ -132,7 +132,8 @@ class ChatEncoder:
             marked[-2:] = [(marked[-2][0], marked[-1][1])]
         if len(marked) == count:
             return marked[-len(replies) :]
-        spans, limit = [], self._limit(text)
+        spans: list[Span] = []
+        limit = self._limit(text)
         for number in replies:
             if spans and spans[-1][1] >= limit:  # each reply costs two renderings of all before it
                 spans.append((len(text), len(text)))
