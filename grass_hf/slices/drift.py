@@ -111,6 +111,13 @@ class Drift:
         if getattr(weight, "touched", False):  # FSDP2 gives its parameters the attributes of those before
             weight.touched = False
 
+    def note_plain(self, active: Tensor, weight: FrozenWeight, dtype: torch.dtype) -> None:
+        """`note` for tensors that are known, of plain classes: after every step."""
+        self.marks = active._version, active.data_ptr(), weight._version
+        self.dtype, self.near = dtype, False
+        if weight.touched:
+            weight.touched = False
+
 
 def check_pass(part: Slice) -> None:
     """Look before a training forward pass.
@@ -127,6 +134,31 @@ def check_pass(part: Slice) -> None:
         confirm(part)
 
 
+def check_plain_pass(part: Slice, active: Tensor, weight: Tensor) -> None:
+    """`check_pass` in as few operations as can be, for every layer's every pass.
+
+    Args:
+        part: the slice.
+        active, weight: its parameter, and its weight.
+
+    Raises:
+        RuntimeError: as `check_pass`.
+    """
+    record = part.drift
+    if type(weight) is not FrozenWeight or type(active) is not nn.Parameter or record.sharded:
+        check_pass(part)
+        return
+    record.seen = True
+    record.passes = passes = record.passes + 1
+    if (
+        record.look
+        or not passes & (passes - 1)
+        or weight.touched
+        or record.marks != (active._version, active.data_ptr(), weight._version)
+    ):
+        confirm(part)
+
+
 def check_step(parts: Iterable[Slice]) -> None:
     """Look before an optimizer's step at slices that no forward pass could look at.
 
@@ -135,6 +167,13 @@ def check_step(parts: Iterable[Slice]) -> None:
     """
     for part in parts:
         record = part.drift
+        weight, marks = part.owner._parameters.get(part.parameter), record.marks
+        if record.seen and record.sharded is False and type(weight) is FrozenWeight and marks is not None:
+            # nearly always: `weight_changed` in as few operations as can be
+            record.seen = False
+            if weight.touched or weight._version != marks[2]:
+                confirm(part)
+            continue
         if record.sharded is None:
             record.sharded = sharding.is_sharded(part.active)
         # what has changed a slice since a forward pass is written back with it; a change of the weight would be lost
