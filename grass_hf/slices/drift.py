@@ -32,49 +32,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .frozen_weight import FrozenWeight, track
 from .ops import sharding
 from .ops.int8 import is_int8
 from .ops.rounding import loses_digits
 from .part import local_part
+from .parted import sentence
 
 if TYPE_CHECKING:
     from .slice import Slice
 
 logger = logging.getLogger(__name__)
-
-_REMEDY = (
-    "Make one optimizer with grass_optimizer(model, ...) and let nothing else move the parameters; or call "
-    "restore_model(model), which keeps the weights, and convert the model again."
-)
-
-
-class FrozenWeight(nn.Parameter):
-    """A weight that knows whether somebody has asked for its ``.data``, through which it changes without a mark."""
-
-    touched = False
-
-    @property
-    def data(self) -> Tensor:
-        self.touched = True
-        return Tensor.data.__get__(self)
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        self.touched = True
-        Tensor.data.__set__(self, value)
-
-
-def track(weight: nn.Parameter) -> None:
-    """Note from now on who asks for a weight's ``.data``; parameters of other classes are left as they are."""
-    if type(weight) is nn.Parameter:
-        weight.__class__ = FrozenWeight
-
-
-def untrack(weight: nn.Parameter) -> None:
-    """Undo `track`."""
-    if type(weight) is FrozenWeight:
-        vars(weight).pop("touched", None)
-        weight.__class__ = nn.Parameter
 
 
 class Drift:
@@ -219,7 +187,7 @@ def _confirm(part: Slice) -> None:
         logger.info("%s: its weight was changed, and the slice follows it.", part.state.name)
         part.take_new_weight()
         return
-    raise RuntimeError(_parted(part, parted))
+    raise RuntimeError(sentence(part, parted))
 
 
 def check_shape(part: Slice) -> None:
@@ -317,16 +285,3 @@ def _warn_of_cast(dtype: torch.dtype, before: torch.dtype) -> None:
             before,
             dtype,
         )
-
-
-def _parted(part: Slice, moved: set[str]) -> str:
-    if moved == {"slice"}:
-        return (
-            f"the slice of {part.state.name} was changed and its weight was not, so the model does not compute with "
-            "what is trained: an optimizer that does not drive the slices took a step, or one that moves parameters "
-            f"itself (SAM, an average of parameters, local SGD). {_REMEDY}"
-        )
-    return (
-        f"the slice of {part.state.name} and its weight hold different values: something moved them on its own (an "
-        f"average of parameters, a copy, an optimizer that does not drive the slices). {_REMEDY}"
-    )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .drift import FrozenWeight
+from .frozen_weight import FrozenWeight
 from .ops import sharding
 from .ops.rounding import loses_digits, round_stochastically
 from .ops.rows import along_slice, take_rows

@@ -22,6 +22,7 @@ from . import checks, drift, exchange
 from .doors import Doors
 from .drift import Drift
 from .evaluated import check_after_evaluation
+from .frozen_weight import FrozenWeight
 from .matrices import Matrices
 from .ops import int8, sharding, tap
 from .ops.double_backward import refuse_transforms
@@ -35,7 +36,7 @@ from .ops.tapped_linear import tapped_linear
 from .part import Part, SliceState, local_part
 
 # Of which `linear` knows all that happens to them; fake ones are an estimator's.
-_PLAIN = frozenset({Tensor, nn.Parameter, drift.FrozenWeight, FakeTensor})
+_PLAIN = frozenset({Tensor, nn.Parameter, FrozenWeight, FakeTensor})
 _LIVING: weakref.WeakSet[Slice] = weakref.WeakSet()
 _made = 0
 

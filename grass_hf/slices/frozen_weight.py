@@ -1,0 +1,34 @@
+"""A frozen weight that notes where its values may be changed without a mark; see `grass_hf.slices.drift`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class FrozenWeight(nn.Parameter):
+    """A weight that knows whether somebody has asked for its ``.data``, through which it changes without a mark."""
+
+    touched = False
+
+    @property
+    def data(self) -> Tensor:
+        self.touched = True
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.touched = True
+        Tensor.data.__set__(self, value)
+
+
+def track(weight: nn.Parameter) -> None:
+    """Note from now on who asks for a weight's ``.data``; parameters of other classes are left as they are."""
+    if type(weight) is nn.Parameter:
+        weight.__class__ = FrozenWeight
+
+
+def untrack(weight: nn.Parameter) -> None:
+    """Undo `track`."""
+    if type(weight) is FrozenWeight:
+        vars(weight).pop("touched", None)
+        weight.__class__ = nn.Parameter
