@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class Drift:
         weight = weight_of(part)
         self.marks, self.dtype, self.near = _marks(part, weight), dtype or weight.dtype, False
         if getattr(weight, "touched", False):  # FSDP2 gives its parameters the attributes of those before
-            weight.touched = False
+            weight.touched = False  # type: ignore[attr-defined]  # whatever class FSDP2 gave it
 
     def note_plain(self, active: Tensor, weight: FrozenWeight, dtype: torch.dtype) -> None:
         """`note` for tensors that are known, of plain classes: after every step."""
@@ -225,7 +225,7 @@ def _marks(part: Slice, weight: nn.Parameter) -> tuple:
     return *_mark(active), *_mark(weight)
 
 
-def _mark(tensor: Tensor) -> tuple[int, int]:
+def _mark(tensor: Any) -> tuple[int, int]:
     tensor = getattr(tensor, "_local_tensor", tensor)  # DTensor's
     tensor = tensor.int_data if is_int8(tensor) else tensor
     if isinstance(tensor, FakeTensor) or tensor.is_inference():

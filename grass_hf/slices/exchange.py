@@ -138,9 +138,9 @@ def _load_selection(part: Slice, selection: Selection, seed: str | None) -> Tens
     old = part.rank_part(part, True)
     kept, before = old.active.clone(), None if old.write is None else old.write.clone()
     part.index.copy_(selection.index)
-    if selection.write is not None:
-        part.rho.copy_(selection.rho)
-        part.write.copy_(selection.write)
+    for kept_values, chosen in ((part.rho, selection.rho), (part.write, selection.write)):
+        if kept_values is not None and chosen is not None:
+            kept_values.copy_(chosen)
     own = part.rank_part(part, False)
     source = own.of(source).to(kept.device)
     values = own.take().to(kept.dtype)
@@ -148,9 +148,9 @@ def _load_selection(part: Slice, selection: Selection, seed: str | None) -> Tens
     if before is not None:
         rows = rows * along_slice(before.gather(-1, source.clamp(min=0)), part.dim)
     values = torch.where(along_slice(source >= 0, part.dim), rows.to(values.dtype), values)
-    if own.write is not None:
+    if own.write is not None and own.rho is not None:
         values = values / along_slice(own.write, part.dim)
-        values = values.masked_fill(along_slice(own.rho == 0, part.dim), 0.0)
+        values = values.masked_fill(along_slice(own.rho.eq(0), part.dim), 0.0)
     own.keep(values)
     if seed is not None:
         part.write_back()  # rows that stay are kept at their nearest value

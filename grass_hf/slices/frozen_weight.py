@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+
+# torch's own property, to which a class of torch's has no annotation
+_DATA: Any = Tensor.data
 
 
 class FrozenWeight(nn.Parameter):
@@ -13,12 +18,12 @@ class FrozenWeight(nn.Parameter):
     @property
     def data(self) -> Tensor:
         self.touched = True
-        return Tensor.data.__get__(self)
+        return _DATA.__get__(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         self.touched = True
-        Tensor.data.__set__(self, value)
+        _DATA.__set__(self, value)
 
 
 def track(weight: nn.Parameter) -> None:
@@ -31,4 +36,4 @@ def untrack(weight: nn.Parameter) -> None:
     """Undo `track`."""
     if type(weight) is FrozenWeight:
         vars(weight).pop("touched", None)
-        weight.__class__ = nn.Parameter
+        weight.__class__ = nn.Parameter  # type: ignore[assignment]  # what it was before `track`

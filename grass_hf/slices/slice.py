@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def living_slices() -> Iterator[Slice]:
     return iter(list(_LIVING))
 
 
-class Slice(Doors, nn.Module):
+class Slice(Doors):
     """The trained rows or columns of one weight; a child ``<parameter>_slice`` of the module that holds the weight.
 
     Args:
@@ -82,6 +83,8 @@ class Slice(Doors, nn.Module):
         rank_part: says what this rank has of the weight and the slice; `part.local_part`, or an engine's own.
     """
 
+    owner: nn.Module
+    before: Any
     index: Tensor
     rho: Tensor | None
     write: Tensor | None
@@ -154,7 +157,8 @@ class Slice(Doors, nn.Module):
         if self.norms is not None:
             # as gradients are: a copy has none yet
             self.norms = torch.zeros_like(self.norms, requires_grad=True)
-            self.active.grass_keeps_grad = self.rank_part is local_part
+            active: Any = self.active
+            active.grass_keeps_grad = self.rank_part is local_part
         self._register()
 
     def _register(self) -> None:
@@ -217,7 +221,7 @@ class Slice(Doors, nn.Module):
         """`ops.grouped_linear.grouped_linear` with this weight of experts."""
         extras = self._extras()
         extras.pop("by_sequence")  # tokens come sorted by expert, their sequences are not known any more
-        placed = {"side": self.side, "transposed": self.transposed}
+        placed: dict[str, Any] = {"side": self.side, "transposed": self.transposed}
         return grouped_linear(x, self.weight, tokens, self.active, self.index, **placed, **extras)
 
     def matrices(self, layout: Layout) -> Matrices:
@@ -226,7 +230,7 @@ class Slice(Doors, nn.Module):
         extras.pop("by_sequence")  # which tokens an expert sees says nothing about their sequences
         return Matrices(self.active, self.index, dim=self.dim, layout=layout, **extras)
 
-    def _extras(self) -> dict[str, Tensor | bool | None]:
+    def _extras(self) -> dict[str, Any]:
         if not torch.compiler.is_compiling():
             refuse_transforms()
             look = drift.check_pass if torch.is_grad_enabled() else check_after_evaluation
@@ -239,7 +243,8 @@ class Slice(Doors, nn.Module):
     def observe(self) -> None:
         """Collect squared gradient norms during the coming backward passes, until `end_observation`."""
         # Engines that shard put other parameters in its place, or take gradients away after every backward.
-        self.active.grass_keeps_grad = self.rank_part is local_part and not sharding.is_sharded(self.active)
+        active: Any = self.active
+        active.grass_keeps_grad = self.rank_part is local_part and not sharding.is_sharded(self.active)
         dtype = accumulation_dtype(self.weight.dtype)
         shape = (*self.index.shape[:-1], self.state.size)
         self.norms = torch.zeros(shape, dtype=dtype, device=self.index.device, requires_grad=True)
@@ -247,6 +252,7 @@ class Slice(Doors, nn.Module):
     def end_observation(self) -> Tensor:
         """Stop observing; the squared norms (..., size), zero if no backward reached the layer."""
         norms, self.norms = self.norms, None
+        assert norms is not None  # `observe` was called
         return torch.zeros_like(norms) if norms.grad is None else norms.grad
 
     def drop_stale_norms(self) -> None:
@@ -262,7 +268,7 @@ class Slice(Doors, nn.Module):
         if norms is None or norms.device == (device := self.index.device):
             return
         self.observe()
-        if norms.grad is not None and not norms.is_meta:
+        if self.norms is not None and norms.grad is not None and not norms.is_meta:
             self.norms.grad = norms.grad.to(device)
 
     def extra_repr(self) -> str:

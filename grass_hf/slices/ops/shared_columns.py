@@ -8,6 +8,7 @@ gather serves them all.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,9 +19,16 @@ from .rows import gathered_columns, selects_faster, take_columns
 class SharedColumns:
     """The latest columns gathered for a group of layers; holds nothing alive by itself."""
 
-    def __init__(self):
-        self._source = self._columns = lambda: None
-        self._key = self._index = self._count = self._expanded = None
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._source: Callable[[], Tensor | None] = lambda: None
+        self._columns: Callable[[], Tensor | None] = lambda: None
+        self._key: tuple | None = None
+        self._index: Tensor | None = None
+        self._expanded: Tensor | None = None
+        self._count = 0
 
     def gather(self, x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         """``x[..., index]`` in `dtype`: the tensor that was made for another layer of the group, if there is one.
@@ -59,7 +67,7 @@ class SharedColumns:
         return {}  # weak references cannot be pickled, and a copy has its own inputs
 
     def __setstate__(self, state):
-        self.__init__()
+        self._forget()
 
     def __deepcopy__(self, memo):
         return memo.setdefault(id(self), SharedColumns())
