@@ -85,6 +85,7 @@ def test_public_names():
 
     expected = {"GrassConfig", "convert_to_grass", "grass_optimizer", "restore_model", "register", "estimate_memory"}
     expected |= {"GrassCallback", "MuonAdamW", "GrassOptimizerFactory", "last_complete_checkpoint", "save_plain"}
+    expected |= {"WeightDelta"}
     assert set(grass_hf.__all__) == expected
     for name in grass_hf.__all__:
         assert getattr(grass_hf, name).__doc__

@@ -52,15 +52,19 @@ class FrozenWeight(nn.Parameter):
     """A weight that knows whether somebody has asked for its ``.data``, through which it changes without a mark."""
 
     touched = False
+    # how often that was, for `slices.changes`
+    reads = 0
 
     @property
     def data(self) -> Tensor:
         self.touched = True
+        self.reads += 1
         return Tensor.data.__get__(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         self.touched = True
+        self.reads += 1
         Tensor.data.__set__(self, value)
 
 
@@ -73,7 +77,8 @@ def track(weight: nn.Parameter) -> None:
 def untrack(weight: nn.Parameter) -> None:
     """Undo `track`."""
     if type(weight) is FrozenWeight:
-        vars(weight).pop("touched", None)
+        for name in ("touched", "reads"):
+            vars(weight).pop(name, None)
         weight.__class__ = nn.Parameter
 
 

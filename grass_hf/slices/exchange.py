@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .changes import Changes
 from .drift import Drift
 from .ops import int8, sharding
 from .ops.rounding import loses_digits, round_stochastically
@@ -41,6 +42,7 @@ class Exchange:
     rank_part: Callable[[Exchange, bool], Part]
     state: SliceState
     drift: Drift
+    changes: Changes | None = None
 
     @property
     def is_released(self) -> bool:
@@ -84,7 +86,10 @@ class Exchange:
         if part.write is not None:
             # Padding repeats another row's number, so it must repeat its value.
             rows = take_rows(rows, Selection(part.index).first_positions(self.state.size), self.dim)
-        part.put(rows, seed)
+        if self.changes is None:
+            part.put(rows, seed)
+        else:
+            self.changes.put(part, rows, seed)
         self.drift.note(self)
 
     @torch.no_grad()
@@ -97,7 +102,11 @@ class Exchange:
         if self.state.owed == 1.0:
             return
         with self.held():
-            self.rank_part(self, False).decay(self.state.owed, seed)
+            part = self.rank_part(self, False)
+            if self.changes is None:
+                part.decay(self.state.owed, seed)
+            else:
+                self.changes.decay(part, self.state.owed, seed)
             self.state.owed = 1.0
             self.write_back()
 

@@ -72,6 +72,7 @@ class Slice(Doors, Exchange, nn.Module):
         index: int64 buffer (..., r), not persistent.
         rho, write: float buffers (..., r), not persistent; None unless the rule draws with replacement.
         drift: what it knows of the last moment when it and its weight held the same values.
+        changes: what was written into the weight, while somebody keeps track of it (`grass_hf.WeightDelta`).
         norms: the leaf (..., size) that collects squared norms while an observation is due, else None.
         dim: -2 or -1, the dimension of weight and slice along which rows (columns) are selected.
         before: what the weight was before, `surgery.Before`.
