@@ -24,13 +24,8 @@ def apply_patches(
     Raises:
         ValueError: a name is not in the state, or its dtype or shape is another; nothing of that patch is written.
     """
-    others: dict[str, list[str]] = {}
-    for other, first in (aliases or {}).items():
-        others.setdefault(first, []).append(other)
     for name, indices, values in patches:
-        targets = [state[each] for each in (name, *others.get(name, ())) if each in state]
-        if not targets:
-            raise ValueError(f"the replica has no {name}: it is of another model than the trainer's.")
+        targets = _targets(state, name, aliases)
         for target in targets:
             _check(name, target, indices, values)
         for target in targets:
@@ -38,6 +33,29 @@ def apply_patches(
                 target.copy_(values)
             else:
                 target.view(-1)[indices.to(target.device, torch.int64)] = values.to(target.device)
+
+
+def check_patches(
+    state: dict[str, Tensor],
+    patches: Iterable[tuple[str, Tensor | None, Tensor]],
+    aliases: dict[str, str] | None,
+    source: object,
+) -> None:
+    """What `apply_patches` would raise, for all patches together and with the name of where they come from."""
+    for name, indices, values in patches:
+        try:
+            for target in _targets(state, name, aliases):
+                _check(name, target, indices, values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+
+def _targets(state: dict[str, Tensor], name: str, aliases: dict[str, str] | None) -> list[Tensor]:
+    names = [name, *(other for other, first in (aliases or {}).items() if first == name)]
+    targets = [state[each] for each in names if each in state]
+    if not targets:
+        raise ValueError(f"the replica has no {name}: it is of another model than the trainer's.")
+    return targets
 
 
 def _check(name: str, target: Tensor, indices: Tensor | None, values: Tensor) -> None:

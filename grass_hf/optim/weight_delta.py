@@ -118,6 +118,11 @@ class WeightDelta:
         controller = self.controller
         return -1 if controller is None else controller.step
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank gives anything: all do that have shards, else the first."""
+        return any(not own_values(tensor, first=self._is_first()).replica for tensor in self._tensors().values())
+
     def close(self) -> None:
         """Follow the model no longer."""
         for part in self._slices():
