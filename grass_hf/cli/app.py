@@ -10,7 +10,7 @@ import typer
 from ..config.settings import GrassConfig, parse_field
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
-from .bench_commands import memory, speed
+from .bench_commands import memory, rollout, speed
 from .errors import is_ours
 from .network_commands import TARGETS, comm, names, net
 from .quality import quality, report
@@ -32,7 +32,7 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure Grass against its limits and its peers on this machine.")
 app.add_typer(bench, name="bench")
 app.add_typer(adapter_commands)
-for command in (speed, memory, comm, net, quality, report):
+for command in (speed, memory, rollout, comm, net, quality, report):
     bench.command(command.__name__)(command)
 
 

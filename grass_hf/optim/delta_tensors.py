@@ -49,6 +49,11 @@ class Others:
         self._copies: dict[str, Tensor] = {}
         self._marks: dict[str, tuple] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Of the copies."""
+        return sum(copy.nbytes for copy in self._copies.values())
+
     def copy(self, name: str) -> Tensor | None:
         """What this rank has sent of a tensor, (count,); None if that is not known."""
         return self._copies.get(name)

@@ -119,6 +119,11 @@ class WeightDelta:
         return -1 if controller is None else controller.step
 
     @property
+    def copied_bytes(self) -> int:
+        """Of the copies that are kept of parameters without slices and of buffers."""
+        return self._others.nbytes
+
+    @property
     def speaks(self) -> bool:
         """Whether this rank gives anything: all do that have shards, else the first."""
         return any(not own_values(tensor, first=self._is_first()).replica for tensor in self._tensors().values())
