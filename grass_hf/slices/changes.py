@@ -119,6 +119,10 @@ class Changes:
         index = self.part.index
         return torch.arange(self.part.state.size, device=index.device).expand(*index.shape[:-1], -1)
 
+    def take_mark(self) -> None:
+        """What was written just now is known."""
+        self._mark = self._now()
+
     def forget(self) -> None:
         """Begin anew: what there is now has been sent."""
         self.entries, self.whole, self._mark = [], None, self._now()

@@ -2,9 +2,9 @@
 
 Two trainers of the same model take the same steps in turn. AdamW keeps float32 weights, of which the engine gets the
 bfloat16 values; what changed is found as the projects do that send sparse patches: a copy of all bfloat16 weights, and
-a comparison of the whole model after every step. Grass trains bfloat16 weights and float32 slices, and `WeightDelta` says
-what changed; its time is what the comparisons add to the write-back of the slices, and the reading of the patches. An
-element costs its value and an int32 index in both.
+a comparison of the whole model after every step. Grass trains bfloat16 weights and float32 slices, and `WeightDelta`
+says what changed; its time is what the comparisons add to the write-back of the slices, and the reading of the patches.
+An element costs its value and an int32 index in both.
 
 GRPO-like updates: the gradient that GRPO's first pass over a batch has, sum of advantage x log-probability, the
 advantages normalised within groups of sequences. Which tokens these are of changes nothing here: they are random.
@@ -157,15 +157,18 @@ class _Clock:
     def __init__(self, followed: list[Changes]):
         self.seconds = 0.0
         for changes in followed:
-            changes.put = self._timed(changes.put)
+            changes.put = self._timed(changes)
 
-    def _timed(self, put: Callable) -> Callable:
+    def _timed(self, changes: Changes) -> Callable:
+        put = changes.put
+
         def timed(held: Part, rows: Tensor, seed: str | None) -> None:
             begun = time.perf_counter()
             put(held, rows, seed)
             both = time.perf_counter()
             held.put(rows, seed)
             self.seconds += (both - begun) - (time.perf_counter() - both)
+            changes.take_mark()
 
         return timed
 
