@@ -15,11 +15,13 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..convert.record import grass_slices
 from ..slices.changes import DECAYED, Changes
+from ..slices.ops.sharding import shape_of
 from ..slices.own_values import OwnValues, own_values
 from ..slices.slice import Slice
 from . import delta_patches, delta_state
@@ -122,6 +124,10 @@ class WeightDelta:
     def copied_bytes(self) -> int:
         """Of the copies that are kept of parameters without slices and of buffers."""
         return self._others.nbytes
+
+    def shape(self, name: str) -> torch.Size:
+        """Of a tensor of the plain state dict, all ranks' parts of it."""
+        return shape_of(self._tensors()[name])
 
     @property
     def speaks(self) -> bool:
