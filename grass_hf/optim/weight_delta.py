@@ -30,6 +30,7 @@ from .delta_tensors import NEW, Others, check_driver, converted_root, plain_tens
 
 logger = logging.getLogger(__name__)
 
+ASKED = "asked for"
 _GONE = "no slice is left on it, which would know what changed"
 
 
@@ -173,7 +174,7 @@ class WeightDelta:
 
     def full(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
         """All of the state dict, as `patches` would give it: the anchor from which a replica starts."""
-        self._why_all = "asked for"
+        self._why_all = ASKED
         return self.patches()
 
     def packets(self, columns: bool | None = None) -> Iterator[Patch]:
@@ -252,7 +253,7 @@ class WeightDelta:
             part.changes.forget()
         self._remember(tensors)
         self.number, self.last = sync.number, sync
-        outside = [name for name, reason in sync.whole.items() if reason not in (DECAYED, "asked for")]
+        outside = [name for name, reason in sync.whole.items() if reason not in (DECAYED, ASKED)]
         if outside:
             every = "all weights are" if sync.is_full else f"{len(outside)} weights ({outside[0]}, ...) are"
             logger.warning("synchronisation %d: %s sent whole: %s.", sync.number, every, sync.whole[outside[0]])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .ops import int8, sharding
 from .ops.rounding import loses_digits, round_stochastically
-from .ops.rows import along_slice, put_rows, take_rows
+from .ops.rows import along_slice, put_rows, take_columns, take_rows
 from .ops.selection import bounds, seeded
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ class Part:
     def stored(self) -> Tensor:
         """The rows (columns) `index` as a plain checkpoint has them, shaped like the slice; without a collective, what
         other ranks hold of them is zero."""
+        if self.dim == -1 and self.index.dim() == 1:
+            return take_columns(self.weight, self.index)
         return self.take()
 
     def loaded(self, dtype: torch.dtype) -> Tensor:

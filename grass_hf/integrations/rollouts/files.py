@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...optim.delta_patches import Patch
-from ...optim.weight_delta import WeightDelta
+from ...optim.weight_delta import ASKED, WeightDelta
 from ...slices.ops.bits import as_bits
 from ...slices.ops.sharding import world_size
 
@@ -114,7 +114,7 @@ class SyncWriter:
         follows = not full and here is not None and here[1:] == (self.delta.key, self.delta.number)
         sequence = 1 + max([at[0] for _, _, at in ranks if at is not None], default=0)
         if not follows:
-            self.delta.all_changed("the anchor of a replica")
+            self.delta.all_changed(ASKED)
         patches = list(self.delta.packets())
         if not speaks:
             self.nbytes = 0
