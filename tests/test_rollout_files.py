@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +127,12 @@ def test_delta_apply_reads_a_folder(tmp_path):
         run_delta_apply(str(tmp_path / "base"), str(run.folder), output=tmp_path / "b", back=True, overwrite=False)
     command = [sys.executable, "-m", "grass_hf", "delta", "apply", "--help"]
     assert "synchronisations" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "rollouts.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    held = {}
+    exec(page.split("```python")[1].split("```")[0], held)
+    for name, tensor in held["model"].state_dict().items():
+        assert torch.equal(held["engine"].state_dict()[name], tensor), name
