@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -35,9 +35,9 @@ class Conversion:
     config: GrassConfig
     left_out: dict[str, str]
     ddp_ignored: object
-    driver: weakref.ref | None = None
+    driver: weakref.ref[Any] | None = None
     delta: WeightDelta | None = None
-    delta_saved: dict | None = None
+    delta_saved: dict[str, Any] | None = None
 
     def __post_init__(self):
         _CONVERSIONS.add(self)
@@ -77,6 +77,12 @@ class Conversion:
 
 
 _CONVERSIONS: weakref.WeakSet[Conversion] = weakref.WeakSet()
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """What was done to a converted model."""
+    conversion: Any = model.grass
+    return conversion
 
 
 def conversion_over(slices: Iterable[Slice]) -> Conversion | None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..convert.audit import watching
 from ..convert.conversion import describe
+from ..convert.record import conversion_of
 from ..slices import drift, evaluated
 from ..slices.ops import selection
 from ..slices.ops.sharding import check_agreement, forget_residuals, local, world_size
@@ -70,17 +71,17 @@ class GrassController(LettingGo):
         replace: bool = False,
     ):
         if not replace:
-            model.grass.refuse_second()
+            conversion_of(model).refuse_second()
         self.replicas = replicas
         self.optimizer = self.base = optimizer
-        self.config = model.grass.config
+        self.config = conversion_of(model).config
         self.step = 0
         self.due: set[str] = set()
         self.is_stepping = self._has_stepped = self._has_moved = False
-        self.link = Link(model.grass, optimizer)
+        self.link = Link(conversion_of(model), optimizer)
         self.asked = base_record.asked(self)
         optimizer.__class__ = driving_class(plain_class(optimizer))
-        optimizer.grass = self
+        optimizer.grass = self  # type: ignore[attr-defined]  # it is a `Driving` now
         self.look_ahead()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,9 +187,9 @@ class GrassController(LettingGo):
         drift.check_step(layers)
         guards.check_any_reached(layers, self.parameters(), self.step, self._reached)
         if not self._has_stepped:
-            guards.check_replicas(self.model, self.replicas)
+            guards.check_replicas(self.link.driven, self.replicas)
             weights = guards.int8_weights(layers) if world_size(self.replicas) > 1 else ""
-            said = f"step={self.step}; {describe(self.model)}; {weights}"
+            said = f"step={self.step}; {describe(self.link.driven)}; {weights}"
             check_agreement("the first step", said, group=self.replicas)
             guards.check_each_reached(layers, self.step, self._reached, self.model)
         if layers and self.step < 2 and not self._rates_known:
@@ -205,7 +206,7 @@ class GrassController(LettingGo):
             return
         if not self._has_stepped:
             self._has_stepped = True
-            watching.watched(self.model)
+            watching.watched(self.link.driven)
         groups = self.groups()
         self._has_moved = self._has_moved or guards.check_moved(self.optimizer, layers, self.step)
         self._write_back(layers)
@@ -234,7 +235,7 @@ class GrassController(LettingGo):
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
         if due:
-            watching.watch_again_if_changed(self.model)
+            watching.watch_again_if_changed(self.link.driven)
         for part in due:
             part.mark_trained(reselection.turn_of(self.config, self.step))
         moved = False
@@ -250,11 +251,6 @@ class GrassController(LettingGo):
             self.due.discard(part.state.name)
         if moved:
             forget_residuals()
-
-    def _rounding_seed(self, part: Slice) -> str | None:
-        if self.config.rounding == "nearest":
-            return None
-        return f"{self.config.seed}:{self.step}:{part.state.name}:rounding"
 
     def look_ahead(self) -> None:
         """Let the layers that are due after the coming step observe its backward passes."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,10 @@ _REMEDY = (
 )
 
 
+# torch's own property, to which a class of torch's has no annotation
+_DATA: Any = Tensor.data
+
+
 class FrozenWeight(nn.Parameter):
     """A weight that knows whether somebody has asked for its ``.data``, through which it changes without a mark."""
 
@@ -59,13 +63,13 @@ class FrozenWeight(nn.Parameter):
     def data(self) -> Tensor:
         self.touched = True
         self.reads += 1
-        return Tensor.data.__get__(self)
+        return _DATA.__get__(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         self.touched = True
         self.reads += 1
-        Tensor.data.__set__(self, value)
+        _DATA.__set__(self, value)
 
 
 def track(weight: nn.Parameter) -> None:
@@ -79,7 +83,7 @@ def untrack(weight: nn.Parameter) -> None:
     if type(weight) is FrozenWeight:
         for name in ("touched", "reads"):
             vars(weight).pop(name, None)
-        weight.__class__ = nn.Parameter
+        weight.__class__ = nn.Parameter  # type: ignore[assignment]  # what it was before `track`
 
 
 class Drift:
@@ -114,7 +118,7 @@ class Drift:
         weight = weight_of(part)
         self.marks, self.dtype, self.near = _marks(part, weight), dtype or weight.dtype, False
         if getattr(weight, "touched", False):  # FSDP2 gives its parameters the attributes of those before
-            weight.touched = False
+            weight.touched = False  # type: ignore[attr-defined]  # whatever class FSDP2 gave it
 
 
 def check_pass(part: Slice) -> None:
@@ -223,7 +227,7 @@ def _marks(part: Slice, weight: nn.Parameter) -> tuple:
     return *_mark(active), *_mark(weight)
 
 
-def _mark(tensor: Tensor) -> tuple[int, int]:
+def _mark(tensor: Any) -> tuple[int, int]:
     tensor = getattr(tensor, "_local_tensor", tensor)  # DTensor's
     tensor = tensor.int_data if is_int8(tensor) else tensor
     if isinstance(tensor, FakeTensor) or tensor.is_inference():

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import drift
+from . import checks, drift, exchange
+from .changes import Changes
 from .doors import Doors
 from .drift import Drift
 from .evaluated import check_after_evaluation
-from .exchange import Exchange
 from .matrices import Matrices
 from .ops import int8, sharding, tap
 from .ops.double_backward import refuse_transforms
@@ -47,7 +48,7 @@ def living_slices() -> Iterator[Slice]:
     return iter(list(_LIVING))
 
 
-class Slice(Doors, Exchange, nn.Module):
+class Slice(Doors):
     """The trained rows or columns of one weight; a child ``<parameter>_slice`` of the module that holds the weight.
 
     Args:
@@ -79,9 +80,23 @@ class Slice(Doors, Exchange, nn.Module):
         rank_part: says what this rank has of the weight and the slice; `part.local_part`, or an engine's own.
     """
 
+    owner: nn.Module
+    before: Any
     index: Tensor
     rho: Tensor | None
     write: Tensor | None
+
+    # what moves values
+    held, hold, release = exchange.held, exchange.hold, exchange.release
+    changes: Changes | None = None
+    write_back = exchange.write_back
+    settle_decay = exchange.settle_decay
+    load_selection, current_selection = exchange.load_selection, exchange.current_selection
+    take_new_weight, reload = exchange.take_new_weight, exchange.reload
+    mark_trained = exchange.mark_trained
+    # what is checked
+    blocks = checks.blocks
+    check_alignment, check_rows, check_sharding = checks.check_alignment, checks.check_rows, checks.check_sharding
 
     def __init__(
         self,
@@ -140,7 +155,8 @@ class Slice(Doors, Exchange, nn.Module):
         if self.norms is not None:
             # as gradients are: a copy has none yet
             self.norms = torch.zeros_like(self.norms, requires_grad=True)
-            self.active.grass_keeps_grad = self.rank_part is local_part
+            active: Any = self.active
+            active.grass_keeps_grad = self.rank_part is local_part
         self._register()
 
     def _register(self) -> None:
@@ -152,6 +168,11 @@ class Slice(Doors, Exchange, nn.Module):
     def weight(self) -> nn.Parameter:
         """The full weight, (..., m, n) or as it is stored."""
         return getattr(self.owner, self.parameter)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the slice has no memory of its own now."""
+        return not self.resident and self.active.stride() == (0,) * self.active.dim()
 
     def tap(self, y: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """`ops.tap.tap` for a product ``y`` of this weight, which this use of it may see transposed."""
@@ -175,7 +196,7 @@ class Slice(Doors, Exchange, nn.Module):
         """`ops.grouped_linear.grouped_linear` with this weight of experts."""
         extras = self._extras()
         extras.pop("by_sequence")  # tokens come sorted by expert, their sequences are not known any more
-        placed = {"side": self.side, "transposed": self.transposed}
+        placed: dict[str, Any] = {"side": self.side, "transposed": self.transposed}
         return grouped_linear(x, self.weight, tokens, self.active, self.index, **placed, **extras)
 
     def matrices(self, layout: Layout) -> Matrices:
@@ -184,7 +205,7 @@ class Slice(Doors, Exchange, nn.Module):
         extras.pop("by_sequence")  # which tokens an expert sees says nothing about their sequences
         return Matrices(self.active, self.index, dim=self.dim, layout=layout, **extras)
 
-    def _extras(self) -> dict[str, Tensor | bool | None]:
+    def _extras(self) -> dict[str, Any]:
         if not torch.compiler.is_compiling():
             refuse_transforms()
             look = drift.check_pass if torch.is_grad_enabled() else check_after_evaluation
@@ -197,7 +218,8 @@ class Slice(Doors, Exchange, nn.Module):
     def observe(self) -> None:
         """Collect squared gradient norms during the coming backward passes, until `end_observation`."""
         # Engines that shard put other parameters in its place, or take gradients away after every backward.
-        self.active.grass_keeps_grad = self.rank_part is local_part and not sharding.is_sharded(self.active)
+        active: Any = self.active
+        active.grass_keeps_grad = self.rank_part is local_part and not sharding.is_sharded(self.active)
         dtype = accumulation_dtype(self.weight.dtype)
         shape = (*self.index.shape[:-1], self.state.size)
         self.norms = torch.zeros(shape, dtype=dtype, device=self.index.device, requires_grad=True)
@@ -205,6 +227,7 @@ class Slice(Doors, Exchange, nn.Module):
     def end_observation(self) -> Tensor:
         """Stop observing; the squared norms (..., size), zero if no backward reached the layer."""
         norms, self.norms = self.norms, None
+        assert norms is not None  # `observe` was called
         return torch.zeros_like(norms) if norms.grad is None else norms.grad
 
     def drop_stale_norms(self) -> None:
@@ -220,7 +243,7 @@ class Slice(Doors, Exchange, nn.Module):
         if norms is None or norms.device == (device := self.index.device):
             return
         self.observe()
-        if norms.grad is not None and not norms.is_meta:
+        if self.norms is not None and norms.grad is not None and not norms.is_meta:
             self.norms.grad = norms.grad.to(device)
 
     def extra_repr(self) -> str:

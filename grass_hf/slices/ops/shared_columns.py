@@ -7,6 +7,7 @@ with the same index they need the same columns, and three copies of a quarter wo
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,9 +18,13 @@ from .rows import take_columns
 class SharedColumns:
     """The latest columns gathered for a group of layers; holds nothing alive by itself."""
 
-    def __init__(self):
-        self._source = self._columns = lambda: None
-        self._key = None
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._source: Callable[[], Tensor | None] = lambda: None
+        self._columns: Callable[[], Tensor | None] = lambda: None
+        self._key: tuple | None = None
 
     def gather(self, x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         """``x[..., index]`` in `dtype`: the tensor that was made for another layer of the group, if there is one."""
@@ -35,7 +40,7 @@ class SharedColumns:
         return {}  # weak references cannot be pickled, and a copy has its own inputs
 
     def __setstate__(self, state):
-        self.__init__()
+        self._forget()
 
     def __deepcopy__(self, memo):
         return memo.setdefault(id(self), SharedColumns())
