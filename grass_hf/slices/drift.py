@@ -55,9 +55,7 @@ _DATA: Any = Tensor.data
 class FrozenWeight(nn.Parameter):
     """A weight that knows whether somebody has asked for its ``.data``, through which it changes without a mark."""
 
-    touched = False
-    # how often that was, for `slices.changes`
-    reads = 0
+    touched, reads = False, 0  # and how often, for `slices.changes`
 
     @property
     def data(self) -> Tensor:
@@ -81,8 +79,7 @@ def track(weight: nn.Parameter) -> None:
 def untrack(weight: nn.Parameter) -> None:
     """Undo `track`."""
     if type(weight) is FrozenWeight:
-        for name in ("touched", "reads"):
-            vars(weight).pop(name, None)
+        vars(weight).pop("reads", vars(weight).pop("touched", None))
         weight.__class__ = nn.Parameter  # type: ignore[assignment]  # what it was before `track`
 
 
