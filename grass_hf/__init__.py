@@ -19,6 +19,7 @@ _HOMES = {
     "restore_model": "convert.conversion",
     "grass_optimizer": "optim.factory",
     "MuonAdamW": "optim.muon",
+    "WeightDelta": "optim.weight_delta",
     "estimate_memory": "measure.estimate.memory",
     "save_plain": "integrations.saving",
     "summary": "integrations.start_table",

@@ -122,11 +122,26 @@ def run_delta_save(base: str, tuned: str, *, output: Path, overwrite: bool, json
 
 
 def run_delta_apply(source: str, file: str, *, output: Path, back: bool, overwrite: bool) -> None:
-    """Write the other side's checkpoint."""
+    """Write the other side's checkpoint, or that of a trainer's last synchronisation."""
     console = Console()
+    if Path(file).is_dir():
+        _apply_synchronisations(console, source, file, output=output, back=back, overwrite=overwrite)
+        return
     with _progress(console, "checking and writing") as step:
         delta.apply(source, file, output, back=back, overwrite=overwrite, progress=step)
     console.print(f"{output}: the {'base' if back else 'tuned'} checkpoint, bit for bit")
+
+
+def _apply_synchronisations(
+    console: Console, base: str, folder: str, *, output: Path, back: bool, overwrite: bool
+) -> None:
+    from ..integrations.rollouts.replica import write_checkpoint
+
+    if back:
+        raise ValueError(f"DELTA={folder} holds a trainer's synchronisations, which lead forward only: use apply.")
+    with appearing(output, overwrite=overwrite, inputs=[Path(base), Path(folder)]) as path:
+        step = write_checkpoint(base, folder, path)
+    console.print(f"{output}: the trainer's weights at step {step}, bit for bit")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from ..config.settings import GrassConfig, parse_field
 from ..config.shipped_files import model_config_file
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
-from .bench_commands import memory, speed
+from .bench_commands import memory, rollout, speed
 from .network_commands import TARGETS, comm, names, net
 from .quality import quality, report
 from .recipe_files import recipes
@@ -34,7 +34,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure Grass against its limits
 app.add_typer(bench, name="bench")
 app.add_typer(recipes, name="recipes")
 app.add_typer(adapter_commands)
-for command in (speed, memory, comm, net, quality, report):
+for command in (speed, memory, rollout, comm, net, quality, report):
     bench.command(command.__name__)(command)
 
 

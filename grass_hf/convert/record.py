@@ -5,12 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..config.settings import GrassConfig
 from ..slices.slice import Slice
+
+if TYPE_CHECKING:
+    from ..optim.weight_delta import WeightDelta
 
 
 @dataclass(eq=False)
@@ -24,6 +27,8 @@ class Conversion:
         ddp_ignored: what the model's own ``_ddp_params_and_buffers_to_ignore`` was.
         driver: weak reference to the `grass_hf.optim.link.Link` of the optimizer that drives the slices; None before
             there is one, and in a copy of the model.
+        delta: the `grass_hf.WeightDelta` that follows the model; None in a copy of the model.
+        delta_saved: what an optimizer's state said of it, until there is one.
     """
 
     model: nn.Module
@@ -31,12 +36,14 @@ class Conversion:
     left_out: dict[str, str]
     ddp_ignored: object
     driver: weakref.ref[Any] | None = None
+    delta: WeightDelta | None = None
+    delta_saved: dict[str, Any] | None = None
 
     def __post_init__(self):
         _CONVERSIONS.add(self)
 
     def __getstate__(self):
-        return {**vars(self), "driver": None}
+        return {**vars(self), "driver": None, "delta": None, "delta_saved": None}
 
     def __setstate__(self, state):
         vars(self).update(state)

@@ -78,6 +78,11 @@ class _Partitioned(Part):
         dist.all_reduce(rows)
         return rows
 
+    is_plain = False
+
+    def stored(self) -> Tensor:
+        return self.run.take(self.index, self.dim)
+
     def put(self, rows: Tensor, seed: str | None = None) -> None:
         rows = rows.to(self.weight.dtype)
         self.run.put(self.index, rows, self.dim)

@@ -23,7 +23,7 @@ from ..slices.ops.selection import aligned, strided
 from ..slices.ops.sharding import is_sharded, local, shape_of, shard_range, shards, whole, world_size
 from ..slices.part import local_part
 from ..slices.slice import Slice
-from . import base_record
+from . import base_record, delta_state
 from .controller_protocol import Controller
 from .parameter_groups import free_as
 
@@ -141,6 +141,7 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
     base_record.take_up(meta[ASKED], controller)
     unaligned = [part.state.name for part in controller.slices if not _restore_slice(part, entries[part.state.name])]
     controller.look_ahead()
+    delta_state.take_up(meta.get(delta_state.KEY), controller.model.grass)
     return unaligned
 
 
@@ -149,6 +150,8 @@ def _meta(controller: Controller, names: list[str | None]) -> str:
     if controller.model is not None and (gone := freed(controller.model)):
         meta["freed"] = list(gone)
     meta |= {"due": sorted(controller.due), "layers": names, "ranks": world_size(controller.replicas)}
+    if (sent := delta_state.saved(controller.model.grass)) is not None:
+        meta[delta_state.KEY] = sent
     return json.dumps(meta | {base_record.KEY: base_record.record(controller, names)})
 
 

@@ -73,7 +73,10 @@ def write_back(part: Slice, seed: str | None = None) -> None:
     if own.write is not None:
         # Padding repeats another row's number, so it must repeat its value.
         rows = take_rows(rows, Selection(own.index).first_positions(part.state.size), part.dim)
-    own.put(rows, seed)
+    if part.changes is None:
+        own.put(rows, seed)
+    else:
+        part.changes.put(own, rows, seed)
     part.drift.note(part)
 
 
@@ -108,7 +111,11 @@ def settle_decay(part: Slice, seed: str | None = None) -> None:
     if part.state.owed == 1.0:
         return
     with part.held():
-        part.rank_part(part, False).decay(part.state.owed, seed)
+        own = part.rank_part(part, False)
+        if part.changes is None:
+            own.decay(part.state.owed, seed)
+        else:
+            part.changes.decay(own, part.state.owed, seed)
         part.state.owed = 1.0
         part.write_back()
 

@@ -13,16 +13,18 @@ _DATA: Any = Tensor.data
 class FrozenWeight(nn.Parameter):
     """A weight that knows whether somebody has asked for its ``.data``, through which it changes without a mark."""
 
-    touched = False
+    touched, reads = False, 0  # and how often, for `slices.changes`
 
     @property
     def data(self) -> Tensor:
         self.touched = True
+        self.reads += 1
         return _DATA.__get__(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         self.touched = True
+        self.reads += 1
         _DATA.__set__(self, value)
 
 
@@ -35,5 +37,5 @@ def track(weight: nn.Parameter) -> None:
 def untrack(weight: nn.Parameter) -> None:
     """Undo `track`."""
     if type(weight) is FrozenWeight:
-        vars(weight).pop("touched", None)
+        vars(weight).pop("reads", vars(weight).pop("touched", None))
         weight.__class__ = nn.Parameter  # type: ignore[assignment]  # what it was before `track`

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .ops import int8, sharding
 from .ops.rounding import loses_digits, round_stochastically
-from .ops.rows import along_slice, put_rows, take_rows
+from .ops.rows import along_slice, put_rows, take_columns, take_rows
 from .ops.selection import bounds, seeded
 
 if TYPE_CHECKING:
@@ -95,6 +95,16 @@ class Part:
         """The weight's rows (columns) `index`, shaped like the slice and in the weight's dtype."""
         return take_rows(self.weight, self.index, self.dim)
 
+    # whether the weight holds what is put into it, rounded to its dtype
+    is_plain = True
+
+    def stored(self) -> Tensor:
+        """The rows (columns) `index` as a plain checkpoint has them, shaped like the slice; without a collective, what
+        other ranks hold of them is zero."""
+        if self.dim == -1 and self.index.dim() == 1:
+            return take_columns(self.weight, self.index)
+        return self.take()
+
     def loaded(self, dtype: torch.dtype) -> Tensor:
         """What a slice of a dtype holds that agrees with the weight: ``weight[index] / write``, zero at padding."""
         rows = self.take().to(dtype)
@@ -162,8 +172,13 @@ def _rows_at_a_time(weight: Tensor) -> int:
 class Int8Part(Part):
     """A weight in eight bits, of which rows are selected; see `grass_hf.slices.ops.int8`."""
 
+    is_plain = False
+
     def take(self) -> Tensor:
         return int8.read_rows(self.weight, self.index)
+
+    def stored(self) -> Tensor:
+        return self.take().to(self.weight.dtype)
 
     def put(self, rows: Tensor, seed: str | None = None) -> None:
         int8.store_rows(self.weight, self.index, rows, None if seed is None else seeded(seed, rows.device))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import checks, drift, exchange
+from .changes import Changes
 from .doors import Doors
 from .drift import Drift
 from .evaluated import check_after_evaluation
@@ -77,6 +78,7 @@ class Slice(Doors):
         index: int64 buffer (..., r), not persistent.
         rho, write: float buffers (..., r), not persistent; None unless the rule draws with replacement.
         drift: what it knows of the last moment when it and its weight held the same values.
+        changes: what was written into the weight, while somebody keeps track of it (`grass_hf.WeightDelta`).
         norms: the leaf (..., size) that collects squared norms while an observation is due, else None.
         dim: -2 or -1, the dimension of weight and slice along which rows (columns) are selected.
         before: what the weight was before, `surgery.Before`.
@@ -91,6 +93,7 @@ class Slice(Doors):
 
     # what moves values
     held, hold, release = exchange.held, exchange.hold, exchange.release
+    changes: Changes | None = None
     write_back = exchange.write_back
     settle_decay = exchange.settle_decay
     load_selection, current_selection = exchange.load_selection, exchange.current_selection

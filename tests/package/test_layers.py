@@ -191,6 +191,7 @@ def test_public_names():
     expected |= {
         "GrassCallback",
         "MuonAdamW",
+        "WeightDelta",
         "GrassOptimizerFactory",
         "last_complete_checkpoint",
         "save_plain",
