@@ -196,8 +196,9 @@ class Slice(Doors):
         drift.check_plain_pass(self, active, weight)
         if nn.parallel.DistributedDataParallel._active_ddp_module is not None:
             sharding.refuse_join()
-        buffers = self._buffers
-        return tapped_linear(x, weight, bias, active, buffers["index"], buffers["rho"], self.columns, side=self.side)
+        # of a weight that is an embedding's too, `side` is what the embedding calls it
+        buffers, side = self._buffers, "output" if self.dim == -2 else "input"
+        return tapped_linear(x, weight, bias, active, buffers["index"], buffers["rho"], self.columns, side=side)
 
     def tap(self, y: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """`ops.tap.tap` for a product ``y`` of this weight, which this use of it may see transposed."""
