@@ -207,7 +207,8 @@ class Slice(Doors):
             return y
         extras, index = self._extras(), self.index
         side = "output" if self.dim == selected_dim("output", transposed) else "input"
-        if self.columns is not None and self.norms is None and not torch.compiler.is_compiling():
+        gathers = side == "input" and self.columns is not None and self.norms is None
+        if gathers and not torch.compiler.is_compiling():
             extras["columns"] = self.columns.gather(x, index, y.dtype)
         return tap.tap(y, x, self.active, index, side=side, transposed=transposed, **extras)
 
