@@ -199,8 +199,9 @@ class Slice(Doors):
         drift.check_plain_pass(self, active, weight)
         if nn.parallel.DistributedDataParallel._active_ddp_module is not None:
             sharding.refuse_join()
-        buffers = self._buffers
-        return tapped_linear(x, weight, bias, active, buffers["index"], buffers["rho"], self.columns, side=self.side)
+        # of a weight that is an embedding's too, `side` is what the embedding calls it
+        buffers, side = self._buffers, "output" if self.dim == -2 else "input"
+        return tapped_linear(x, weight, bias, active, buffers["index"], buffers["rho"], self.columns, side=side)
 
     def tap(self, y: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """`ops.tap.tap` for a product ``y`` of this weight, which this use of it may see transposed."""
@@ -209,7 +210,8 @@ class Slice(Doors):
             return y
         extras, index = self._extras(), self.index
         side = "output" if self.dim == selected_dim("output", transposed) else "input"
-        if self.columns is not None and self.norms is None and not torch.compiler.is_compiling():
+        gathers = side == "input" and self.columns is not None and self.norms is None
+        if gathers and not torch.compiler.is_compiling():
             extras["columns"] = self.columns.gather(x, index, y.dtype)
         return tap.tap(y, x, self.active, index, side=side, transposed=transposed, **extras)
 
