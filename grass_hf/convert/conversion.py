@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from contextlib import ExitStack
 
 import torch
@@ -71,8 +70,7 @@ def _attach(targets: list[Target], config: GrassConfig, undo: ExitStack) -> None
     weighted = with_replacement(config.selection)
     dtypes = [slice_dtype(getattr(target.module, target.parameter).dtype, config) for target in targets]
     phases = _phases(targets, config)
-    followed = Counter(target.leader for target in targets)
-    columns = {name: SharedColumns() for name, count in followed.items() if count > 1}
+    columns = {target.leader: SharedColumns() for target in targets}
     for target, dtype in zip(targets, dtypes, strict=True):
         with gathered(p for module in (target.module, *target.sharers) for p in module.parameters()):
             attach_slice(
@@ -88,7 +86,7 @@ def _attach(targets: list[Target], config: GrassConfig, undo: ExitStack) -> None
                 dtype=dtype,
                 phase=phases[target.leader],
                 leader=target.leader,
-                columns=columns.get(target.leader),
+                columns=columns[target.leader],
                 blocks=target.blocks,
                 by_sequence=config.score_by == "sequence",
                 resident=config.resident,

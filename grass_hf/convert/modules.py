@@ -76,11 +76,19 @@ class TappedLinear(GrassModule):
     """Gives `nn.Linear` an active slice; weight (m, n)."""
 
     transposed = False
+    # whether the forward that follows is `nn.Linear`'s own, so that product and tap can be one
+    is_plain = False
     weight_slice: Slice
 
     def forward(self, input: Tensor) -> Tensor:
-        _keep_frozen(self._parameters.get("weight"))
-        return self.weight_slice.tap(super().forward(input), input, transposed=self.transposed)
+        weight = self._parameters.get("weight")
+        if weight is not None and weight.requires_grad:
+            _keep_frozen(weight)
+        # past the look-up of attributes, which takes a module longer
+        part = self._modules.get("weight_slice") or self.weight_slice
+        if self.is_plain and (y := part.linear(input, weight, self._parameters["bias"])) is not None:
+            return y
+        return part.tap(super().forward(input), input, transposed=self.transposed)
 
 
 class TappedConv1D(TappedLinear):
@@ -229,10 +237,11 @@ def converted_class(module: nn.Module) -> type[GrassModule] | None:
 def _class(cls: type[nn.Module], kind: Kind, outside: bool) -> type[GrassModule]:
     key = (cls, kind, outside)
     if key not in _CONVERTED:
+        plain = {"is_plain": kind.base is nn.Linear and (not outside or cls is nn.Linear)}
         order: tuple[type, ...] = (kind.mixin, cls)
         if not outside and kind.base is not None:
             order = cls, type("Tapped", (kind.mixin, kind.base), {})
-        _CONVERTED[key] = type(f"Grass{cls.__name__}", order, {})
+        _CONVERTED[key] = type(f"Grass{cls.__name__}", order, plain)
     return _CONVERTED[key]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..slices.drift import track, untrack
+from ..slices.frozen_weight import track, untrack
 from ..slices.ops import int8
 from ..slices.slice import Slice
 from .modules import GrassModule, converted_class, plain_class

@@ -31,6 +31,7 @@ from ..convert.audit import watching
 from ..convert.conversion import describe
 from ..convert.record import conversion_of
 from ..slices import drift, evaluated
+from ..slices.exchange import write_back_all
 from ..slices.ops import selection
 from ..slices.ops.sharding import check_agreement, forget_residuals, local, world_size
 from ..slices.slice import Slice
@@ -39,6 +40,7 @@ from .chunked_step import step_in_chunks
 from .driving import driving_class, plain_class
 from .fresh_moments import Seed, seed_for
 from .link import Link
+from .owed_decay import owe
 from .parameter_groups import GROUP_KEY, LettingGo
 from .state_remap import carry_rows
 
@@ -210,8 +212,7 @@ class GrassController(LettingGo):
         groups = self.groups()
         self._has_moved = self._has_moved or guards.check_moved(self.optimizer, layers, self.step)
         self._write_back(layers)
-        for layer in layers:
-            self._owe_decay(layer, groups[id(layer.active)])
+        owe(layers, groups, self.config.decay == "all")
         self._select([layer for layer in layers if layer.state.name in self.due], groups)
         self.step += 1
         self.look_ahead()
@@ -220,17 +221,9 @@ class GrassController(LettingGo):
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return False
-        grads = [layer.active.grad for layer in layers if layer.active.grad is not None]
         if any(group["lr"] is None or group["lr"] > 0 for group in self.optimizer.param_groups):
-            return bool(grads)
-        return any(bool(local(grad).any()) for grad in grads)
-
-    def _owe_decay(self, layer: Slice, group: dict[str, Any]) -> None:
-        state = layer.state
-        state.recalled = False
-        decay = group.get("weight_decay") or 0.0
-        if decay and self.config.decay == "all" and (state.rank < state.size or layer.rho is not None):
-            state.owed *= 1.0 - float(group["lr"]) * float(decay)
+            return any(layer.active.grad is not None for layer in layers)
+        return any(bool(local(layer.active.grad).any()) for layer in layers if layer.active.grad is not None)
 
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
@@ -256,9 +249,10 @@ class GrassController(LettingGo):
         """Let the layers that are due after the coming step observe its backward passes."""
         until = math.inf if self.config.select_until is None else self.config.select_until
         scored = selection.needs_scores(self.config.selection)
+        phase = self.step % self.config.update_interval if self.step < until else None
         for layer in self.slices:
             state = layer.state
-            if self.step % self.config.update_interval == state.phase and self.step < until:
+            if state.phase == phase:
                 self.due.add(state.name)
             if scored and state.name in self.due:
                 layer.observe()
@@ -287,8 +281,7 @@ class GrassController(LettingGo):
             guards.check_finite(layers, self.step)
 
     def _write_back(self, layers: list[Slice]) -> None:
-        for layer in layers:
-            layer.write_back()
+        write_back_all(layers)
 
     def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any], seed: Seed | None) -> None:
         state = self.optimizer.state.get(part.active, {})

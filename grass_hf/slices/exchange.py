@@ -15,17 +15,19 @@ The functions are methods of `grass_hf.slices.slice.Slice`, whose class body nam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .frozen_weight import FrozenWeight
 from .ops import sharding
 from .ops.rounding import loses_digits, round_stochastically
 from .ops.rows import along_slice, take_rows
 from .ops.selection import Selection, seeded
+from .part import local_part
 
 if TYPE_CHECKING:
     from .slice import Slice
@@ -76,6 +78,27 @@ def write_back(part: Slice, seed: str | None = None) -> None:
     else:
         part.changes.put(own, rows, seed)
     part.drift.note(part)
+
+
+@torch.no_grad()
+def write_back_all(parts: Iterable[Slice]) -> None:
+    """`write_back` of many slices, to nearest: what every step does, so a slice that is plain has a short way."""
+    for part in parts:
+        active, weight = part._parameters["active"], part.owner._parameters.get(part.parameter)
+        index, write = part._buffers["index"], part._buffers["write"]
+        if (
+            type(active) is not nn.Parameter
+            or type(weight) is not FrozenWeight
+            or write is not None
+            or not part.resident
+            or part.rank_part is not local_part
+            or index.dim() > 1
+        ):
+            part.write_back()
+            continue
+        dtype = weight.dtype
+        weight.index_copy_(part.dim, index, active if active.dtype is dtype else active.to(dtype))
+        part.drift.note_plain(active, weight, dtype)
 
 
 @torch.no_grad()

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import checks, drift, exchange
 from .changes import Changes
 from .doors import Doors
 from .drift import Drift
 from .evaluated import check_after_evaluation
+from .frozen_weight import FrozenWeight
 from .matrices import Matrices
 from .ops import int8, sharding, tap
 from .ops.double_backward import refuse_transforms
@@ -32,8 +34,11 @@ from .ops.row_norms import accumulation_dtype
 from .ops.rows import selected_dim, take_rows
 from .ops.selection import strided
 from .ops.shared_columns import SharedColumns
+from .ops.tapped_linear import tapped_linear
 from .part import Part, SliceState, local_part
 
+# Of which `linear` knows all that happens to them; fake ones are an estimator's.
+_PLAIN = frozenset({Tensor, nn.Parameter, FrozenWeight, FakeTensor})
 _LIVING: weakref.WeakSet[Slice] = weakref.WeakSet()
 _made = 0
 
@@ -173,6 +178,29 @@ class Slice(Doors):
     def is_released(self) -> bool:
         """Whether the slice has no memory of its own now."""
         return not self.resident and self.active.stride() == (0,) * self.active.dim()
+
+    def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """`ops.tapped_linear.tapped_linear` of this weight, or None where product and tap cannot be one.
+
+        They are in training forward passes that nothing observes, of plain tensors.
+        """
+        active = self._parameters["active"]
+        if (
+            self.norms is not None
+            or type(weight) not in _PLAIN
+            or type(x) not in _PLAIN
+            or type(active) not in _PLAIN
+            or not torch.is_grad_enabled()
+            or self.rank_part is not local_part
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        refuse_transforms()
+        drift.check_plain_pass(self, active, weight)
+        if nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+            sharding.refuse_join()
+        buffers = self._buffers
+        return tapped_linear(x, weight, bias, active, buffers["index"], buffers["rho"], self.columns, side=self.side)
 
     def tap(self, y: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """`ops.tap.tap` for a product ``y`` of this weight, which this use of it may see transposed."""

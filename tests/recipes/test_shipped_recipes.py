@@ -91,7 +91,7 @@ def test_the_rank_fits_the_model_of_the_recipe(path):
     blocks = 8 if "fsdp2_8gpu" in path.read_text(encoding="utf-8") else 1
     config = dataclasses.replace(GrassConfig.from_dict(said["grass"]), row_blocks=blocks)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / said["model"]["config_name"]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(shipped_config(said["model"])))
     found = plan(model, config)
     layers = model.config.num_hidden_layers
     assert len(found.targets) == 7 * layers and not found.left_out
@@ -163,9 +163,13 @@ def converted(trainer):
     return trainer, trainer.model.grass.config, [(part.state.size, part.state.rank) for part in slices]
 
 
+def shipped_config(said: dict) -> Path:
+    return ROOT / "configs" / f"{said['config_name']}.json"
+
+
 def model_type(said: dict) -> str:
     if "config_name" in said:
-        return json.loads((ROOT / said["config_name"]).read_text())["model_type"]
+        return json.loads(shipped_config(said).read_text())["model_type"]
     return TYPES[said["model_name_or_path"]]
 
 
