@@ -93,6 +93,7 @@ def write_back_all(parts: Iterable[Slice]) -> None:
             or not part.resident
             or part.rank_part is not local_part
             or index.dim() > 1
+            or part.changes is not None
         ):
             part.write_back()
             continue
