@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..convert.conversion import converted_part
 from ..convert.record import Conversion
 from ..slices.changes import OUTSIDE, mark
-from ..slices.drift import track, untrack
+from ..slices.frozen_weight import track, untrack
 from ..slices.ops.bits import as_bits
 from ..slices.own_values import own_values
 from ..slices.slice import Slice

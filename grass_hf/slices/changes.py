@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .drift import FrozenWeight
+from .frozen_weight import FrozenWeight
 from .ops.bits import as_bits, pack, positions
 from .ops.int8 import is_int8
 from .ops.sharding import is_partitioned, is_sharded
