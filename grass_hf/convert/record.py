@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -29,7 +30,7 @@ class Conversion:
     config: GrassConfig
     left_out: dict[str, str]
     ddp_ignored: object
-    driver: weakref.ref | None = None
+    driver: weakref.ref[Any] | None = None
 
     def __post_init__(self):
         _CONVERSIONS.add(self)
@@ -69,6 +70,12 @@ class Conversion:
 
 
 _CONVERSIONS: weakref.WeakSet[Conversion] = weakref.WeakSet()
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """What was done to a converted model."""
+    conversion: Any = model.grass
+    return conversion
 
 
 def conversion_over(slices: Iterable[Slice]) -> Conversion | None:

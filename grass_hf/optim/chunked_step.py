@@ -78,7 +78,8 @@ def _step_chunk(original: Callable, chunk: list[Slice]) -> None:
 
 
 def _chunks(parts: list[Slice]) -> Iterator[list[Slice]]:
-    chunk, size = [], 0
+    chunk: list[Slice] = []
+    size = 0
     for part in parts:
         if chunk and size + part.active.nbytes > CHUNK_BYTES:
             yield chunk

@@ -8,11 +8,17 @@ Without marks, a reply is what the template adds after its prompt for one.
 
 from __future__ import annotations
 
+import warnings
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.chat_template_utils import (
+    get_training_chat_template,
+    has_generation_markers,
+    is_chat_template_stop_token_trained,
+)
 from trl.data_utils import common_prefix_length
 
 from .places import BadRow, shown
@@ -43,22 +49,35 @@ class ChatEncoder:
         loss_on: replies, last_reply or everything.
         system_prompt: put before chats that have no system turn.
         template: with marks, in place of the tokenizer's own; None for that.
+        length: how many of the first tokens are used; None for all. Replies behind them are not looked for.
     """
 
     tokenizer: Any
     loss_on: str = "replies"
     system_prompt: str | None = None
     template: str | None = None
+    length: int | None = None
 
     def __call__(self, row: Row) -> tuple[list[int], list[int]]:
         if "messages" in row:
             return self._chat(row)
+        if self.system_prompt:
+            raise BadRow("data.system_prompt has no place before plain text: leave it out, or give rows with messages")
+        self.check_plain(row)
         start = len(row.get("prompt", ""))
         text = row["text"] if "text" in row else row["prompt"] + row["completion"]
         ids, mask = self._masked(text, [(0 if self.loss_on == "everything" else start, len(text))], True)
         if ids and ids[-1] == self.tokenizer.eos_token_id:
             return ids, [*mask[:-1], 1]
         return [*ids, self.tokenizer.eos_token_id], [*mask, 1]
+
+    def check_plain(self, row: Row) -> None:
+        """Refuse what only a chat has a place for."""
+        for name in ("tools", "chat_template_kwargs"):
+            if row.get(name):
+                raise BadRow(
+                    f"{name} has no place in plain text: give rows with messages, or data.ignore_fields={name}"
+                )
 
     def _chat(self, row: Row) -> tuple[list[int], list[int]]:
         messages, options = row["messages"], dict(row.get("chat_template_kwargs") or {})
@@ -69,7 +88,8 @@ class ChatEncoder:
         text = self.render(turns, **options)
         self._check_whole(turns, text, options)
         replies = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
-        weights = [turn.get("weight", 1) for turn in messages]
+        given = row.get("given", 0) + len(messages) - len(row["messages"]) if self.loss_on != "everything" else 0
+        weights = [turn.get("weight", int(at >= given)) for at, turn in enumerate(messages)]
         odd = next((at for at, turn in enumerate(messages) if turn.get("weight") and at not in replies), None)
         if self.loss_on == "everything":
             if all(weights):
@@ -99,7 +119,7 @@ class ChatEncoder:
         except Exception as error:  # a template raises what it likes
             raise BadRow(f"the chat template refuses the chat: {(str(error).splitlines() or [''])[0]}") from error
 
-    def length(self, turns: list[Row], prompt: bool, options: Row) -> int:
+    def count(self, turns: list[Row], prompt: bool, options: Row) -> int:
         """How many tokens a chat has of which the template leaves nothing out."""
         text = self.render(turns, prompt, **options)
         self._check_whole(turns, text, options)
@@ -107,11 +127,17 @@ class ChatEncoder:
 
     def _spans(self, turns: list[Row], replies: list[int], text: str, options: Row) -> list[Span]:
         """From where to where each reply stands in the rendered text."""
-        marked = self._marked(turns, options)
-        if marked is not None and len(marked) == sum(turn["role"] == "assistant" for turn in turns):
+        marked, count = self._marked(turns, options), sum(turn["role"] == "assistant" for turn in turns)
+        while len(marked) > count and marked[-1][0] == marked[-2][1]:  # Phi-3 marks the last end by itself
+            marked[-2:] = [(marked[-2][0], marked[-1][1])]
+        if len(marked) == count:
             return marked[-len(replies) :]
-        spans = []
+        spans: list[Span] = []
+        limit = self._limit(text)
         for number in replies:
+            if spans and spans[-1][1] >= limit:  # each reply costs two renderings of all before it
+                spans.append((len(text), len(text)))
+                continue
             after = self.render(turns[: number + 1], **options) if number + 1 < len(turns) else text
             start, least = self._start(turns[:number], after, options)
             if not text.startswith(after) or start < least:
@@ -122,6 +148,13 @@ class ChatEncoder:
             spans.append((start, len(after)))
         return spans
 
+    def _limit(self, text: str) -> int:
+        """Where the text is cut."""
+        if self.length is None or len(text) <= self.length:  # a token has a character at least
+            return len(text)
+        where = self._tokens(text)[1][: self.length]
+        return where[-1][1] if len(where) == self.length else len(text)
+
     def _start(self, turns: list[Row], after: str, options: Row) -> Span:
         """Where a reply begins in the text that ends with it, and where the turns before it end."""
         if not turns:  # a chat that begins with a reply: behind the prompt for one, wherever that stands
@@ -129,29 +162,35 @@ class ChatEncoder:
             prompt = self.render(asked, True, **options).removeprefix(self.render(asked, **options))
             return (after.index(prompt) + len(prompt) if prompt in after else 0), 0
         before = self.render(turns, True, **options)
-        start = common_prefix_length(before, after)
-        return start, start if start == len(before) else len(self.render(turns, **options))
+        if after.startswith(before):
+            return len(before), len(before)
+        start = common_prefix_length(before, after)  # type: ignore[arg-type]  # any two sequences will do
+        return start, len(self.render(turns, **options))
 
-    def _marked(self, turns: list[Row], options: Row) -> list[Span] | None:
-        """What stands between the template's marks; None if it has none."""
+    def _marked(self, turns: list[Row], options: Row) -> list[Span]:
+        """What stands between the template's marks; nothing if it has none."""
         template = self.template or self.tokenizer.get_chat_template()
         if not has_generation_markers(template):
-            return None
+            return []
         names = {**self.tokenizer.special_tokens_map, **options}
-        _, (spans,) = render_jinja_template(
+        made: Any = render_jinja_template(
             conversations=[turns], chat_template=template, return_assistant_tokens_mask=True, **names
         )
-        return [tuple(span) for span in spans]
+        _, (spans,) = made
+        return [(first, last) for first, last in spans]
 
     def _masked(self, text: str, spans: list[Span], special: bool = False) -> tuple[list[int], list[int]]:
         """Tokens of a text, and 1 for those that have a part of a span."""
-        fast = self.tokenizer.is_fast
-        made = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast, verbose=False)
-        ids = made["input_ids"]
-        if fast:
-            where = made["offset_mapping"]
-            return ids, [int(any(_meet(own, span) for span in spans)) for own in where]
+        ids, where = self._tokens(text, special)
         mask = [0] * len(ids)
+        if where:
+            starts, ends = zip(*where, strict=True)
+            for start, end in spans:
+                first, last = bisect_right(ends, start), bisect_left(starts, end)
+                while first and where[first - 1] == (start, start):  # a token without a width counts where it stands
+                    first -= 1
+                mask[first:last] = [1] * (last - first)
+            return ids, mask
         for start, end in spans:  # TRL's way to find where a completion begins
             first, last = (
                 len(self.tokenizer(text[:at], add_special_tokens=special)["input_ids"]) for at in (start, end)
@@ -159,12 +198,20 @@ class ChatEncoder:
             mask[first:last] = [1] * (min(last, len(ids)) - first)
         return ids, mask
 
+    def _tokens(self, text: str, special: bool = False) -> tuple[list[int], list[Span]]:
+        """Tokens, and where each stands in the text; the second is empty for a tokenizer that does not know it."""
+        fast = self.tokenizer.is_fast
+        made = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast, verbose=False)
+        return made["input_ids"], made["offset_mapping"] if fast else []
+
     def _check_whole(self, turns: list[Row], text: str, options: Row) -> None:
         """Refuse a chat of which the template leaves something out."""
         for number, turn in enumerate(turns):
             for name, value in turn.items():
                 free = name in _FREE or (name == "name" and turn["role"] == "tool")
-                if free or (isinstance(value, str) and value.strip() in text):
+                # a short word may stand in the text by chance
+                sure = turn["role"] in ("user", "assistant") or len(value) > 40
+                if free or (name == "content" and sure and value.strip() in text):
                     continue
                 other = turn | {name: value + "?"} if name == "content" else {k: turn[k] for k in turn if k != name}
                 if self._same(text, [*turns[:number], other, *turns[number + 1 :]], options):
@@ -186,12 +233,7 @@ class ChatEncoder:
             return False
 
 
-def _meet(own: Span, span: Span) -> bool:
-    """Whether a token's place has a part of a span; a token without a width counts where it stands."""
-    return own[0] < span[1] and (own[1] > span[0] or own[0] == own[1] == span[0])
-
-
-def chat_encoder(tokenizer: Any, loss_on: str, system_prompt: str | None) -> ChatEncoder:
+def chat_encoder(tokenizer: Any, loss_on: str, system_prompt: str | None, length: int | None = None) -> ChatEncoder:
     """The encoder of chats, with TRL's variant of the tokenizer's template where replies are learnt and it has one."""
     template = None
     if loss_on == "replies" and tokenizer.chat_template:
@@ -199,4 +241,11 @@ def chat_encoder(tokenizer: Any, loss_on: str, system_prompt: str | None) -> Cha
             template = get_training_chat_template(tokenizer)
         except ValueError:  # none is known: the replies are found without marks
             template = None
-    return ChatEncoder(tokenizer, loss_on, system_prompt, template)
+        own = template is None and has_generation_markers(tokenizer.chat_template)
+        if own and not is_chat_template_stop_token_trained(tokenizer):
+            warnings.warn(
+                "the chat template ends its {% generation %} marks before the end-of-turn token, so the model does not "
+                "learn to stop: move the mark behind it, or give another model.chat_template",
+                stacklevel=2,
+            )
+    return ChatEncoder(tokenizer, loss_on, system_prompt, template, length)

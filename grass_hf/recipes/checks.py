@@ -16,66 +16,22 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import get_scheduler
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..convert.targets import Plan, plan
 from ..integrations.deepspeed import check_config
+from . import folders
 from .metrics import Metrics
 from .models import check_generation, empty_model
 from .schema import Recipe
 from .tasks import Prepared
 
 
-def check_places(recipe: Recipe, overwrite: bool) -> None:
-    """Check that the output folder can be written, is not another run's, and that a checkpoint to resume from is one.
-
-    Raises:
-        ValueError: it is not so.
-    """
-    output = Path(recipe.training.output_dir)
-    parent = output
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir():
-        raise ValueError(f"training.output_dir={output}: {parent} is a file: give another folder.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"training.output_dir={output}: there is no permission to write in {parent}: give another folder."
-        )
-    resume = find_checkpoint(recipe)
-    if resume is None and not overwrite and output.is_dir() and any(output.iterdir()):
-        raise ValueError(
-            f"training.output_dir={output} is not empty: give another folder, go on with its run "
-            "(--resume_from_checkpoint true), or replace its files (--overwrite)."
-        )
-
-
 def find_checkpoint(recipe: Recipe) -> str | None:
-    """The checkpoint to resume from: the one that is named, the last one for `true`, or None.
-
-    Raises:
-        ValueError: there is none, or it has no trainer state.
-    """
-    said = recipe.training.resume_from_checkpoint
-    if said in (None, False) or str(said).lower() in ("false", "none"):
-        return None
-    output = recipe.training.output_dir
-    if str(said).lower() == "true":
-        found = get_last_checkpoint(output) if os.path.isdir(output) else None
-        if found is None:
-            raise ValueError(
-                f"training.resume_from_checkpoint=true, but {output} has no checkpoint: leave it out to start anew."
-            )
-        return found
-    if not os.path.isfile(os.path.join(said, "trainer_state.json")):
-        what = "has no trainer_state.json" if os.path.isdir(said) else "is no folder"
-        raise ValueError(
-            f"training.resume_from_checkpoint={said} {what}: give a folder checkpoint-N that the Trainer wrote."
-        )
-    return str(said)
+    """The checkpoint to resume from, as `folders.find_checkpoint`."""
+    return folders.find_checkpoint(recipe.training.output_dir, recipe.training.resume_from_checkpoint)
 
 
-def check_checkpoint(checkpoint: str, model: nn.Module) -> None:
+def check_checkpoint(checkpoint: str, model: Any) -> None:
     """Check that a checkpoint is of this model: same names, same shapes.
 
     Args:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pyarrow.compute
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 from trl import pack_dataset
 
 from .chats import PLAIN_TEMPLATE, ChatEncoder, chat_encoder
 from .places import BadRow
+from .rows import Rows
 
 __all__ = ["PLAIN_TEMPLATE", "ChatEncoder", "chat_encoder"]  # of `chats`
 
@@ -62,20 +64,31 @@ class TextEncoder:
         return {"input_ids": [*ids, self.tokenizer.eos_token_id]}
 
 
-def blocks(dataset: Any, length: int, workers: int, name: str) -> Any:
-    """Documents cut into blocks of `length` tokens by TRL; every ten thousand documents leave one shorter block.
+def blocks(rows: Rows, length: int, workers: int, whole: bool) -> None:
+    """Cut documents into blocks of `length` tokens, by TRL; every ten thousand documents leave one shorter block.
+
+    Args:
+        rows: of ``{"input_ids"}``; their dataset is replaced.
+        length: of a block.
+        workers: processes.
+        whole: leave the shorter blocks out and count their tokens, for an evaluation that weighs all blocks alike.
 
     Raises:
         ValueError: all of them are shorter than one block.
     """
-    streaming = not hasattr(dataset, "__len__")
-    options = {"batch_size": 10_000} | ({} if streaming else {"num_proc": workers if workers > 1 else None})
-    made = pack_dataset(dataset.select_columns(["input_ids"]), length, "wrapped", options)
-    if not streaming and len(made) == 1 and len(made[0]["input_ids"]) < length:
+    options = {"batch_size": 10_000} | ({} if rows.streaming else {"num_proc": workers if workers > 1 else None})
+    rows.dataset = pack_dataset(rows.dataset.select_columns(["input_ids"]), length, "wrapped", options)
+    if rows.streaming:
+        return
+    lengths = pyarrow.compute.list_value_length(rows.dataset.data["input_ids"]).to_pylist()
+    full = [number for number, size in enumerate(lengths) if size == length]
+    if not full and len(lengths) == 1:
         raise ValueError(
-            f"data.sequence_length={length} is longer than the text of {name}: give a smaller one or more rows."
+            f"data.sequence_length={length} is longer than the text of {rows.name}: give a smaller one or more rows."
         )
-    return made
+    if whole and full:
+        rows.dataset = rows.dataset.select(full)
+        rows.tail = sum(lengths) - length * len(full)
 
 
 def block_collator(tokenizer: Any) -> Callable[[list[Row]], Row]:
@@ -146,7 +159,7 @@ class Labelled:
         ids, mask = self.encode(row)
         part = slice(-self.length if self.length else None, None) if self.keep_end else slice(self.length)
         labels = [token if learnt else -100 for token, learnt in zip(ids, mask, strict=True)]
-        made = {"input_ids": ids[part], "labels": labels[part], "length": len(ids)}
+        made: Row = {"input_ids": ids[part], "labels": labels[part], "length": len(ids)}
         return made if any(label != -100 for label in made["labels"][1:]) else None
 
 
@@ -163,32 +176,47 @@ class PreferenceEncoder:
 
     chat: ChatEncoder
     task: str
-    length: int | None
+    length: int
     kinds: dict[str, Any]
 
     @property
-    def features(self) -> Any:
-        from datasets import Features, Json, Value
+    def features(self) -> dict[str, Any]:
+        import datasets
 
-        kinds = {"label": Value("bool"), "margin": Value("float32")} if self.task != "grpo" else self.kinds
+        json = getattr(datasets, "Json", lambda: None)()  # since datasets 4.8; None: found from the rows
+        kinds = {"label": datasets.Value("bool"), "margin": datasets.Value("float32")}
+        kinds = self.kinds if self.task == "grpo" else kinds
         named = ("prompt", "chosen", "rejected", "completion")
-        return Features({name: (None if name in named else kinds.get(name)) or Json() for name in self.kinds})
+        return {name: (None if name in named else kinds.get(name)) or json for name in self.kinds}
 
     def __call__(self, row: Row) -> Row | None:
         if self.task == "reward" and "margin" in self.kinds and "margin" not in row:
             raise BadRow("margin is missing, and other rows have one")
-        answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+        row = row | {"prompt": self._with_system(row["prompt"])}
+        answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row and self.task != "grpo"]
+        if any(turn.get("weight") == 0 for answer in answers if isinstance(answer, list) for turn in answer):
+            raise BadRow(f"a turn has weight=0, and task={self.task} learns whole answers: take it out of the rows")
         lengths = [self._length(row["prompt"], answer, row) for answer in answers]
         prompt = self._length(row["prompt"], None, row)
-        too_long = max(lengths) > self.length if self.task == "reward" else prompt >= (self.length or prompt + 1)
+        too_long = max(lengths) > self.length if self.task == "reward" else prompt >= self.length
         if too_long:
             return None
         made = {name: row.get(name, {} if name == "chat_template_kwargs" else None) for name in self.kinds}
         return made | {"length": max([*lengths, prompt])}
 
+    def _with_system(self, prompt: Any) -> Any:
+        system = self.chat.system_prompt
+        if system is None or (isinstance(prompt, list) and prompt[0]["role"] == "system"):
+            return prompt
+        if isinstance(prompt, str) and self.task != "grpo":
+            raise BadRow("data.system_prompt has no place before plain text: leave it out, or give rows with messages")
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [{"role": "system", "content": system}, *turns]
+
     def _length(self, prompt: Any, answer: Any, row: Row) -> int:
         if isinstance(prompt, str):
+            self.chat.check_plain(row if self.task != "grpo" else {})
             ids = self.chat.tokenizer(prompt + (answer or ""), verbose=False)["input_ids"]
             return len(ids) + (answer is not None and ids[-1] != self.chat.tokenizer.eos_token_id)
         options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-        return self.chat.length([*prompt, *(answer or [])], answer is None, options)
+        return self.chat.count([*prompt, *(answer or [])], answer is None, options)

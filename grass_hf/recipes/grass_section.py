@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments
-
-from ..config.optim_args import TRAINERS
-from ..config.presets import config_and_base
+from ..config.optim_args import config_and_base
 from ..config.settings import FIELD_TYPES, GrassConfig, parse_field
-from ..integrations.base import check_base
-from ..integrations.registration import NAME
+from ..config.written import TRAINERS
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # What may stand in the section beside the fields of `GrassConfig`.
 WORDS = ("preset", "base")
@@ -45,6 +44,9 @@ def base_of(training: TrainingArguments, config: GrassConfig | None, base: str |
     Raises:
         ValueError: it cannot step over slices.
     """
+    from ..integrations.base import check_base
+    from ..integrations.optimizer_name import NAME
+
     optim = str(getattr(training.optim, "value", training.optim))
     if config is None:
         return optim

@@ -52,8 +52,10 @@ _PAIRS = (
     ("sentence", None),
 )
 # Fields of a row that say what is learnt, where the layout has no place for them.
-_MEANT = ("image", "images", "video", "videos", "audio", "audios", "documents", "history", "functions", "system")
-_MEANT += (*_CHAT, "weight", "loss_weight")
+_MEANT = (
+    *("image", "images", "video", "videos", "audio", "audios", "documents", "history", "functions", "system"),
+    *(*_CHAT, "weight", "loss_weight"),
+)
 
 
 def find_layout(task: str, wanted: str, columns: Iterable[str], renamed: dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -108,20 +110,25 @@ def _named(layout: str, columns: list[str], renamed: dict[str, str]) -> dict[str
     return names
 
 
-def converter(layout: str, names: dict[str, str], ignored: Iterable[str] = ()) -> Callable[[Row], Row | None]:
+def converter(
+    layout: str, names: dict[str, str], ignored: Iterable[str] = (), classes: Iterable[str] = ()
+) -> Callable[[Row], Row | None]:
     """A function of a dataset's row: the row that the task trains on; it raises `BadRow`.
 
     Args:
         layout: of the rows.
         names: our name of a column -> the dataset's, from `find_layout`.
         ignored: fields of rows and turns that are left out.
+        classes: names of classes that are given, of which one may be -1.
     """
-    return partial(_converted, layout, names, frozenset(ignored))
+    return partial(_converted, layout, names, tuple(ignored), tuple(classes))
 
 
-def _converted(layout: str, names: dict[str, str], ignored: frozenset[str], row: Row) -> Row | None:
+def _converted(layout: str, names: dict[str, str], ignored: tuple, classes: tuple, row: Row) -> Row | None:
     row = {ours: _without(row[theirs], ignored) for ours, theirs in names.items() if ours not in ignored}
-    if layout in ("text", "classification", "prompt"):
+    if layout == "classification":
+        return _classification(row, classes)
+    if layout in ("text", "prompt"):
         return _CONVERTERS[layout](row)
     needed, possible = COLUMNS[layout]
     for name in _MEANT:
@@ -130,12 +137,12 @@ def _converted(layout: str, names: dict[str, str], ignored: frozenset[str], row:
                 f"{name} is {shown(row[name])}, which the layout {layout} has no place for: "
                 f"data.ignore_fields={name} leaves it out"
             )
-    made = _CONVERTERS[layout](row)
+    made = _CONVERTERS[layout](row) or {}
     extras = {"tools": as_tools(row), "chat_template_kwargs": parsed(row, "chat_template_kwargs", dict)}
     return made | {name: value for name, value in extras.items() if value}
 
 
-def _without(value: Any, ignored: frozenset[str]) -> Any:
+def _without(value: Any, ignored: tuple) -> Any:
     if ignored and isinstance(value, list):
         return [{k: v for k, v in x.items() if k not in ignored} if isinstance(x, dict) else x for x in value]
     return value
@@ -181,9 +188,9 @@ def _prompt_completion(row: Row) -> Row:
         return {"prompt": filled(row, "prompt"), "completion": filled(row, "completion")}
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    # what stands in the prompt is not learnt, replies among it neither
-    given = [turn | ({"weight": 0} if turn["role"] == "assistant" else {}) for turn in turns(prompt, "prompt")]
-    return {"messages": _with_system(row, [*given, *chat(completion, "completion")])}
+    said = _with_system(row, [*turns(prompt, "prompt"), *(answer := chat(completion, "completion"))])
+    given = len(said) - len(answer)  # what stands in the prompt is not learnt, replies among it neither
+    return {"messages": said} | ({"given": given} if any(t["role"] == "assistant" for t in said[:given]) else {})
 
 
 def _preference(row: Row) -> Row:
@@ -229,10 +236,13 @@ def _asturns(row: Row, name: str) -> list[Row]:
     return turns([{"role": role, "content": row[name]}] if isinstance(row[name], str) else row[name], name)
 
 
-def _classification(row: Row) -> Row:
+def _classification(row: Row, classes: tuple) -> Row:
     label = int(row["label"]) if isinstance(row["label"], float) and row["label"].is_integer() else row["label"]
-    if label is None or label == "" or (isinstance(label, int) and label < 0):
-        raise BadRow(f"label is {shown(label)}, and a row needs one (test splits of GLUE have -1)")
+    if label is None or label == "" or (isinstance(label, int) and label < 0 and str(label) not in classes):
+        raise BadRow(
+            f"label is {shown(label)}, and a row needs one (test splits of GLUE have -1; "
+            f"a class can be named -1 in data.labels)"
+        )
     if isinstance(label, float):
         raise BadRow(f"label is {label!r}: classes are whole numbers or names")
     made = {"text": filled(row, "text"), "label": label}
@@ -248,5 +258,4 @@ _CONVERTERS: dict[str, Callable[[Row], Row | None]] = {
     "preference": _preference,
     "unpaired_preference": _unpaired,
     "prompt": _prompt,
-    "classification": _classification,
 }

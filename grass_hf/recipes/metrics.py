@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback
 
 from ..config.fields import unknown_key
 from .schema import Recipe
@@ -180,7 +180,7 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def measure(trainer: Trainer, recipe: Recipe, metrics: Metrics) -> None:
+def measure(trainer: Any, recipe: Recipe, metrics: Metrics) -> None:
     """Let a new trainer measure what the recipe asks for.
 
     Raises:
@@ -220,7 +220,7 @@ class MeasureReplies(TrainerCallback):
         most: rows of which the last reply is generated.
     """
 
-    def __init__(self, trainer: Trainer, metrics: Metrics, most: int):
+    def __init__(self, trainer: Any, metrics: Metrics, most: int):
         self.trainer, self.metrics, self.most = trainer, metrics, most
         self.sums: list[Tensor] = []
         trainer.model.register_forward_hook(self._add)
@@ -248,7 +248,8 @@ class MeasureReplies(TrainerCallback):
         """What the model says after each prompt, and what it should say: every process makes the same texts."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
-        training, size, said = model.training, self.trainer.args.per_device_eval_batch_size, []
+        training, size = model.training, self.trainer.args.per_device_eval_batch_size
+        said: list[str] = []
         model.eval()
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]

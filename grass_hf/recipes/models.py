@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,20 @@ from .schema import ModelSection, Recipe
 END_OF_TEXT = "<|endoftext|>"
 
 
-def load_tokenizer(model: ModelSection, texts: Any = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelSection, texts: Any = None, cached: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that a recipe names, or one trained on `texts`; it has a token to pad with.
 
     Args:
         model: the section.
         texts: an iterable of strings, for `tokenizer_vocab_size`.
+        cached: where a tokenizer that was trained on the same texts stands, or is to stand.
 
     Raises:
         ValueError: it cannot be found or made.
     """
+    tokenizer: Any
     if model.tokenizer_vocab_size:
-        tokenizer = train_tokenizer(texts, model.tokenizer_vocab_size)
+        tokenizer = train_tokenizer(texts, model.tokenizer_vocab_size, cached)
     else:
         name = model.tokenizer_name or model.name
         options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
@@ -68,7 +72,7 @@ def _template(name: str) -> str:
         ) from error
 
 
-def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Any, vocab_size: int, cached: Path | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on texts: it can spell anything, so it needs no unknown token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -77,6 +81,8 @@ def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"model.tokenizer_vocab_size={vocab_size} cannot hold the {len(alphabet)} bytes: give 512 or more."
         )
+    if cached is not None and cached.is_file():
+        return _with_special_tokens(Tokenizer.from_file(str(cached)))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,8 +90,18 @@ def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:  # whole, or not there
+            tokenizer.save(f"{folder}/tokenizer.json")
+            os.replace(f"{folder}/tokenizer.json", cached)
+    return _with_special_tokens(tokenizer)
+
+
+def _with_special_tokens(tokenizer: Any) -> PreTrainedTokenizerFast:
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    inputs = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **special)
 
 
 def load_config(model: ModelSection) -> PretrainedConfig:
@@ -96,11 +112,11 @@ def load_config(model: ModelSection) -> PretrainedConfig:
     """
     if model.model_name_or_path in MODELS:
         return MODELS[model.model_name_or_path].config()
-    if model.from_scratch:
+    if model.config_name is not None:
         return model_config(model.config_name, "model.config_name")
     options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(model.model_name_or_path, **options)
+        return AutoConfig.from_pretrained(model.name, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model.model_name_or_path={model.model_name_or_path!r} is no folder with a config.json, and cannot be "
@@ -140,7 +156,7 @@ def fit_config(config: PretrainedConfig, recipe: Recipe, tokenizer: PreTrainedTo
     return config
 
 
-def auto_class(task: str, config: PretrainedConfig) -> type:
+def auto_class(task: str, config: PretrainedConfig) -> Any:
     """The transformers class that builds a task's models."""
     scores = task in ("classification", "reward")
     return AutoModelForSequenceClassification if scores else language_model_class(config)
@@ -221,7 +237,7 @@ def check_generation(model: ModelSection) -> list[str]:
     if model.from_scratch or model.model_name_or_path in MODELS:
         return []
     try:
-        generation = GenerationConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+        generation = GenerationConfig.from_pretrained(model.name, revision=model.model_revision)
     except OSError:  # it has none
         return []
     return mend_generation(generation)

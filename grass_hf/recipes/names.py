@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from typing import Any
-
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any
 
 from ..config.fields import unknown_key
-from .metrics import direction
 from .schema import DataSection
+
+if TYPE_CHECKING:
+    pass
 
 # What later versions of transformers call otherwise: a recipe may say either, whichever is installed.
 RENAMED = {
@@ -69,6 +69,14 @@ _SAID_ELSEWHERE = {
     "model_init_kwargs": "the section model",
 }
 TRL = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig", "reward": "RewardConfig", "grpo": "GRPOConfig"}
+# Fields of data that only some tasks read.
+_ONLY = {
+    "loss_on": ("sft",),
+    "labels": ("classification",),
+    "reward_funcs": ("grpo",),
+    "system_prompt": tuple(TRL),
+    "ignore_fields": tuple(TRL),
+}
 
 
 def unknown(name: str, section: str, fields: Mapping[str, set[str]]) -> str:
@@ -93,7 +101,7 @@ def check_kind(name: str, value: Any, hint: Any, default: Any) -> None:
         raise ValueError(f"{name}={value} is a mapping, and the field takes one value: write that alone.")
 
 
-def connect(task: str, data: DataSection, training: TrainingArguments, given: Mapping[str, Any]) -> None:
+def connect(task: str, data: DataSection, training: Any, given: Mapping[str, Any]) -> None:
     """What the trainers' arguments must say because other sections say it."""
     if not given.get("output_dir"):
         raise ValueError("training.output_dir is missing: give the folder for checkpoints, results and report.")
@@ -103,14 +111,21 @@ def connect(task: str, data: DataSection, training: TrainingArguments, given: Ma
     if training.learning_rate < 0:
         raise ValueError(f"training.learning_rate={training.learning_rate} is negative: give 1e-4, say.")
     if training.metric_for_best_model is not None:
+        from .metrics import direction
+
         training.greater_is_better = direction(training.metric_for_best_model, _said(given.get("greater_is_better")))
+    for name, tasks in _ONLY.items():
+        if task not in tasks and getattr(data, name) not in (None, [], "replies"):
+            raise ValueError(f"data.{name} is of {', '.join(tasks)}, and has no effect on task={task}: leave it out.")
     if task not in TRL:
         return
     for name, where in _SAID_ELSEWHERE.items():
         if given.get(name) is not None:
             raise ValueError(f"training.{name} is set by {where}: write that instead.")
     if task != "grpo":
-        training.max_length = data.sequence_length
+        # rows are cut before TRL sees them, which it cannot know where it does not pad
+        loose = getattr(training, "padding_free", False) and not getattr(training, "packing", False)
+        training.max_length = None if loose else data.sequence_length
     elif not data.reward_funcs:
         raise ValueError("data.reward_funcs is missing: name the functions that score what the model writes.")
     elif training.max_completion_length >= data.sequence_length:

@@ -10,21 +10,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
 
+from ..config.extras import check_installed
 from ..config.fields import unknown_key
 from ..config.settings import GrassConfig
+from ..config.shipped_files import find_recipe, model_config_file
+from . import folders, sources
 from .grass_section import WORDS, base_of, read_grass
 from .names import ALTERNATIVES, ELSEWHERE, RENAMED, TRL, check_kind, connect, unknown
 from .schema import TASKS, DataSection, EvaluationSection, LoraSection, ModelSection, Recipe, choose
+from .trainer_fields import argument_names, argument_parser
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 SECTIONS = ("model", "data", "grass", "lora", "training", "evaluation")
 _OPTIONAL = ("grass", "lora")  # absent is not the same as empty
@@ -37,27 +44,44 @@ _KINDS = {
 }
 
 
-def load_recipe(path: str | Path, flags: Iterable[str] = (), *, grass: bool = True) -> Recipe:
+def load_recipe(
+    path: str | Path, flags: Iterable[str] = (), *, grass: bool = True, overwrite: bool | None = None
+) -> Recipe:
     """Read a recipe and the flags behind it.
 
+    What is wrong with its names, its values and its folders is found before transformers and torch are imported, as far
+    as it can be.
+
     Args:
-        path: of the YAML file.
+        path: of the YAML file, or the name of a shipped recipe.
         flags: words of a command line, as in ``["--max_steps", "10", "--grass.seed", "1"]``.
         grass: False drops the section `grass`: everything is trained in full by the base optimizer.
+        overwrite: check the folders too (`folders.check_places`); None does not look at them.
 
     Raises:
         ValueError: the file cannot be read, or a section, field or value is not a valid one.
     """
-    return build_recipe(read_document(path), Path(path), flags, grass=grass)
+    path = find_recipe(path)
+    return build_recipe(read_document(path), path, flags, grass=grass, overwrite=overwrite)
 
 
-def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] = (), *, grass: bool = True) -> Recipe:
+def build_recipe(
+    document: Mapping[str, Any],
+    path: Path,
+    flags: Iterable[str] = (),
+    *,
+    grass: bool = True,
+    overwrite: bool | None = None,
+) -> Recipe:
     """`load_recipe` for what a file holds."""
-    kinds = {**_KINDS, "training": training_class(_task(document, flags))}
-    fields = {section: {f.name for f in dataclasses.fields(kind) if f.init} for section, kind in kinds.items()}
+    task = _task(document, flags)
+    choose("task", task, TASKS)
+    for package in ("datasets", "trl"):
+        check_installed(package, "a recipe")
+    fields = {section: _names(kind) for section, kind in _KINDS.items()}
     fields["grass"].update(WORDS)
-    installed = frozenset(fields["training"])
-    fields["training"].update(*RENAMED.items())
+    installed = argument_names(TRL.get(task)) or _names(training_class(task))
+    fields["training"] = {*installed, *RENAMED, *RENAMED.values()}
     _check_names(document, fields, path)
     given: dict[str, Any] = {s: dict(document.get(s) or {}) for s in SECTIONS if s in document or s not in _OPTIONAL}
     for section, field, words in _flags(flags, fields):
@@ -70,27 +94,42 @@ def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] =
     _use_installed_names(given["training"], installed)
     if not grass:
         given.pop("grass", None)
-    sections = {s: _parse(kinds[s], given[s], s) for s in ("model", "data", "training", "evaluation")}
     config, base = read_grass(given["grass"]) if "grass" in given else (None, None)
-    lora = _parse(LoraSection, given["lora"], "lora") if "lora" in given else None
-    if config is not None and lora is not None:
+    if config is not None and "lora" in given:
         raise ValueError("grass and lora are two ways to train: leave one section out (--no-grass drops `grass`).")
-    task = _task(document, flags)
+    sections = {s: _parse(_KINDS[s], given[s], s) for s in ("model", "data", "evaluation")}
+    lora = _parse(LoraSection, given["lora"], "lora") if "lora" in given else None
+    _check_files(sections["model"], sections["data"], given["training"], overwrite)
+    sections["training"] = _parse(training_class(task), given["training"], "training")
     base = base_of(sections["training"], config, base)
     connect(task, sections["data"], sections["training"], given["training"])
     shown = {"task": task, **{s: given[s] for s in SECTIONS if s in given}}
     return Recipe(path, task, grass=config, base=base, lora=lora, given=shown, **sections)
 
 
-def training_class(task: str) -> type[TrainingArguments]:
-    """The arguments of a task's trainer.
+def _names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind) if field.init}
 
-    Raises:
-        ValueError: the task is unknown.
-    """
-    choose("task", task, TASKS)
+
+def _check_files(model: ModelSection, data: DataSection, training: Mapping[str, Any], overwrite: bool | None) -> None:
+    """What can be said about files and folders without reading them."""
+    flag = {name: value[0] for name, value in training.items() if isinstance(value, tuple) and len(value) == 1}
+    said = {**training, **flag}
+    if not said.get("output_dir"):
+        raise ValueError("training.output_dir is missing: give the folder for checkpoints, results and report.")
+    if model.config_name is not None:
+        model_config_file(model.config_name, "model.config_name")
+    sources.check_local(data)
+    if overwrite is not None:
+        folders.check_places(str(said["output_dir"]), said.get("resume_from_checkpoint"), overwrite)
+
+
+def training_class(task: str) -> type[TrainingArguments]:
+    """The arguments of a task's trainer."""
+    import transformers
+
     if task not in TRL:
-        return TrainingArguments
+        return transformers.TrainingArguments
     import trl
 
     return getattr(trl, TRL[task])
@@ -205,14 +244,20 @@ def _flags(flags: Iterable[str], fields: Mapping[str, set[str]]) -> Iterable[tup
         yield section, field, tuple(values)
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        raise argparse.ArgumentTypeError(message)
+@functools.cache
+def _parser_class() -> type:
+    base = argument_parser()
+
+    class Parser(base):  # type: ignore[valid-type, misc]  # a class that is known when this runs
+        def error(self, message: str):
+            raise argparse.ArgumentTypeError(message)
+
+    return Parser
 
 
 def _parse(kind: type, values: Mapping[str, Any], section: str) -> Any:
     """An instance of a section's dataclass from what the recipe says: values of YAML, or tuples of a flag's words."""
-    parser = _Parser(kind, add_help=False, allow_abbrev=False)
+    parser = _parser_class()(kind, add_help=False, allow_abbrev=False)
     actions = {action.dest: action for action in parser._actions if not isinstance(action, argparse._StoreFalseAction)}
     words: list[str] = []
     hints = typing.get_type_hints(kind)

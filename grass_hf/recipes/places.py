@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,23 @@ class BadRow(ValueError):
 def place(files: Iterable[str], number: int) -> str:
     """``"chats.jsonl, line 17"`` for the row of a number, counted from 0 through all files."""
     for file in files:
-        for line, _ in _rows(Path(file)):
-            if number == 0:
-                return f"{file}, {line}"
-            number -= 1
-    return f"row {number}"
+        lines = _lines(str(file), os.stat(file).st_mtime_ns)
+        if number < len(lines):
+            return f"{file}, {lines[number]}"
+        number -= len(lines)
+    return f"row {number + 1}"
+
+
+@lru_cache(maxsize=16)
+def _lines(file: str, changed: int) -> list[str]:
+    """The place of every row, kept for the next bad one."""
+    return [line for line, _ in _rows(Path(file))]
 
 
 def complaint(files: Iterable[str]) -> str | None:
     """What is wrong with the first line of local files that is no row; None if nothing is found."""
+    kinds: dict[str, type] = {}
+    files = list(files)
     for file in files:
         try:
             for line, row in _rows(Path(file)):
@@ -36,9 +46,14 @@ def complaint(files: Iterable[str]) -> str | None:
                     return f"{file}, {line}: {row}"
                 if not isinstance(row, dict):
                     return f"{file}, {line}: a row is an object with fields, and here stands {shown(row)}"
+                for key, value in row.items():
+                    before = kinds.setdefault(key, type(value)) if value is not None else type(None)
+                    if value is not None and before is not type(value) and {before, type(value)} != {int, float}:
+                        return f"{file}, {line}: {key} is {shown(value)}, and a {before.__name__} in the rows before"
         except (OSError, UnicodeDecodeError) as error:
             return f"{file}: {error}"
-    return None
+    empty = [str(file) for file in files if not os.path.getsize(file)]
+    return f"{empty[0]} is empty" if empty else None
 
 
 def shown(value: Any) -> str:
@@ -55,11 +70,12 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
             start = reader.line_num
+            names: Any = reader.fieldnames
             for row in reader:
                 start, line = reader.line_num, start + 1
                 if None in row:
-                    count = len(reader.fieldnames) + len(row[None])
-                    yield f"line {line}", ValueError(f"{count} fields under {len(reader.fieldnames)} headings")
+                    count = len(names) + len(row[None])
+                    yield f"line {line}", ValueError(f"{count} fields under {len(names)} headings")
                 else:
                     yield f"line {line}", row
     elif file.suffix == ".txt":
@@ -89,10 +105,10 @@ def _json_rows(text: str) -> Iterator[tuple[str, Any]]:
                 yield f"line {line}", ValueError(f"not valid JSON ({error})")
                 return
             yield f"line {line}", row
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+    for number, words in enumerate(text.split("\n"), 1):
+        if words.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(words)
             except ValueError as error:
                 row = ValueError(f"not valid JSON ({error})")
             yield f"line {number}", row

@@ -75,6 +75,8 @@ def describe(prepared: Prepared, task: str) -> list[str]:
             lines.append(f"  {rows.empty:,} rows left out, with nothing to learn (empty, or too long)")
         if rows.cut:
             lines.append(f"  {rows.cut:,} rows are longer than data.sequence_length, and cut")
+        if rows.tail:
+            lines.append(f"  {rows.tail:,} tokens left out, behind the last whole block")
         if rows.bad:
             lines.append(f"  {len(rows.bad):,} bad rows left out, the first: {rows.bad[0]}")
     if prepared.labels:
@@ -88,7 +90,8 @@ def describe(prepared: Prepared, task: str) -> list[str]:
 
 def example(prepared: Prepared, task: str, longest: int = 1200) -> str:
     """The first example as text, as the model sees it."""
-    row, tokenizer = prepared.train.first(), prepared.tokenizer
+    row = prepared.train.first()
+    tokenizer: Any = prepared.tokenizer
     if task == "sft":
         runs = itertools.groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != -100)
         pieces = [(learnt, tokenizer.decode([token for token, _ in run])) for learnt, run in runs]

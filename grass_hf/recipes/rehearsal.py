@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, Trainer, set_seed
+from transformers import PretrainedConfig, set_seed
 
 from ..config.settings import GrassConfig
 from ..convert.targets import plan
@@ -170,7 +170,7 @@ def _small_grass(recipe: Recipe, prepared: Prepared) -> GrassConfig | None:
     return plain
 
 
-def _shorten(trainer: Trainer, recipe: Recipe) -> None:
+def _shorten(trainer: Any, recipe: Recipe) -> None:
     """Keep a few rows: all of them were prepared, which is what could fail."""
     training = trainer.args
     count = 4 * training.per_device_train_batch_size * training.gradient_accumulation_steps

@@ -8,11 +8,13 @@ holds: the tokenizer, its template, the settings.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from .places import BadRow, place
@@ -32,6 +34,7 @@ class Rows:
         bad: places and reasons of bad rows that were left out.
         empty: how many rows with nothing to learn were left out.
         cut: how many rows were longer than `data.sequence_length`.
+        tail: tokens of documents that filled no whole block and were left out.
     """
 
     dataset: Any
@@ -41,6 +44,7 @@ class Rows:
     bad: list[str] = field(default_factory=list)
     empty: int = 0
     cut: int = 0
+    tail: int = 0
 
     @property
     def streaming(self) -> bool:
@@ -86,7 +90,8 @@ class Rows:
         given = self.dataset.features or {}
         batch = _Batch(function, list(function.features), dict(given), self.name, self.files, self.numbers, skip)
         batch.streaming = self.streaming
-        features = Features({**function.features, "note": Value("string"), "length": Value("int64")})
+        kinds = {**function.features, "note": Value("string"), "length": Value("int64")}
+        features = None if None in kinds.values() else Features(kinds)
         options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": self.columns}
         if self.streaming:
             dataset = self.dataset.map(batch, features=features, **options)
@@ -118,7 +123,7 @@ class _Batch:
     numbers: Sequence[int]
     skip: bool
     streaming: bool = False
-    versions: tuple[str, ...] = field(default_factory=lambda: _versions())
+    versions: tuple[str, ...] = field(default_factory=lambda: versions())
 
     def __call__(self, rows: dict[str, list], numbers: list[int]) -> dict[str, list]:
         made: dict[str, list] = {name: [] for name in (*self.columns, "note", "length")}
@@ -146,15 +151,16 @@ class _Batch:
         return result, "" if result is None else None
 
 
-def _versions() -> tuple[str, ...]:
-    """Of what makes tokens, since code that is imported is not hashed."""
+def versions() -> tuple[str, ...]:
+    """Of what makes tokens, since code that is imported is not hashed; our own changes between versions too."""
     found = []
-    for package in ("grass-hf", "trl", "transformers", "tokenizers", "jinja2"):
+    for package in ("trl", "transformers", "tokenizers", "jinja2"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    return tuple(found)
+    own = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("chats", "encode", "layouts", "turns"))
+    return (*found, *(hashlib.sha256(code).hexdigest() for code in own))
 
 
 def _without_nulls(value: Any, feature: Any) -> Any:

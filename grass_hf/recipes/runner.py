@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel, Trainer, set_seed
 
-from . import preview
-from .checks import check_model, check_places, check_settings, find_checkpoint
+from . import folders, preview
+from .checks import check_model, check_settings, find_checkpoint
 from .models import load_model
 from .report import Run, report_run
 from .samples import write_samples
@@ -40,7 +40,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, json_file: Path | None = N
     """
     started = time.perf_counter()
     training, output = recipe.training, Path(recipe.training.output_dir)
-    check_places(recipe, overwrite)
+    folders.check_places(training.output_dir, training.resume_from_checkpoint, overwrite)
     prepared = prepare(recipe)
     remarks = check_settings(recipe, prepared)
     check_model(recipe, prepared)
@@ -152,7 +152,7 @@ def closing(task: str, before: dict[str, Any], after: dict[str, Any]) -> str:
     """The last line: what training has changed."""
     if not after:
         return "nothing was held out, so nothing was measured"
-    names = {"classification": ("accuracy",), "pretraining": ("perplexity",), "sft": ("perplexity",)}.get(task, ())
+    names = {"classification": ("accuracy",), "reward": ("accuracy",), "grpo": ("reward",)}.get(task, ("perplexity",))
     name = next(name for name in (*names, "loss") if f"eval_{name}" in after or name == "loss")
     digits = 1 if name == "perplexity" else 4
     untrained, trained = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 
 from .schema import EvaluationSection, Recipe
 from .tasks import Prepared
@@ -34,8 +34,8 @@ def write_samples(trainer: Trainer, recipe: Recipe, prepared: Prepared) -> list[
 
 @torch.no_grad()
 def write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     prompt: str,
     settings: EvaluationSection,
     *,

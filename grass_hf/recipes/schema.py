@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any
 
 from ..config.fields import unknown_key
 from ..config.settings import GrassConfig
 
+if TYPE_CHECKING:
+    pass
+
 TASKS = ("pretraining", "sft", "dpo", "kto", "reward", "grpo", "classification")
-LAYOUTS = ("auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "unpaired_preference")
-LAYOUTS += ("prompt", "classification")
+LAYOUTS = (
+    *("auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "unpaired_preference"),
+    *("prompt", "classification"),
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOSS_ON = ("replies", "last_reply", "everything")
 BAD_ROWS = ("stop", "skip")
@@ -87,7 +90,7 @@ class ModelSection:
 
     @property
     def name(self) -> str:
-        return self.model_name_or_path or self.config_name
+        return self.model_name_or_path or self.config_name or ""
 
 
 @dataclass
@@ -111,7 +114,9 @@ class DataSection:
     sample_by: str = _help("What is one text in a .txt file: document (all of it), paragraph or line.", "document")
     sequence_length: int = _help("Tokens of a packed block, or the most of one example.", 512)
     loss_on: str = _help("Finetuning: replies (every turn of the assistant), last_reply, or everything.", "replies")
-    system_prompt: str | None = _help("Finetuning: put before chats that have no system turn of their own.")
+    system_prompt: str | None = _help(
+        "Put before chats that have no system turn of their own; in grpo before plain prompts too."
+    )
     ignore_fields: list[str] = _help_list("Finetuning: fields of rows and turns that are left out instead of refused.")
     reward_funcs: list[str] = _help_list(
         "grpo: functions that score what the model writes, as module.function beside the recipe or installed."
@@ -239,7 +244,7 @@ class Recipe:
     grass: GrassConfig | None
     base: str
     lora: LoraSection | None
-    training: TrainingArguments
+    training: Any  # `TrainingArguments`, or TRL's of the task
     evaluation: EvaluationSection
     given: dict[str, Any]
 

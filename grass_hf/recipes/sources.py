@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import glob
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def load_rows(data: DataSection) -> list[tuple[Rows, Rows | None]]:
     Raises:
         ValueError: something cannot be found or read; the sentence names it.
     """
-    found = []
+    found: list[tuple[Rows, Rows | None]] = []
     for name in data.dataset:
         rows, own = _load(data, name, data.split)
         if data.eval_dataset:
@@ -68,25 +69,27 @@ def hold_out(rows: Rows, data: DataSection, seed: int) -> tuple[Rows, Rows | Non
 
 def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
     """The rows of a split, and those for evaluation that a folder or a packaged text has beside it."""
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(name).expanduser()
     if name in TEXTS:
-        sets = [Dataset.from_list(part) if part else None for part in TEXTS[name]()]
+        sets = [_cached(part) if part else None for part in TEXTS[name]()]
         parts = [part.to_iterable_dataset() if part and data.streaming else part for part in sets]
         return Rows(parts[0], name), None if parts[1] is None else Rows(parts[1], f"{name} (evaluation)")
     if path.is_dir() and any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
         dataset = load_from_disk(str(path))
         if isinstance(dataset, DatasetDict):
-            _check_split(split, dataset, name)
+            if split not in dataset:
+                raise ValueError(_no_split(split, dataset, name))
             dataset = dataset[split]
         return Rows(dataset, name), None
     source, options, files = _found(data, name, path)
-    splits = list(files) if path.exists() or "*" in name else []
-    if splits:
-        _check_split(split, splits, name)
-    beside = next((part for part in ("validation", "test") if part in splits and part != split), None)
-    parts = []
+    splits = list(files) if path.exists() or _is_pattern(name) else []
+    named = [part.split("[")[0].strip() for part in split.split("+")]
+    if splits and not set(named) <= set(splits):
+        raise ValueError(_no_split(split, splits, name))
+    beside = next((part for part in ("validation", "test") if part in splits and part not in named), None)
+    read: list[Rows] = []
     for part in (split, beside) if beside else (split,):
         try:
             dataset = load_dataset(source, split=part, streaming=data.streaming, **options)
@@ -96,13 +99,36 @@ def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
             raise ValueError(_reason(error, files.get(part.split("[")[0], []), name, part, data)) from error
         numbered = "[" not in part and options.get("sample_by", "line") == "line"
         shown = name if splits and part == split else f"{name} ({'evaluation' if splits else part})"
-        parts.append(Rows(dataset, shown, files.get(part, []) if numbered and splits else []))
-    return parts[0], parts[1] if beside else None
+        read.append(Rows(dataset, shown, files.get(part, []) if numbered and splits else []))
+    return read[0], read[1] if beside else None
 
 
-def _check_split(split: str, splits: Any, name: str) -> None:
-    if split.split("[")[0] not in splits:
-        raise ValueError(f"data: {name} has no split {split!r}: it has {', '.join(map(str, splits))}.")
+def _cached(rows: list[dict[str, Any]]) -> Any:
+    """Rows as a dataset in the cache of `datasets`: what is made of rows in memory would be made in every run again."""
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+    from datasets.utils import are_progress_bars_disabled
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        return Dataset.from_generator(_InMemory(rows))
+    finally:
+        if not silent:
+            enable_progress_bars()
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A generator function over rows, whose hash is theirs."""
+
+    rows: list[dict[str, Any]]
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+def _no_split(split: str, splits: Any, name: str) -> str:
+    return f"data: {name} has no split {split!r}: it has {', '.join(map(str, splits))}."
 
 
 def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any], dict[str, list[str]]]:
@@ -121,7 +147,9 @@ def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any
     if path.is_dir():
         every = (file.relative_to(path) for file in path.rglob("*") if file.is_file() and file.suffix in KINDS)
         seen = [file for file in every if not any(part.startswith((".", "__")) for part in file.parts)]
-        other = sorted({file.suffix for file in seen} - {file.suffix for file in local} - {".json", ".txt"})
+        read = {file.suffix for file in local}
+        other = sorted({file.suffix for file in seen} - read - {".json", ".txt"})
+        other = other or ([".tsv"] if {".csv", ".tsv"} <= read else [])  # one separator is used for all
         if other:
             raise ValueError(
                 f"data: {name} has files of several kinds, and those with {', '.join(other)} would not be read: name "
@@ -132,10 +160,25 @@ def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any
     if hasattr(config, "keep_default_na"):  # a CSV: words stay words, and cells stay as they are written
         options |= {"keep_default_na": False, "na_filter": False}
         if local:
-            with local[0].open(encoding="utf-8-sig", newline="") as lines:
+            with local[0].open(encoding="utf-8-sig", errors="replace", newline="") as lines:
                 head = next(csv.reader(lines, delimiter=config.sep), [])
             options["features"] = Features({column: Value("string") for column in head})
     return source, options, files
+
+
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
+
+
+def check_local(data: DataSection) -> None:
+    """Check that datasets whose names are paths exist, without reading them.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name in (*data.dataset, *([data.eval_dataset] if data.eval_dataset else ())):
+        if name not in TEXTS:
+            _where(name, Path(name).expanduser())
 
 
 def _where(name: str, path: Path) -> tuple[str, dict[str, Any]]:
@@ -143,9 +186,9 @@ def _where(name: str, path: Path) -> tuple[str, dict[str, Any]]:
         return str(path.parent.absolute()), {"data_files": {"train": [glob.escape(path.name)]}}
     if path.is_dir():
         return str(path.absolute()), {}
-    if any(sign in name for sign in "*?["):
+    if _is_pattern(name):
         parts = path.absolute().parts
-        first = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?["))
+        first = next(number for number, part in enumerate(parts) if _is_pattern(part))
         return str(Path(*parts[:first])), {"data_files": {"train": ["/".join(parts[first:])]}}
     if path.suffix in KINDS or name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"data: {name} is not a file or folder: give the path of one, a packaged text, or a hub id.")
@@ -157,10 +200,11 @@ def _reason(error: Exception, files: list[str], name: str, split: str, data: Dat
     found = complaint(file for file in files if Path(file).is_file())
     if found:
         return f"data: {found}."
-    while error.__cause__ is not None:
-        error = error.__cause__
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    if any(sign in name for sign in "*?[") or Path(name).expanduser().exists():
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    first = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
+    if _is_pattern(name) or Path(name).expanduser().exists():
         return f"data: {name} (split {split}) cannot be read: {first}."
     return (
         f"data: {name!r} (configuration {data.dataset_config or 'default'}, split {split}) is no local file and cannot "

@@ -34,7 +34,8 @@ def estimate(recipe: Recipe, prepared: Prepared) -> MemoryEstimate:
     kind, adapters = type(prepared.config), None
     checkpointing = training.gradient_checkpointing_kwargs or {}
     if recipe.lora is not None:
-        targets = recipe.lora.lora_target_modules or "all-linear"
+        named = recipe.lora.lora_target_modules or "all-linear"
+        targets = named if isinstance(named, str) else tuple(named)
         adapters = GrassConfig(rank=recipe.lora.lora_r, target_modules=targets, slice_dtype="float32")
     _ = auto_class(recipe.task, prepared.config)._model_mapping[kind]  # imported here, not under fake tensors
 
@@ -75,10 +76,12 @@ def _loss(recipe: Recipe, batch: int):
     return of_batch if training.gradient_accumulation_steps == 1 else of_step
 
 
-def _batch_loss(recipe: Recipe, model: nn.Module, batch: int, length: int) -> Loss:
+def _batch_loss(recipe: Recipe, model: Any, batch: int, length: int) -> Loss:
     """What the task's trainer computes of one batch."""
-    smoother = LabelSmoother(recipe.training.label_smoothing_factor) if recipe.training.label_smoothing_factor else None
-    tokens = torch.randint(vocabulary_of(model), (batch, length))
+    smoother: Any = (
+        LabelSmoother(recipe.training.label_smoothing_factor) if recipe.training.label_smoothing_factor else None
+    )
+    tokens = torch.randint(vocabulary_of(model) or 1, (batch, length))
     if recipe.task == "classification":
         labels = torch.zeros(batch, dtype=torch.long)
         if smoother is None:
@@ -104,13 +107,13 @@ def _batch_loss(recipe: Recipe, model: nn.Module, batch: int, length: int) -> Lo
     return of_tokens if fused else plain
 
 
-def _calls_its_head(model: nn.Module) -> bool:
+def _calls_its_head(model: Any) -> bool:
     """Whether Grass has compressed the output head, so that the loss is made from its logits."""
     head = model.get_output_embeddings()
     return head is not None and any(part.weight is head.weight for part in grass_slices(model))
 
 
-def _fuse(model: nn.Module) -> None:
+def _fuse(model: Any) -> None:
     """Give the model the head by which TRL makes log-probabilities without all logits."""
     from trl.trainer.utils import add_fused_lm_head
 

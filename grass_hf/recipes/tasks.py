@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
 import itertools
 import sys
@@ -29,8 +30,8 @@ from .layouts import converter, find_layout
 from .metrics import Metrics, measure
 from .models import fit_config, load_config, load_tokenizer
 from .places import BadRow
-from .rows import Rows, join
-from .schema import Recipe
+from .rows import Rows, join, versions
+from .schema import ModelSection, Recipe
 from .sources import hold_out, load_rows
 
 # Of a stream, so many texts are read to train a tokenizer on.
@@ -77,7 +78,7 @@ def prepare(recipe: Recipe) -> Prepared:
     seed = training.seed if training.data_seed is None else training.data_seed
     with training.main_process_first(desc="preparing the rows"):
         train, evaluation = _parts(recipe, seed)
-        tokenizer = load_tokenizer(recipe.model, _texts(train))
+        tokenizer = load_tokenizer(recipe.model, _texts(train), _tokenizer_file(recipe.model, train))
         for name in ("eos_token", "pad_token"):
             if getattr(training, name, None):
                 setattr(tokenizer, name, getattr(training, name))
@@ -88,19 +89,31 @@ def prepare(recipe: Recipe) -> Prepared:
             )
         labels, numbers = _classes(recipe, train, evaluation)
         config = fit_config(config, recipe, tokenizer, labels)
-        held = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in evaluation], [], seed)
+        held: Any = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in evaluation], [], seed)
         for part in train:
             if not part.rows.streaming and not len(part.rows.dataset):
                 size = f"the {len(held.dataset)} rows of {part.rows.name}" if held else part.rows.name
                 raise ValueError(f"data.holdout={data.holdout} leaves nothing of {size} to train on.")
-        rows = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in train], data.weights, seed)
+        rows: Any = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in train], data.weights, seed)
         if recipe.task == "pretraining":
             for one in (rows, held) if held else (rows,):
-                one.dataset = encode.blocks(one.dataset, data.sequence_length, data.preprocessing_workers, one.name)
+                encode.blocks(one, data.sequence_length, data.preprocessing_workers, whole=one is held)
     if rows.streaming and training.max_steps <= 0:
         raise ValueError("training.max_steps is missing: a stream has no length, so the number of steps must be given.")
     layout = ", ".join(dict.fromkeys(part.layout for part in train))
     return Prepared(layout, rows, held, tokenizer, config, labels)
+
+
+def _tokenizer_file(model: ModelSection, parts: list[_Part]) -> Path | None:
+    """Where a tokenizer trained on these texts is kept between runs; None for streams, whose texts are not known."""
+    if not model.tokenizer_vocab_size or any(part.rows.streaming for part in parts):
+        return None
+    import datasets
+
+    known = [(part.rows.dataset._fingerprint, part.layout, part.names) for part in parts]
+    said = repr((known, model.tokenizer_vocab_size, versions()))
+    name = hashlib.sha256(said.encode()).hexdigest()[:32]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "grass_hf" / f"tokenizer-{name}.json"
 
 
 def _parts(recipe: Recipe, seed: int) -> tuple[list[_Part], list[_Part]]:
@@ -123,7 +136,7 @@ def _part(recipe: Recipe, rows: Rows) -> _Part:
     several = len(data.dataset) > 1 or data.eval_dataset
     renamed = {ours: theirs for ours, theirs in data.column_names.items() if theirs in columns or not several}
     layout, names = find_layout(recipe.task, data.layout, columns, renamed)
-    return _Part(rows, layout, names, converter(layout, names, data.ignore_fields))
+    return _Part(rows, layout, names, converter(layout, names, data.ignore_fields, data.labels))
 
 
 def _texts(parts: list[_Part]) -> Iterator[str]:
@@ -147,17 +160,18 @@ def _encoded(recipe: Recipe, part: _Part, tokenizer: Any, labels: list[str], num
     elif task == "classification":
         encoder = encode.LabelEncoder(tokenizer, labels, numbers, length)
     else:
+        keep_end = getattr(training, "truncation_mode", "") == "keep_end"
+        used = None if task != "sft" or training.packing or keep_end else length
         # TRL has variants of templates for finetuning only
-        chat = encode.chat_encoder(tokenizer, data.loss_on if task == "sft" else "everything", data.system_prompt)
+        chat = encode.chat_encoder(tokenizer, data.loss_on if task == "sft" else "everything", data.system_prompt, used)
         if task == "sft":
-            most = None if training.packing else length
-            encoder = encode.Labelled(chat, most, training.truncation_mode == "keep_end")
+            encoder = encode.Labelled(chat, None if training.packing else length, keep_end)
         else:
             kinds = dict.fromkeys(name for name in part.names if name in encode.TRL_COLUMNS or task == "grpo")
             kinds |= {k: (part.rows.dataset.features or {}).get(part.names[k]) for k in kinds}
             most = length - training.max_completion_length if task == "grpo" else length
             encoder = encode.PreferenceEncoder(chat, task, most, kinds)
-    options = {"skip": data.bad_rows == "skip", "workers": data.preprocessing_workers, "most": length}
+    options: dict[str, Any] = {"skip": data.bad_rows == "skip", "workers": data.preprocessing_workers, "most": length}
     return part.rows.made(encode.Encoded(part.convert, encoder), **options)
 
 
@@ -165,7 +179,8 @@ def _classes(recipe: Recipe, train: list[_Part], evaluation: list[_Part]) -> tup
     """Names of the classes, and a label as rows have it -> the number of its class. Names win over positions."""
     if recipe.task != "classification":
         return [], {}
-    labels, own, found = list(recipe.data.labels), [], set()
+    labels, own = list(recipe.data.labels), list[str]()
+    found: set[str] = set()
     for part in train + evaluation:
         column, rows = part.names["label"], part.rows
         own = own or list(getattr((rows.dataset.features or {}).get(column), "names", None) or [])
@@ -237,7 +252,7 @@ def _trainer_of_task(recipe: Recipe, prepared: Prepared, model: PreTrainedModel)
     if recipe.task == "reward":
         return trl.RewardTrainer(**options)
     if recipe.task == "grpo":
-        return trl.GRPOTrainer(reward_funcs=reward_functions(recipe), **options)
+        return trl.GRPOTrainer(reward_funcs=list[Any](reward_functions(recipe)), **options)
     # Whole, and from before the policy is converted. Log-probabilities that are computed in advance need none, and with
     # adapters it is the model without them.
     reference = None

@@ -9,7 +9,7 @@ Another engine may split weights up in another way: it gives `Slice.rank_part` a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -78,6 +78,12 @@ class Part:
     place: str
     rows: slice | None = None
 
+    @property
+    def _padding(self) -> Tensor:
+        """Where rows stand that only fill the slice up, of one that has multipliers."""
+        assert self.rho is not None
+        return self.rho.eq(0)
+
     def of(self, positions: Tensor) -> Tensor:
         """This part of a vector over the slice's rows that holds positions in the slice, -1 for none."""
         if self.rows is None:
@@ -94,7 +100,7 @@ class Part:
         rows = self.take().to(dtype)
         if self.write is None:
             return rows
-        return (rows / along_slice(self.write, self.dim)).masked_fill(along_slice(self.rho == 0, self.dim), 0.0)
+        return (rows / along_slice(self.write, self.dim)).masked_fill(along_slice(self._padding, self.dim), 0.0)
 
     def put(self, rows: Tensor, seed: str | None = None) -> None:
         """Overwrite the weight's rows (columns) `index`; numbers that occur twice must come with equal values.
@@ -119,7 +125,7 @@ class Part:
         if self.write is not None:
             # a row that was divided by its multiplier is the row again but for rounding
             same |= (values - rows).abs() <= 4 * torch.finfo(rows.dtype).eps * rows.abs()
-            same |= along_slice(self.rho == 0, self.dim)  # nothing to agree on at padding
+            same |= along_slice(self._padding, self.dim)  # nothing to agree on at padding
         return bool(same.all())
 
     def nearly_agrees(self) -> bool:
@@ -164,7 +170,8 @@ class Int8Part(Part):
 
     def agrees(self, dtype: torch.dtype | None = None) -> bool:
         # a row that is being trained may be stored as the code above or below
-        scale = self.weight.scale.index_select(0, self.index)[:, None]
+        weight: Any = self.weight
+        scale = weight.scale.index_select(0, self.index)[:, None]
         return bool(((self.active - self.take()).abs() <= scale).all())
 
     def decay(self, factor: float, seed: str | None) -> None:
@@ -185,7 +192,8 @@ def local_part(part: Slice, exact: bool = False) -> Part:
     place, rows = f".{sharding.shard_range(part.active)[0]}", shard_rows(part)
     if rows is None:
         return Part(weight, active, part.index, part.rho, part.write, part.dim, place)
-    index, rho, write = (v if v is None else v[rows] for v in (part.index, part.rho, part.write))
+    index = part.index[rows]
+    rho, write = (v if v is None else v[rows] for v in (part.rho, part.write))
     if part.index.dim() == 1:
         index = index - sharding.shard_range(part.weight)[0]
     return Part(weight, active, index, rho, write, part.dim, place, rows)

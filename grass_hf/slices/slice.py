@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from . import drift
+from . import checks, drift, exchange
 from .doors import Doors
 from .drift import Drift
 from .evaluated import check_after_evaluation
-from .exchange import Exchange
+from .frozen_weight import FrozenWeight
 from .matrices import Matrices
 from .ops import int8, sharding, tap
 from .ops.double_backward import refuse_transforms
@@ -31,8 +33,11 @@ from .ops.row_norms import accumulation_dtype
 from .ops.rows import selected_dim, take_rows
 from .ops.selection import strided
 from .ops.shared_columns import SharedColumns
+from .ops.tapped_linear import tapped_linear
 from .part import Part, SliceState, local_part
 
+# Of which `linear` knows all that happens to them; fake ones are an estimator's.
+_PLAIN = frozenset({Tensor, nn.Parameter, FrozenWeight, FakeTensor})
 _LIVING: weakref.WeakSet[Slice] = weakref.WeakSet()
 _made = 0
 
@@ -47,7 +52,7 @@ def living_slices() -> Iterator[Slice]:
     return iter(list(_LIVING))
 
 
-class Slice(Doors, Exchange, nn.Module):
+class Slice(Doors):
     """The trained rows or columns of one weight; a child ``<parameter>_slice`` of the module that holds the weight.
 
     Args:
@@ -78,9 +83,22 @@ class Slice(Doors, Exchange, nn.Module):
         rank_part: says what this rank has of the weight and the slice; `part.local_part`, or an engine's own.
     """
 
+    owner: nn.Module
+    before: Any
     index: Tensor
     rho: Tensor | None
     write: Tensor | None
+
+    # what moves values
+    held, hold, release = exchange.held, exchange.hold, exchange.release
+    write_back = exchange.write_back
+    settle_decay = exchange.settle_decay
+    load_selection, current_selection = exchange.load_selection, exchange.current_selection
+    take_new_weight, reload = exchange.take_new_weight, exchange.reload
+    mark_trained = exchange.mark_trained
+    # what is checked
+    blocks = checks.blocks
+    check_alignment, check_rows, check_sharding = checks.check_alignment, checks.check_rows, checks.check_sharding
 
     def __init__(
         self,
@@ -139,7 +157,8 @@ class Slice(Doors, Exchange, nn.Module):
         if self.norms is not None:
             # as gradients are: a copy has none yet
             self.norms = torch.zeros_like(self.norms, requires_grad=True)
-            self.active.grass_keeps_grad = self.rank_part is local_part
+            active: Any = self.active
+            active.grass_keeps_grad = self.rank_part is local_part
         self._register()
 
     def _register(self) -> None:
@@ -151,6 +170,34 @@ class Slice(Doors, Exchange, nn.Module):
     def weight(self) -> nn.Parameter:
         """The full weight, (..., m, n) or as it is stored."""
         return getattr(self.owner, self.parameter)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the slice has no memory of its own now."""
+        return not self.resident and self.active.stride() == (0,) * self.active.dim()
+
+    def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """`ops.tapped_linear.tapped_linear` of this weight, or None where product and tap cannot be one.
+
+        They are in training forward passes that nothing observes, of plain tensors.
+        """
+        active = self._parameters["active"]
+        if (
+            self.norms is not None
+            or type(weight) not in _PLAIN
+            or type(x) not in _PLAIN
+            or type(active) not in _PLAIN
+            or not torch.is_grad_enabled()
+            or self.rank_part is not local_part
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        refuse_transforms()
+        drift.check_plain_pass(self, active, weight)
+        if nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+            sharding.refuse_join()
+        buffers = self._buffers
+        return tapped_linear(x, weight, bias, active, buffers["index"], buffers["rho"], self.columns, side=self.side)
 
     def tap(self, y: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """`ops.tap.tap` for a product ``y`` of this weight, which this use of it may see transposed."""
@@ -174,7 +221,7 @@ class Slice(Doors, Exchange, nn.Module):
         """`ops.grouped_linear.grouped_linear` with this weight of experts."""
         extras = self._extras()
         extras.pop("by_sequence")  # tokens come sorted by expert, their sequences are not known any more
-        placed = {"side": self.side, "transposed": self.transposed}
+        placed: dict[str, Any] = {"side": self.side, "transposed": self.transposed}
         return grouped_linear(x, self.weight, tokens, self.active, self.index, **placed, **extras)
 
     def matrices(self, layout: Layout) -> Matrices:
@@ -183,7 +230,7 @@ class Slice(Doors, Exchange, nn.Module):
         extras.pop("by_sequence")  # which tokens an expert sees says nothing about their sequences
         return Matrices(self.active, self.index, dim=self.dim, layout=layout, **extras)
 
-    def _extras(self) -> dict[str, Tensor | bool | None]:
+    def _extras(self) -> dict[str, Any]:
         if not torch.compiler.is_compiling():
             refuse_transforms()
             look = drift.check_pass if torch.is_grad_enabled() else check_after_evaluation
@@ -196,7 +243,8 @@ class Slice(Doors, Exchange, nn.Module):
     def observe(self) -> None:
         """Collect squared gradient norms during the coming backward passes, until `end_observation`."""
         # Engines that shard put other parameters in its place, or take gradients away after every backward.
-        self.active.grass_keeps_grad = self.rank_part is local_part and not sharding.is_sharded(self.active)
+        active: Any = self.active
+        active.grass_keeps_grad = self.rank_part is local_part and not sharding.is_sharded(self.active)
         dtype = accumulation_dtype(self.weight.dtype)
         shape = (*self.index.shape[:-1], self.state.size)
         self.norms = torch.zeros(shape, dtype=dtype, device=self.index.device, requires_grad=True)
@@ -204,6 +252,7 @@ class Slice(Doors, Exchange, nn.Module):
     def end_observation(self) -> Tensor:
         """Stop observing; the squared norms (..., size), zero if no backward reached the layer."""
         norms, self.norms = self.norms, None
+        assert norms is not None  # `observe` was called
         return torch.zeros_like(norms) if norms.grad is None else norms.grad
 
     def drop_stale_norms(self) -> None:
@@ -219,7 +268,7 @@ class Slice(Doors, Exchange, nn.Module):
         if norms is None or norms.device == (device := self.index.device):
             return
         self.observe()
-        if norms.grad is not None and not norms.is_meta:
+        if self.norms is not None and norms.grad is not None and not norms.is_meta:
             self.norms.grad = norms.grad.to(device)
 
     def extra_repr(self) -> str:

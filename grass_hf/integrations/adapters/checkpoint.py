@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,7 +41,7 @@ class Checkpoint:
     def __init__(self, folder: str | os.PathLike, role: str):
         self.folder, self.role = Path(folder), role
         self.files = self._files()
-        self._homes = {}
+        self._homes: dict[str, Any] = {}
         for path in self.files:
             try:
                 opened = safe_open(path, framework="pt")

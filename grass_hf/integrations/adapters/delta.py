@@ -160,7 +160,7 @@ def _compare(sides: dict[str, Checkpoint], names: dict[str, str], key: str, entr
     index = {axis: lines.flatten().nonzero().squeeze(1).int() for axis, lines in (("rows", rows), ("columns", columns))}
     size = {"rows": n, "columns": m}
     nbytes = {axis: len(kept) * (size[axis] * old.element_size() + 4) for axis, kept in index.items()}
-    axis = min(nbytes, key=nbytes.get)
+    axis = min(nbytes, key=lambda axis: nbytes[axis])
     if nbytes[axis] >= old.nbytes:
         axis, shape = "all", tuple(old.shape)
     else:

@@ -65,7 +65,7 @@ class Rouge(evaluate.Metric):
         return info(__doc__, "string")
 
     def _compute(self, predictions, references):
-        scores = {"rouge1": [], "rouge2": [], "rougeL": [], "rougeLsum": []}
+        scores: dict[str, list[float]] = {"rouge1": [], "rouge2": [], "rougeL": [], "rougeLsum": []}
         for predicted, true in zip(predictions, references, strict=True):
             ours, theirs = _words(predicted), _words(true)
             for n in (1, 2):

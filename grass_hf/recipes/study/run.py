@@ -28,6 +28,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from ...integrations.base import base_class_and_kwargs
 from ...integrations.trainer import GrassCallback
 from ...measure.bench import record
+from ...measure.bench.methods import KINDS, PACKAGES, check_installed, make_ready, target_names, trainer_flags
 from ...measure.estimate.live_bytes import LiveBytes
 from ..encode import block_collator
 from ..models import empty_model, load_model
@@ -35,16 +36,7 @@ from ..parse import build_recipe
 from ..schema import Recipe
 from ..tasks import Prepared, prepare
 from .grid import Method, Run, Study
-from .methods import (
-    KINDS,
-    PACKAGES,
-    TwoRateTrainer,
-    check_installed,
-    grass_config,
-    make_ready,
-    target_names,
-    trainer_flags,
-)
+from .two_rates import TwoRateTrainer, grass_config
 
 _COUNTED_GAP, _COUNTED_RATE = 2, 1e-4
 _LOGGED_POINTS = 20
@@ -108,7 +100,8 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
     peak = _counted_bytes(run, text, folder)
     follow = _Follow(run, text)
     trainer, recipe = _trainer(run, text, [follow], folder)
-    started = held_out_loss(trainer.model, text.held_out, recipe.training.per_device_eval_batch_size)
+    model: Any = trainer.model
+    started = held_out_loss(model, text.held_out, recipe.training.per_device_eval_batch_size)
     try:
         trainer.train()
     except FloatingPointError:  # Grass refuses gradients that are not finite; the others go on with them
@@ -144,7 +137,7 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         "loss_before": started,
         "train": history,
         "validation": follow.validation,
-        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_bytes": peak,
         "seconds": seconds,
         "tokens_per_second": len(follow.seconds) * tokens_a_step / seconds if seconds else None,
