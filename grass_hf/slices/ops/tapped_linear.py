@@ -52,6 +52,7 @@ class _TappedLinear(torch.autograd.Function):
     # Few arguments and few attributes: a model has hundreds of layers, and each is looked at in every step.
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, active: Tensor, rest: tuple) -> Tensor:
+        weight: Tensor | None
         weight, index, multiplier, columns, side = rest
         device = x.device.type
         if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
@@ -67,6 +68,7 @@ class _TappedLinear(torch.autograd.Function):
             else:
                 kept = columns.gather(x, index, y.dtype)
             index = None
+        weight = weight if ctx.needs_input_grad[0] else None  # what packs saved tensors gets no more than from autograd
         if multiplier is None and index is None:
             ctx.save_for_backward(weight, kept)
         else:
@@ -95,7 +97,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     _, shape, dtype, active_dtype, bias_dtype = ctx.known
     dx = dbias = grad = None
     if len(shape) != 2:
-        dy = dy.reshape(-1, weight.shape[0])
+        dy = dy.reshape(-1, dy.shape[-1])
     if wants_active:
         grad = _slice_gradient(dy, kept, index, multiplier, active_dtype)
     if wants_x:
