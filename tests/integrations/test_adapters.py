@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.cli import app
+from grass_hf.cli import main
 from grass_hf.convert.conversion import grass_slices
 from grass_hf.integrations.adapters import checkpoint, factor
 from grass_hf.integrations.adapters.checkpoint import Checkpoint, pair
@@ -75,7 +75,7 @@ def run(capsys, monkeypatch, *words):
     monkeypatch.setenv("COLUMNS", "200")
     capsys.readouterr()
     try:
-        app.main()
+        main()
         code = 0
     except SystemExit as stopped:
         code = stopped.code
