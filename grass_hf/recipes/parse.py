@@ -184,7 +184,9 @@ def _task(document: Mapping[str, Any], flags: Iterable[str]) -> str:
             return word.removeprefix("--task=")
     if "task" not in document:
         raise ValueError(f"the recipe has no task: write `task: pretraining`, or another of {', '.join(TASKS)}.")
-    return str(document["task"])
+    if not isinstance(document["task"], str):
+        raise ValueError(f"task holds {document['task']!r}: write one name, of {', '.join(TASKS)}.")
+    return document["task"]
 
 
 def _check_names(document: Mapping[str, Any], fields: Mapping[str, set[str]], path: Path) -> None:
