@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -59,7 +60,8 @@ def _rows(
     def make() -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16).float()
 
-    vocabulary = make().config.vocab_size
+    config: Any = make().config
+    vocabulary = config.vocab_size
 
     def batches(step: int) -> torch.Tensor:
         return torch.randint(vocabulary, (batch, sequence), generator=torch.Generator().manual_seed(step))

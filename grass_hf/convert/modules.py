@@ -85,7 +85,7 @@ class TappedLinear(GrassModule):
         if weight is not None and weight.requires_grad:
             _keep_frozen(weight)
         # past the look-up of attributes, which takes a module longer
-        part = self._modules.get("weight_slice") or self.weight_slice
+        part: Any = self._modules.get("weight_slice") or self.weight_slice
         if self.is_plain and (y := part.linear(input, weight, self._parameters["bias"])) is not None:
             return y
         return part.tap(super().forward(input), input, transposed=self.transposed)

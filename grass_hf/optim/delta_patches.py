@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..slices.changes import Entry, flat_positions
+from ..slices.changes import Entry, changes_of, flat_positions
 from ..slices.ops.bits import as_bits
 from ..slices.ops.rows import take_rows
 from ..slices.own_values import OwnValues
@@ -86,7 +86,7 @@ def of_copy(name: str, own: OwnValues, copy: Tensor, columns: bool | None) -> It
 
 def of_slice(name: str, part: Slice, own: OwnValues, columns: bool | None) -> Iterator[Patch]:
     """What was written into the weight of a slice."""
-    entries = part.changes.entries
+    entries = changes_of(part).entries
     selected = [entry for entry in entries if not entry.settling]
     if not selected:
         return

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..convert.record import grass_slices
-from ..slices.changes import Entry
+from ..slices.changes import Entry, changes_of
 from ..slices.ops.bits import pack, positions
 from ..slices.ops.sharding import is_partitioned, shape_of, shard_range
 from ..slices.part import local_part
@@ -36,8 +36,8 @@ def saved(conversion: Conversion) -> dict[str, Any] | None:
     state: dict[str, Any] = {"key": delta.key, "number": delta.number, "step": delta.step, "columns": {}}
     state["whole"] = delta.unknown()
     for part in grass_slices(conversion.model):
-        entries = [entry for entry in part.changes.entries if not entry.settling]
-        if entries and part.changes.whole is None:
+        entries = [entry for entry in changes_of(part).entries if not entry.settling]
+        if entries and changes_of(part).whole is None:
             size = (*part.index.shape[:-1], part.state.size)
             held = torch.zeros(size, dtype=torch.uint8)
             for entry in entries:
@@ -76,7 +76,7 @@ def _adopt(delta: WeightDelta, state: dict[str, Any]) -> None:
     delta.key, delta.number = state["key"], state["number"]
     delta.forget_others(state["whole"])
     for part in grass_slices(delta.model):
-        changes = part.changes
+        changes = changes_of(part)
         if part.state.name in state["whole"]:
             changes.whole = changes.whole or "not sent before an optimizer's state was saved"
         elif (text := state["columns"].get(part.state.name)) is not None:

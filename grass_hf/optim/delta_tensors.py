@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class Others:
         for name in frozen:
             self._marks.pop(name, None)
 
-    def close(self, tensors: dict[str, Tensor]) -> None:
+    def close(self, tensors: dict[str, Any]) -> None:
         """Leave the tensors as they were found."""
         for name in self._marks.keys() & tensors.keys():
             untrack(tensors[name])

@@ -31,7 +31,8 @@ def check_finite(slices: list[Slice], step: int) -> None:
     Raises:
         FloatingPointError: naming the first such slice.
     """
-    grads = [grad for part in slices if (grad := part._parameters["active"].grad) is not None]
+    params: list[Any] = [part._parameters["active"] for part in slices]  # past the look-up of attributes
+    grads = [grad for param in params if (grad := param.grad) is not None]
     if not grads or _are_finite(grads):
         return
     for part in slices:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..convert.audit.freeing import freed
+from ..convert.record import conversion_of
 from ..slices.ops.rows import take_rows
 from ..slices.ops.selection import aligned, strided
 from ..slices.ops.sharding import is_sharded, local, shape_of, shard_range, shards, whole, world_size
@@ -141,7 +142,8 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
     base_record.take_up(meta[ASKED], controller)
     unaligned = [part.state.name for part in controller.slices if not _restore_slice(part, entries[part.state.name])]
     controller.look_ahead()
-    delta_state.take_up(meta.get(delta_state.KEY), controller.model.grass)
+    if controller.model is not None:
+        delta_state.take_up(meta.get(delta_state.KEY), conversion_of(controller.model))
     return unaligned
 
 
@@ -150,7 +152,7 @@ def _meta(controller: Controller, names: list[str | None]) -> str:
     if controller.model is not None and (gone := freed(controller.model)):
         meta["freed"] = list(gone)
     meta |= {"due": sorted(controller.due), "layers": names, "ranks": world_size(controller.replicas)}
-    if (sent := delta_state.saved(controller.model.grass)) is not None:
+    if controller.model is not None and (sent := delta_state.saved(conversion_of(controller.model))) is not None:
         meta[delta_state.KEY] = sent
     return json.dumps(meta | {base_record.KEY: base_record.record(controller, names)})
 

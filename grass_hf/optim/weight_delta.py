@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..convert.record import grass_slices
-from ..slices.changes import DECAYED, Changes
+from ..convert.record import conversion_of, grass_slices
+from ..slices.changes import DECAYED, Changes, changes_of
 from ..slices.ops.sharding import shape_of
 from ..slices.own_values import OwnValues, own_values
 from ..slices.slice import Slice
@@ -90,7 +90,7 @@ class WeightDelta:
     def __init__(self, model: nn.Module, optimizer: object, *, elements: bool = True):
         self.model = converted_root(model)
         self.elements = elements
-        self.conversion = self.model.grass
+        self.conversion = conversion_of(self.model)
         check_driver(self.conversion, optimizer)
         if self.conversion.delta is not None:
             raise ValueError(
@@ -98,7 +98,8 @@ class WeightDelta:
                 "close() first."
             )
         self.conversion.delta = self
-        self.key, self.number, self.last = uuid.uuid4().hex, 0, None
+        self.key, self.number = uuid.uuid4().hex, 0
+        self.last: Sync | None = None
         self._others = Others()
         self._why_all: str | None = None
         for part in self._slices():
@@ -226,9 +227,9 @@ class WeightDelta:
             return self._others.reason(name, tensor)
         if part.changes is None:  # it came later
             self._follow(part)
-            part.changes.whole = NEW
-        part.changes.look()
-        return part.changes.whole
+            changes_of(part).whole = NEW
+        changes_of(part).look()
+        return changes_of(part).whole
 
     # -- between calls -----------------------------------------------------------------------------------------
 
@@ -239,8 +240,9 @@ class WeightDelta:
     def unknown(self) -> list[str]:
         """Names of slices and frozen tensors that are to be sent whole."""
         for part in self._slices():
-            part.changes.look()
-        names = [p.state.name for p in self._slices() if self._why_all is not None or p.changes.whole is not None]
+            changes_of(part).look()
+        every = self._why_all is not None
+        names = [p.state.name for p in self._slices() if every or changes_of(p).whole is not None]
         return names + self._others.changed_frozen(self._tensors())
 
     def forget_others(self, frozen: Iterable[str]) -> None:
@@ -250,7 +252,7 @@ class WeightDelta:
     def _finish(self, sync: Sync, tensors: dict[str, Tensor]) -> None:
         self._why_all = None
         for part in self._slices():
-            part.changes.forget()
+            changes_of(part).forget()
         self._remember(tensors)
         self.number, self.last = sync.number, sync
         outside = [name for name, reason in sync.whole.items() if reason not in (DECAYED, ASKED)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -106,10 +106,10 @@ class Changes:
         compared = self.whole is None and held.is_plain and self._compares(self.part)
         before = as_bits(held.weight).clone() if compared else None
         held.decay(factor, seed)
-        if compared:
+        if before is not None:
             every = torch.arange(held.weight.shape[held.dim], device=held.weight.device)
             every = every.expand(*held.weight.shape[:-2], -1)
-            bits = pack(before != as_bits(held.weight))
+            bits = pack(before.ne(as_bits(held.weight)))
             self.entries.append(Entry(self._every(), every, (-1, -1), held.weight.shape, bits, is_all=True))
         else:
             self.whole = self.whole or DECAYED
@@ -154,7 +154,7 @@ class Changes:
         return mark(weight) if self.part.rank_part is local_part else mark(weight)[:2]
 
 
-def mark(weight: Tensor | None) -> tuple:
+def mark(weight: Any) -> tuple:
     """What is another after a weight was written to, as far as that can be told without looking at values."""
     if weight is None:
         return ()
@@ -187,3 +187,9 @@ def flat_positions(entry: Entry, dim: int, shape: torch.Size) -> Tensor:
     else:
         column = index[matrix_of_index, column]
     return (matrix * shape[-2] + row) * shape[-1] + column
+
+
+def changes_of(part: Slice) -> Changes:
+    """Of a slice that is followed."""
+    changes: Any = part.changes
+    return changes

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,8 @@ def write_back_all(parts: Iterable[Slice]) -> None:
     """`write_back` of many slices, to nearest: what every step does, so a slice that is plain has a short way."""
     for part in parts:
         active, weight = part._parameters["active"], part.owner._parameters.get(part.parameter)
-        index, write = part._buffers["index"], part._buffers["write"]
+        buffers: dict[str, Any] = part._buffers
+        index, write = buffers["index"], buffers["write"]
         if (
             type(active) is not nn.Parameter
             or type(weight) is not FrozenWeight

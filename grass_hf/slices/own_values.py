@@ -7,6 +7,7 @@ begins and ends anywhere. Nothing is gathered: a run is this rank's own memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +69,7 @@ class OwnValues:
         return self.tensor.reshape(-1)[: self.count]
 
 
-def own_values(tensor: Tensor, *, first: bool) -> OwnValues:
+def own_values(tensor: Any, *, first: bool) -> OwnValues:
     """What this rank has of a parameter or buffer.
 
     Args:

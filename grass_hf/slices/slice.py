@@ -179,12 +179,12 @@ class Slice(Doors):
         """Whether the slice has no memory of its own now."""
         return not self.resident and self.active.stride() == (0,) * self.active.dim()
 
-    def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor | None:
         """`ops.tapped_linear.tapped_linear` of this weight, or None where product and tap cannot be one.
 
         They are in training forward passes that nothing observes, of plain tensors.
         """
-        active = self._parameters["active"]
+        active: Any = self._parameters["active"]
         if (
             self.norms is not None
             or type(weight) not in _PLAIN
@@ -200,7 +200,8 @@ class Slice(Doors):
         if nn.parallel.DistributedDataParallel._active_ddp_module is not None:
             sharding.refuse_join()
         # of a weight that is an embedding's too, `side` is what the embedding calls it
-        buffers, side = self._buffers, "output" if self.dim == -2 else "input"
+        buffers: dict[str, Any] = self._buffers
+        side = "output" if self.dim == -2 else "input"
         return tapped_linear(x, weight, bias, active, buffers["index"], buffers["rho"], self.columns, side=side)
 
     def tap(self, y: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
@@ -210,8 +211,8 @@ class Slice(Doors):
             return y
         extras, index = self._extras(), self.index
         side = "output" if self.dim == selected_dim("output", transposed) else "input"
-        gathers = side == "input" and self.columns is not None and self.norms is None
-        if gathers and not torch.compiler.is_compiling():
+        gathers = side == "input" and self.norms is None and not torch.compiler.is_compiling()
+        if gathers and self.columns is not None:
             extras["columns"] = self.columns.gather(x, index, y.dtype)
         return tap.tap(y, x, self.active, index, side=side, transposed=transposed, **extras)
 

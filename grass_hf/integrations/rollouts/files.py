@@ -245,4 +245,5 @@ def _said(manifest: dict[str, Any]) -> bytes:
 def _add(state: Any, *tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and tensor.numel():
-            state.update(memoryview(as_bits(tensor.reshape(-1)).numpy()).cast("B"))
+            bits: Any = as_bits(tensor.reshape(-1)).numpy()
+            state.update(memoryview(bits).cast("B"))

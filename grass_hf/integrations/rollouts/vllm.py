@@ -52,7 +52,8 @@ def sparse_patches(delta: WeightDelta, patch_class: Callable[..., Any] | None = 
 
 def chunks(patches: list[Any], nbytes: int = 2**28) -> Iterator[list[Any]]:
     """Patches in groups of at most so many bytes (one at least), for vLLM's ``send_weight_chunk``."""
-    group, size = [], 0
+    group: list[Any] = []
+    size = 0
     for patch in patches:
         own = patch.indices.nbytes + patch.values.nbytes
         if group and size + own > nbytes:

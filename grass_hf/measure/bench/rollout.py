@@ -25,7 +25,7 @@ from ...convert.conversion import convert_to_grass
 from ...convert.record import grass_slices
 from ...optim.factory import grass_optimizer
 from ...optim.weight_delta import WeightDelta
-from ...slices.changes import Changes
+from ...slices.changes import Changes, changes_of
 from ...slices.ops.bits import as_bits
 from ...slices.part import Part
 
@@ -97,7 +97,7 @@ def compare(
     convert_to_grass(sparse, config)
     slices = grass_optimizer(sparse, lr=lr, weight_decay=0.0)
     delta = WeightDelta(sparse, slices)
-    clock = _Clock([part.changes for part in grass_slices(sparse)])
+    clock = _Clock([changes_of(part) for part in grass_slices(sparse)])
     for step in range(steps):
         ids = batches(step)
         _loss(dense, ids, grpo, step).backward()
@@ -105,7 +105,7 @@ def compare(
         optimizer.zero_grad()
         seconds, patches = comparison.find()
         adamw.seconds.append(seconds)
-        _count(adamw, patches)
+        _count(adamw, [*patches])
         _loss(sparse, ids, grpo, step).backward()
         clock.seconds = 0.0
         slices.step()
@@ -115,7 +115,8 @@ def compare(
         packets = list(delta.patches())
         grass.seconds.append(clock.seconds + time.perf_counter() - begun)
         _count(grass, packets)
-        grass.bounded &= delta.last.elements <= delta.last.bound
+        sync = delta.last
+        grass.bounded &= sync is not None and sync.elements <= sync.bound
         progress(f"step {step + 1} of {steps}: {adamw.elements[-1]} and {grass.elements[-1]} elements")
     delta.close()
     return [adamw, grass]
@@ -157,7 +158,7 @@ class _Clock:
     def __init__(self, followed: list[Changes]):
         self.seconds = 0.0
         for changes in followed:
-            changes.put = self._timed(changes)
+            vars(changes)["put"] = self._timed(changes)
 
     def _timed(self, changes: Changes) -> Callable:
         put = changes.put
@@ -174,7 +175,7 @@ class _Clock:
 
 
 def _tracker_bytes(delta: WeightDelta) -> int:
-    entries = [entry for part in grass_slices(delta.model) for entry in part.changes.entries]
+    entries = [entry for part in grass_slices(delta.model) for entry in changes_of(part).entries]
     return delta.copied_bytes + sum(
         entry.columns.nbytes + (0 if entry.bits is None else entry.bits.nbytes) for entry in entries
     )

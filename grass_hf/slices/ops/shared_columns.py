@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ class SharedColumns:
         count = x.numel() // size
         if self._index is not index or self._count != count:  # else the same view of it serves again
             self._index, self._count, self._expanded = index, count, index.expand(count, index.shape[0])
-        return gathered_columns(rows, self._expanded)
+        expanded: Any = self._expanded
+        return gathered_columns(rows, expanded)
 
     def __getstate__(self):
         return {}  # weak references cannot be pickled, and a copy has its own inputs
