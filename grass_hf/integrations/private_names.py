@@ -14,6 +14,7 @@ TORCH = {
         "_foreach_lerp",
         "_foreach_lerp_",
         "_foreach_mul_",
+        "_foreach_norm",
         "_subclasses",
     ),
     "torch._C": ("_current_graph_task_id", "_functorch", "_get_tracing_state"),
@@ -52,6 +53,7 @@ TORCH = {
         "_modules",
         "_parameters",
         "_save_to_state_dict",
+        "_non_persistent_buffers_set",
     ),
     "torch.nn.parallel.DistributedDataParallel": (
         "_active_ddp_module",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -55,6 +55,28 @@ class Patch:
             return self.index
         numbers = torch.arange(self.start, self.start + self.values.numel(), device=self.values.device)
         return numbers.to(index_dtype(self.shape))
+
+
+@dataclass
+class Sync:
+    """One synchronisation, as far as this rank spoke in it.
+
+    Attributes:
+        number: 1 for the first of a run.
+        step: optimizer steps done.
+        elements: that were sent.
+        bound: elements of the columns that were in slices, of parameters that are trained in full and of buffers, and
+            of what was sent whole: more is never sent.
+        whole: reason by name, for each weight that has a slice and was sent whole.
+        is_full: whether all weights that have slices were sent whole.
+    """
+
+    number: int
+    step: int
+    elements: int = 0
+    bound: int = 0
+    whole: dict[str, str] = field(default_factory=dict)
+    is_full: bool = False
 
 
 def index_dtype(shape: torch.Size) -> torch.dtype:

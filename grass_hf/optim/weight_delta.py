@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -25,35 +24,13 @@ from ..slices.ops.sharding import shape_of
 from ..slices.own_values import OwnValues, own_values
 from ..slices.slice import Slice
 from . import delta_patches, delta_state
-from .delta_patches import Patch
+from .delta_patches import Patch, Sync
 from .delta_tensors import NEW, Others, check_driver, converted_root, plain_tensors
 
 logger = logging.getLogger(__name__)
 
 ASKED = "asked for"
 _GONE = "no slice is left on it, which would know what changed"
-
-
-@dataclass
-class Sync:
-    """One synchronisation, as far as this rank spoke in it.
-
-    Attributes:
-        number: 1 for the first of a run.
-        step: optimizer steps done.
-        elements: that were sent.
-        bound: elements of the columns that were in slices, of parameters that are trained in full and of buffers, and
-            of what was sent whole: more is never sent.
-        whole: reason by name, for each weight that has a slice and was sent whole.
-        is_full: whether all weights that have slices were sent whole.
-    """
-
-    number: int
-    step: int
-    elements: int = 0
-    bound: int = 0
-    whole: dict[str, str] = field(default_factory=dict)
-    is_full: bool = False
 
 
 class WeightDelta:
