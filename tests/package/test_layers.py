@@ -178,6 +178,12 @@ def test_what_mypy_is_to_ignore_has_a_code_and_a_reason(path):
             assert re.search(r"# type: ignore\[[a-z, -]+\]  # \w", line), line
 
 
+def test_test_files_stay_small_and_stand_in_rooms():
+    tests = PACKAGE.parent / "tests"
+    assert {path: size for path in tests.rglob("*.py") if (size := len(path.read_text().splitlines())) > 350} == {}
+    assert [path.name for path in tests.glob("*.py")] == ["conftest.py"]
+
+
 def test_importing_the_package_imports_neither_torch_nor_transformers():
     code = "import sys, grass_hf; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
