@@ -51,9 +51,9 @@ TORCH = {
         "_load_from_state_dict",
         "_metadata",
         "_modules",
+        "_non_persistent_buffers_set",
         "_parameters",
         "_save_to_state_dict",
-        "_non_persistent_buffers_set",
     ),
     "torch.nn.parallel.DistributedDataParallel": (
         "_active_ddp_module",
