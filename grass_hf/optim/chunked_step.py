@@ -42,13 +42,13 @@ def step_in_chunks(
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    parts = {id(part.active): part for part in slices}
+    own = {id(slice_.active): slice_ for slice_ in slices}
     groups = optimizer.param_groups
     members = [group["params"] for group in groups]
     counters = _numbers(groups)
     try:
         for group, params in zip(groups, members, strict=True):
-            group["params"] = [param for param in params if id(param) not in parts]
+            group["params"] = [param for param in params if id(param) not in own]
         original()
         if _numbers(groups) != counters:
             raise ValueError(
@@ -58,8 +58,8 @@ def step_in_chunks(
         for group, params in zip(groups, members, strict=True):
             for other in groups:
                 other["params"] = []
-            for chunk in _chunks([parts[id(param)] for param in params if id(param) in parts]):
-                group["params"] = [part.active for part in chunk]
+            for chunk in _chunks([own[id(param)] for param in params if id(param) in own]):
+                group["params"] = [slice_.active for slice_ in chunk]
                 _step_chunk(original, chunk)
     finally:
         for group, params in zip(groups, members, strict=True):
@@ -68,24 +68,24 @@ def step_in_chunks(
 
 
 def _step_chunk(original: Callable, chunk: list[Slice]) -> None:
-    for part in chunk:
-        if part.is_released:
-            part.hold()
+    for slice_ in chunk:
+        if slice_.is_released:
+            slice_.hold()
     original()
-    for part in chunk:
-        part.write_back()
-        part.release()
+    for slice_ in chunk:
+        slice_.write_back()
+        slice_.release()
 
 
-def _chunks(parts: list[Slice]) -> Iterator[list[Slice]]:
+def _chunks(slices: list[Slice]) -> Iterator[list[Slice]]:
     chunk: list[Slice] = []
     size = 0
-    for part in parts:
-        if chunk and size + part.active.nbytes > CHUNK_BYTES:
+    for slice_ in slices:
+        if chunk and size + slice_.active.nbytes > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
-        chunk.append(part)
-        size += part.active.nbytes
+        chunk.append(slice_)
+        size += slice_.active.nbytes
     if chunk:
         yield chunk
 
