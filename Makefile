@@ -77,6 +77,7 @@ quality: $(VENV)/.stamp-dev ## Check style, formatting, types and that the docs 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_docs.py
+	$(BIN)/python scripts/write_messages.py --check
 
 dist: $(VENV)/.stamp-dev ## Build the sdist, and the wheel from it (dist/)
 	rm -rf dist build
@@ -127,6 +128,7 @@ $(VENV)/.stamp-proof: $(METADATA) | $(VENV)/.stamp-dev
 	@touch $@
 
 docs: $(VENV)/.stamp-docs ## Build the documentation site (site/)
+	$(BIN)/python scripts/write_messages.py
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove the environment and everything that was generated
