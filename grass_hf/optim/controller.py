@@ -208,7 +208,7 @@ class GrassController(LettingGo):
             return
         if not self._has_stepped:
             self._has_stepped = True
-            watching.watched(self.link.driven)
+            watching.stepped(self.link.driven)
         groups = self.groups()
         self._has_moved = self._has_moved or guards.check_moved(self.optimizer, slices, self.step)
         self._write_back(slices)
