@@ -16,6 +16,7 @@ from ..slices.ops.selection import with_replacement
 from ..slices.ops.sharding import gathered, is_partitioned, is_sharded, shape_of
 from ..slices.ops.shared_columns import SharedColumns
 from .audit import watching
+from .freezing import watch_flags
 from .modules import GrassModule
 from .record import Conversion, conversion_of, grass_slices
 from .surgery import all_or_nothing, attach_slice, detach_slices, remove_attribute, set_attribute, store_as_int8
@@ -63,6 +64,7 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
         undo.callback(watching.end, model)
         watching.begin(model)
     watch_steps()
+    watch_flags()
     return model
 
 

@@ -23,7 +23,7 @@ class FrozenWeight(nn.Parameter):
     """A weight that knows whether somebody has asked for its ``.data``, through which it changes without a mark.
 
     Attributes:
-        flagged: told of every weight whose ``requires_grad`` is set, and of the new value; `slices.freezing`.
+        flagged: told of every weight whose ``requires_grad`` is set, and of the new value; `grass_hf.convert.freezing`.
     """
 
     touched, reads = False, 0  # and how often, for `slices.changes`
