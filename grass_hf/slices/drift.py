@@ -37,7 +37,7 @@ from .ops import sharding
 from .ops.int8 import is_int8
 from .ops.rounding import loses_digits
 from .part import local_part
-from .parted import sentence
+from .parted import sentence, warn_of_other_weights
 
 if TYPE_CHECKING:
     from .slice import Slice
@@ -185,6 +185,11 @@ def _confirm(slice_: Slice) -> None:
         return
     if parted == {"weight"}:
         logger.info("%s: its weight was changed, and the slice follows it.", slice_.state.name)
+        slice_.follow_edit()
+        return
+    if slice_.state.recalled and record.marks is None:
+        # as it does where the weights are loaded last
+        warn_of_other_weights(slice_)
         slice_.take_new_weight()
         return
     raise RuntimeError(sentence(slice_, parted))

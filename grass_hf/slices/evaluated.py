@@ -60,11 +60,14 @@ def follow_weight(slice_: Slice) -> bool:
     record, weight = slice_.drift, weight_of(slice_)
     if not comparable(slice_, weight) or (fits(slice_, weight) and agree(slice_, record)):
         return False
-    alone = moved(slice_, record) == {"slice"}
+    parted, can_follow = moved(slice_, record), fits(slice_, weight)
+    if parted == {"weight"} and can_follow:
+        slice_.follow_edit()
+        return False
     slice_.state.owed = 1.0
-    if fits(slice_, weight):
+    if can_follow:
         slice_.reload()
-    return alone
+    return parted == {"slice"}
 
 
 def follow_edited(slice_: Slice) -> None:

@@ -176,6 +176,15 @@ def take_new_weight(slice_: Slice) -> None:
 
 
 @torch.no_grad()
+def follow_edit(slice_: Slice) -> None:
+    """Follow a weight that was changed in place: if it was edited (clipped, masked), the decay of its other rows is due
+    still, which training without Grass would have multiplied in before; not if it is another weight now."""
+    if not slice_.rank_part(slice_, False).partly_agrees():
+        slice_.take_new_weight()
+    slice_.reload()
+
+
+@torch.no_grad()
 def reload(slice_: Slice) -> None:
     """Bring the slice in line with a weight that was changed from outside, by loading a checkpoint say.
 

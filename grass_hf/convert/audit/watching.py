@@ -192,8 +192,7 @@ def _mend(model: nn.Module, audit: Audit, args: tuple, kwargs: dict[str, Any], o
     slices = [slice_ for slice_ in _slices(model) if slice_ in audit.found and not (refused and slice_.vocabulary)]
     if not slices:
         return output
-    conversion = conversion_of(model)
-    link = None if conversion.driver is None else conversion.driver()
+    link = conversion_of(model).driving
     driver = None if link is None else link.optimizer.grass
     try:
         _check_alone(model, slices)
