@@ -55,6 +55,8 @@ class Drift:
         look: whether the next forward pass compares values whatever the marks say.
         seen: whether a forward pass has looked since the last step.
         near: whether they agree but for the weight's rounding.
+        left: number of a row (column) that left at the last selection, and the weight's values there, which stay what
+            they are until the next; None where that is not known. See `slices.evaluated`.
         sharded: whether parameters are sharded, and marks are compared at steps only; None before the first step.
     """
 
@@ -63,6 +65,7 @@ class Drift:
         self.dtype: torch.dtype | None = None
         self.passes = 0
         self.look = self.seen = self.near = False
+        self.left: tuple[int, Tensor] | None = None
         self.sharded: bool | None = None
 
     def __getstate__(self):
