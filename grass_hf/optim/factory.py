@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..convert.audit.freeing import freed
 from ..convert.audit import watching
+from ..convert.audit.freeing import freed
 from ..convert.conversion import grass_slices, is_converted
 from ..convert.record import conversion_of
 from ..slices.drift import check_shape

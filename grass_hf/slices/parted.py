@@ -40,7 +40,7 @@ def warn_of_other_weights(slice_: Slice) -> None:
 @functools.cache
 def _warn_of_other_weights(kind: str) -> None:
     logger.warning(
-        "%s: the optimizer's state was saved with other weights than those that are here (an average was saved in their "
-        "place, or the model's state dict was not loaded): training goes on from the weights that are here.",
+        "%s: the optimizer's state was saved with other weights than those that are here (an average was saved in "
+        "their place, or the model's state dict was not loaded): training goes on from the weights that are here.",
         kind,
     )

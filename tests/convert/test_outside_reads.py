@@ -1,4 +1,4 @@
-"""Losses of one's own that read weights outside the model's forward, in a plain loop: they stop before the first step."""
+"""Losses of one's own that read weights outside the model's forward: they stop before the first step."""
 
 import copy
 import gc

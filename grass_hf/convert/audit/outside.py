@@ -109,7 +109,7 @@ def _is_use(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         return False
     is_dunder = name.startswith("__")
     in_place = hasattr(Tensor, "__" + name[3:]) and name[2] == "i" if is_dunder else name.endswith("_")
-    written = args[0] if args else None
+    written: Any = args[0] if args else None
     return not in_place or (type(written) in (Tensor, nn.Parameter) and written.requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""Which weights are read behind the back of their slices? A mode that sees every operation, for a first forward or step.
+"""Which weights are read behind the back of their slices? A mode that sees every operation of a first forward or step.
 
 A slice is given the gradients of products that its own modules make. A weight that is read in another way (a router
 that multiplies by ``self.classifier.weight``, a head that concatenates two weights, a fused kernel or loss, a penalty)
