@@ -108,5 +108,6 @@ def _said(slice_: Slice) -> str:
         f"the slice of {slice_.state.name} was changed and its weight was not, so what is evaluated and saved is not "
         "what the slice holds: something moves the parameters that are trained (an average of parameters that leaves "
         "out or copies those without requires_grad, Lookahead, weights that are clipped). Let it move the weights: "
-        "average model.state_dict(), or use torch.optim.swa_utils.AveragedModel(model); change module.weight, which the slice follows."
+        "average model.state_dict(), or use torch.optim.swa_utils.AveragedModel(model); change module.weight, "
+        "which the slice follows."
     )
