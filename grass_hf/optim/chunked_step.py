@@ -4,7 +4,11 @@ An optimizer whose state is per parameter takes the same step whether it sees it
 
     for some slices at a time:  load them from the weights,  step,  write them back,  release them
 
-so that no more than `CHUNK_BYTES` of slices exist beside the weights: [Note: released slices] in `slices.exchange`.
+so that no more than `CHUNK_BYTES` of slices exist beside the weights: [Note: released slices] in `slices.released`.
+
+[Note: stand-ins] Where a slice is stepped in another dtype than its parameter has, or keeps bits beside its weight, the
+optimizer is given a float32 parameter in its place for that moment, with its gradient and its state. So state is made
+in float32, and the slice's own parameter, which DDP, schedulers and checkpoints know, is never exchanged.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..slices.slice import Slice
 from .driving import plain_class
@@ -59,32 +64,68 @@ def step_in_chunks(
             for other in groups:
                 other["params"] = []
             for chunk in _chunks([parts[id(param)] for param in params if id(param) in parts]):
-                group["params"] = [part.active for part in chunk]
-                _step_chunk(original, chunk)
+                _step_chunk(optimizer, group, original, chunk)
     finally:
         for group, params in zip(groups, members, strict=True):
             group["params"] = params
     return loss
 
 
-def _step_chunk(original: Callable, chunk: list[Slice]) -> None:
+def stepped_dtype(param: nn.Parameter, slices: list[Slice]) -> torch.dtype:
+    """The dtype of what the optimizer is given for a parameter."""
+    return next((part.stepped for part in slices if part.active is param), param.dtype)
+
+
+def widen_state(optimizer: torch.optim.Optimizer, slices: list[Slice]) -> None:
+    """Give state that an optimizer made with itself (Adagrad's) the dtype in which its slices are stepped."""
+    for part in slices:
+        state = optimizer.state.get(part.active, {}) if part.keeps_low else {}
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (part.active.shape, part.active.dtype):
+                state[key] = value.to(part.stepped)
+
+
+def _step_chunk(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], original: Callable, chunk: list[Slice]
+) -> None:
     for part in chunk:
-        if part.is_released:
-            part.hold()
-    original()
+        part.widen()
+    group["params"] = [part.active if part.wide is None else _stand_in(part) for part in chunk]
+    stand_ins = [(part, param) for part, param in zip(chunk, group["params"], strict=True) if part.wide is not None]
+    state = optimizer.state
+    for part, param in stand_ins:
+        if part.active in state:
+            state[param] = state.pop(part.active)
+    try:
+        original()
+    finally:
+        for part, param in stand_ins:
+            if param in state:
+                state[part.active] = state.pop(param)
+    for part, param in stand_ins:
+        part.wide = param.detach()
     for part in chunk:
         part.write_back()
         part.release()
 
 
+def _stand_in(part: Slice) -> nn.Parameter:
+    """See [Note: stand-ins]."""
+    param = nn.Parameter(part.wide)
+    if part.active.grad is not None:
+        param.grad = part.active.grad.to(param.dtype)
+    return param
+
+
 def _chunks(parts: list[Slice]) -> Iterator[list[Slice]]:
     chunk, size = [], 0
     for part in parts:
-        if chunk and size + part.active.nbytes > CHUNK_BYTES:
+        nbytes = part.active.numel() * part.stepped.itemsize
+        if chunk and size + nbytes > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
         chunk.append(part)
-        size += part.active.nbytes
+        size += nbytes
     if chunk:
         yield chunk
 

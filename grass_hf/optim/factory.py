@@ -14,6 +14,7 @@ from ..convert.audit.freeing import freed
 from ..convert.audit.watching import watch
 from ..convert.conversion import grass_slices, is_converted
 from ..slices.drift import check_shape
+from .chunked_step import widen_state
 from .controller import GrassController
 from .parameter_groups import GROUP_KEY, VOCABULARY_KEY
 
@@ -109,6 +110,7 @@ def attach(
     if not replace:
         model.grass.refuse_second()
     watch(model)
+    widen_state(optimizer, layers)
     _split_groups(optimizer, model)
     return GrassController(model, optimizer, replicas, replace=replace)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..convert.audit.freeing import freed
-from ..slices.ops.rows import take_rows
+from ..slices.low_bits import joined
 from ..slices.ops.selection import aligned, strided
 from ..slices.ops.sharding import is_sharded, shape_of, shard_range, shards, whole, world_size
 from ..slices.part import local_part
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 KEY = "grass"
 PREFIX = "grass_"
-VERSION = 4
+VERSION = 5  # 4 had no "low": whole slices, or none beside the weights
+_READ = (4, VERSION)
 # Of what is read, and not of what is written: the settings of each slice's parameter group.
 ASKED = "asked"
 
@@ -181,6 +182,8 @@ def _entry(part: Slice) -> dict[str, Tensor]:
     }
     if part.rho is not None:
         entry.update(rho=part.rho, write=part.write)
+    if part.low is not None:
+        entry["low"] = part.low
     return {PREFIX + key: value for key, value in entry.items()}
 
 
@@ -207,10 +210,10 @@ def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
     if part.rho is not None:
         part.rho.copy_(whole(entry["rho"]))
         part.write.copy_(whole(entry["write"]))
-    if not part.resident:
-        part.release()  # its values are the weight's
-        return True
     saved = entry["active"]
+    if not part.resident:
+        part.take_saved(None if saved.is_meta else whole(saved), entry.get("low"))
+        return True
     if saved.is_meta:
         return True  # an engine brings it
     own = local_part(part)
@@ -218,7 +221,8 @@ def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
         saved = saved.to_local() if is_sharded(saved) else saved[slice(*shard_range(part.active))]
     saved = whole(saved)
     if saved.flatten()[:1].isnan().any():  # it was released when it was saved, so the weight has its values
-        saved = take_rows(own.weight, own.index, part.dim)
+        low = entry.get("low")
+        saved = joined(own.weight, own.index, part.dim, None if low is None else whole(low).to(own.index.device))
     own.active.copy_(saved)
     part.drift.forget()  # whether they belong to these weights shows when both are loaded
     return True
@@ -235,9 +239,10 @@ def check_meta(meta: dict[str, Any] | None, controller: GrassController) -> None
             "this optimizer state was not written by a Grass run, it has no 'grass' entry: resume from a checkpoint of "
             "one, or start anew from its weights alone (model_name_or_path)."
         )
-    if meta["version"] != VERSION:
+    if meta["version"] not in _READ:
         raise ValueError(
-            f"this optimizer state has Grass format {meta['version']}, and this grass-hf reads format {VERSION}: "
+            f"this optimizer state has Grass format {meta['version']}, and this grass-hf reads "
+            f"{' and '.join(map(str, _READ))}: "
             "resume with the version that wrote it."
         )
     base_record.check(meta, meta[ASKED], controller)

@@ -69,7 +69,7 @@ class Doors:
         rows = self.rank_part(self, False).loaded(old.dtype)
         if sharding.is_sharded(old):
             rows = sharding.sharded_like(old, rows)
-        self.active = nn.Parameter(rows, requires_grad=old.requires_grad)
+        self.active, self.emptied = nn.Parameter(rows, requires_grad=old.requires_grad), False
         self.drift.note(self)
 
     def settle_unfilled(self) -> None:
@@ -93,4 +93,7 @@ class Doors:
                 new.copy_(source)
         self.unfilled |= was_meta and not self.active.is_meta
         self._move_norms()
+        self.empty()
+        if self.low is not None:  # on the meta device the weight has lost its own bits
+            self.low = None if self.index.is_meta else self.low.to(self.index.device)
         return self

@@ -4,17 +4,11 @@
 the weight is its nearest value, so copying is idempotent. When the row leaves, what is below half a unit in the last
 place of the weight would be lost; rounding up or down at random, with the probabilities that make the mean exact,
 lets it arrive in the mean. The draws depend on (seed, step, name) alone, so resuming repeats them.
-
-[Note: released slices] With ``resident=False`` a slice of the weight's own dtype is the same as ``weight[index]``, so
-it need not exist twice. Between steps the parameter has its shape and no memory: one NaN, expanded. Its gradient, its
-optimizer state and its identity are what they were; `Slice.held` brings the values back while they are needed. It stays
-as it is until the first step, because DDP broadcasts parameters when it wraps the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +20,10 @@ from .ops.rounding import loses_digits, round_stochastically
 from .ops.rows import along_slice, take_rows
 from .ops.selection import Selection, aligned, seeded
 from .part import Part, SliceState
+from .released import Released
 
 
-class Exchange:
+class Exchange(Released):
     """The part of `grass_hf.slices.slice.Slice` that moves values; its attributes are described there."""
 
     weight: nn.Parameter
@@ -37,36 +32,9 @@ class Exchange:
     rho: Tensor | None
     write: Tensor | None
     dim: int
-    resident: bool
     rank_part: Callable[[Exchange, bool], Part]
     state: SliceState
     drift: Drift
-
-    @property
-    def is_released(self) -> bool:
-        """Whether the slice has no memory of its own now."""
-        return not self.resident and self.active.stride() == (0,) * self.active.dim()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """The slice's values in memory, loaded from the weight if need be and released again."""
-        if self.is_released:
-            self.hold()
-            try:
-                yield
-            finally:
-                self.release()
-        else:
-            yield
-
-    def hold(self) -> None:
-        """Load a released slice from the weight."""
-        self.active.data = take_rows(self.weight.detach(), self.index, self.dim)
-
-    def release(self) -> None:
-        """Free the memory of a slice that is not resident; its values must be in the weight."""
-        if not self.resident:
-            self.active.data = self.active.new_full((), torch.nan).expand(self.active.shape)
 
     @torch.no_grad()
     def write_back(self, seed: str | None = None) -> None:
@@ -149,6 +117,7 @@ class Exchange:
         before, as torch.distributed.checkpoint does, which loads the optimizer first."""
         if not self.state.recalled:
             self.state.owed = 1.0
+            self.low = None  # the bits belonged to other numbers
         self.reload()
 
     @torch.no_grad()

@@ -58,13 +58,14 @@ class Slice(Doors, Exchange, nn.Module):
         side: "output" or "input".
         transposed: the weight is stored (input, output).
         weighted: whether the selection rule carries multipliers (draws with replacement).
-        dtype: of the slice, None for the weight's.
+        dtype: of the parameter ``active`` and so of its gradient, None for the weight's.
+        stepped: dtype in which it is stepped, None for the same; see [Note: released slices].
         phase: step of the first selection.
         leader: name under which it chooses rows, None for its own.
         columns: what slices with the same leader keep for backward together.
         blocks: parts of the side that choose rows for themselves.
         by_sequence: what norms are of, see `ops.tap.tap`.
-        resident: whether the slice stays in memory between steps, see [Note: released slices] in `slices.exchange`.
+        resident: whether the slice stays in memory between steps, see [Note: released slices] in `slices.released`.
         vocabulary: whether the weight is an embedding, or the head, or both.
 
     Attributes:
@@ -72,6 +73,8 @@ class Slice(Doors, Exchange, nn.Module):
         index: int64 buffer (..., r), not persistent.
         rho, write: float buffers (..., r), not persistent; None unless the rule draws with replacement.
         drift: what it knows of the last moment when it and its weight held the same values.
+        low: int16, shaped like the slice; of a released one the bits that the weight does not hold, None for zeros.
+        wide: float32, its values while it is held, where ``active`` has another dtype or keeps low bits; else None.
         norms: the leaf (..., size) that collects squared norms while an observation is due, else None.
         dim: -2 or -1, the dimension of weight and slice along which rows (columns) are selected.
         before: what the weight was before, `surgery.Before`.
@@ -93,6 +96,7 @@ class Slice(Doors, Exchange, nn.Module):
         transposed: bool = False,
         weighted: bool = False,
         dtype: torch.dtype | None = None,
+        stepped: torch.dtype | None = None,
         phase: int = 0,
         leader: str | None = None,
         columns: SharedColumns | None = None,
@@ -129,6 +133,9 @@ class Slice(Doors, Exchange, nn.Module):
         self.columns = columns
         self.by_sequence = by_sequence
         self.resident = resident
+        self.stepped = stepped or self.active.dtype
+        self.low: Tensor | None = None
+        self.wide: Tensor | None = None
         self.vocabulary = vocabulary
         self.state = SliceState(name, size, rank, phase, leader or name, blocks, trained=trained)
         self.drift = Drift()
@@ -136,6 +143,7 @@ class Slice(Doors, Exchange, nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        self.empty()
         if self.norms is not None:
             # as gradients are: a copy has none yet
             self.norms = torch.zeros_like(self.norms, requires_grad=True)

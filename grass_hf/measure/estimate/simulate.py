@@ -203,6 +203,8 @@ class Simulation:
         return Breakdown(**self.live.at_peak())
 
     def _mark_state(self) -> None:
+        if is_converted(self.model):
+            self.live.mark((part.low for part in grass_slices(self.model)), "slices")
         for state in self.optimizer.state.values():
             self.live.mark(state.values(), "optimizer_state")
 

@@ -1,0 +1,181 @@
+"""resident=False over bfloat16 weights: slices that keep sixteen bits train as float32 slices do, bit for bit."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from forks import ranks
+from helpers import assert_same_weights, plain_state, tiny_llama, trainer
+
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.slices.low_bits import joined, low_bits, nearest
+
+TOKENS = torch.arange(24).view(2, 12)
+KEPT, WHOLE = {"resident": False}, {}
+EXACT = {"resident": False, "gradient_dtype": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr("grass_hf.optim.chunked_step.CHUNK_BYTES", 4000)
+
+
+def made(settings, optimizer_class=torch.optim.AdamW):
+    model = tiny_llama().bfloat16()
+    convert_to_grass(model, GrassConfig(density=0.25, **{"update_interval": 3, **settings}))
+    return model, grass_optimizer(model, optimizer_class, lr=1e-3, weight_decay=0.1)
+
+
+def train(model, optimizer, steps, micro=1):
+    for _ in range(steps):
+        for part in TOKENS.chunk(micro):
+            (model(input_ids=part, labels=part).loss / micro).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run(settings, optimizer_class=torch.optim.AdamW, steps=8, micro=1):
+    model, optimizer = made(settings, optimizer_class)
+    train(model, optimizer, steps, micro)
+    return model, optimizer
+
+
+def assert_same_slices(kept, whole):
+    """Weights, and all digits of the slices."""
+    assert_same_weights(kept, whole)
+    assert any(part.low.any() for part in grass_slices(kept))
+    for ours, theirs in zip(grass_slices(kept), grass_slices(whole), strict=True):
+        assert ours.is_released and torch.equal(ours.index, theirs.index)
+        with ours.held():
+            assert torch.equal(ours.wide, theirs.active)
+
+
+CASES = {
+    "default": {},
+    "rows of all matrices": {"side": "output", "target_modules": "all-matrices"},
+    "algorithm 1": {"side": "output", "selection": "top_r", "state_policy": "reset", "stagger": 1},
+    "seldom, decay of the slices only": {"update_interval": 100, "decay": "active"},
+}
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Adagrad])
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_sixteen_bits_are_the_whole_slice(optimizer_class, settings):
+    kept, optimizer = run({**KEPT, **settings}, optimizer_class)
+    whole, _ = run({**WHOLE, **settings}, optimizer_class)
+    part = next(iter(grass_slices(kept)))
+    assert part.active.dtype == torch.bfloat16 and part.low.dtype == torch.int16
+    state = optimizer.state[part.active].values()
+    assert {value.dtype for value in state if value.dim()} == {torch.float32}
+    assert_same_slices(kept, whole)
+    assert_same_weights(restore_model(kept), restore_model(whole))
+
+
+def test_micro_batches_are_summed_in_the_dtype_of_gradients():
+    whole, _ = run(WHOLE, micro=2)
+    assert_same_slices(run(EXACT, micro=2)[0], whole)
+    # sums of bfloat16 numbers are rounded: the weights stay within a few of their last places
+    rounded = plain_state(run(KEPT, micro=2)[0])
+    for name, value in plain_state(whole).items():
+        assert (rounded[name] - value).abs().max() <= 8e-3 * value.abs().max()
+
+
+@pytest.mark.parametrize("saved, resumed", [(KEPT, KEPT), (WHOLE, KEPT), (KEPT, WHOLE), (EXACT, KEPT)])
+def test_resumes_exactly_and_between_the_ways(saved, resumed, tmp_path):
+    expected, _ = run(WHOLE, steps=8)
+    model, optimizer = run(saved, steps=4)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    state = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    fresh = tiny_llama().bfloat16()
+    fresh.load_state_dict(plain_state(model))
+    convert_to_grass(fresh, GrassConfig(density=0.25, update_interval=3, **resumed))
+    other = grass_optimizer(fresh, torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+    other.load_state_dict(state)
+    train(fresh, other, 4)
+    assert_same_weights(fresh, expected)
+
+
+def test_a_copy_trains_on_by_itself():
+    pair = run(KEPT, steps=4)
+    model, optimizer = copy.deepcopy(pair)
+    train(model, optimizer, 4)
+    assert_same_slices(model, run(WHOLE, steps=8)[0])
+    train(*pair, 4)
+    assert_same_weights(pair[0], model)
+
+
+def test_a_checkpoint_of_format_4_is_read(tmp_path):
+    model, optimizer = run(WHOLE, steps=4)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        if "grass" in group:
+            assert '"version": 5' in group["grass"]
+            group["grass"] = (
+                group["grass"].replace('"version": 5', '"version": 4').replace(', "gradient_dtype": null', "")
+            )
+    fresh = tiny_llama().bfloat16()
+    fresh.load_state_dict(plain_state(model))
+    convert_to_grass(fresh, GrassConfig(density=0.25, update_interval=3, **KEPT))
+    other = grass_optimizer(fresh, torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+    other.load_state_dict(state)
+    train(fresh, other, 4)
+    assert_same_slices(fresh, run(WHOLE, steps=8)[0])
+
+
+def test_other_weights_drop_the_bits_of_those_before():
+    model, _ = run(KEPT, steps=4)
+    model.load_state_dict(plain_state(tiny_llama().bfloat16()))
+    assert all(part.low is None for part in grass_slices(model))
+
+
+def test_through_the_trainer(tmp_path):
+    def weights(name, optim_args, **options):
+        own = trainer(tmp_path / name, tiny_llama().bfloat16(), optim_args=optim_args, max_grad_norm=0.0, **options)
+        own.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4") if name == "c" else None)
+        return own.model
+
+    args = "density=0.25,update_interval=3,base=adamw_torch"
+    whole = weights("b", args)
+    assert_same_slices(weights("a", args + ",resident=false", save_strategy="steps", save_steps=4), whole)
+    assert_same_slices(weights("c", args + ",resident=false"), whole)
+
+
+def test_on_two_ranks(tmp_path):
+    settings = {"default": WHOLE, "exact": EXACT, "kept": KEPT}
+    settings = {name: {"cast": "bfloat16", "side": "input", **own} for name, own in settings.items()}
+    ranks(2, "batches.train", str(tmp_path / "out.pt"), 2, settings)
+    found = torch.load(tmp_path / "out.pt")
+    assert all(outcome["ranks"] == 2 for outcome in found.values())
+    same = functools.partial(map, torch.equal)
+    weights = {name: outcome["weights"].values() for name, outcome in found.items()}
+    assert all(same(weights["exact"], weights["default"]))
+    assert found["kept"]["losses"] == pytest.approx(found["default"]["losses"], rel=2e-2)
+    assert found["kept"]["losses"][-1] != found["kept"]["losses"][0]
+
+
+def test_ties_signs_and_what_is_not_finite():
+    bits = torch.tensor(
+        [0x3F808000, 0x3F818000, 0xBF808000, 0xBF818000, 0x00008000, 0x80000001, 0x7F7FFFFF, 0x3F80FFFF]
+    )
+    values = torch.cat([(bits - (bits >> 31 << 32)).int().view(torch.float32), torch.randn(4096)])[None]
+    weight, index = nearest(values, torch.bfloat16), torch.tensor([0])
+    assert (weight.float() - values)[:, :6].abs().le(values[:, :6].abs().clamp(min=1e-37) * 2**-8).all()
+    assert torch.equal(joined(weight, index, -2, low_bits(values, weight, index)), values)
+    lost = torch.tensor([[torch.nan, torch.inf, -torch.inf]])
+    back = joined(nearest(lost, torch.bfloat16), index, -2, low_bits(lost, nearest(lost, torch.bfloat16), index))
+    assert not nearest(lost, torch.bfloat16).isfinite().any() and not back.isfinite().any()
+
+
+def test_what_cannot_be_kept_stops_with_a_sentence():
+    def convert(dtype, **settings):
+        convert_to_grass(tiny_llama().to(dtype), GrassConfig(density=0.5, **settings))
+
+    with pytest.raises(ValueError, match=r"weights, which are torch\.float16, and slice_dtype='float32' holds more"):
+        convert(torch.float16, resident=False, slice_dtype="float32")
+    with pytest.raises(ValueError, match=r"slices that stay in memory are torch\.float32"):
+        convert(torch.bfloat16, gradient_dtype="bfloat16")
+    with pytest.raises(ValueError, match="gradient_dtype='float16' is neither the dtype of the weights"):
+        convert(torch.bfloat16, resident=False, gradient_dtype="float16")
+    convert(torch.bfloat16, resident=False, slice_dtype="float32", gradient_dtype="bfloat16")
