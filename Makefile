@@ -5,8 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints/dev.txt
 METADATA := setup.cfg pyproject.toml constraints/dev.txt
-OLDEST := test_tap.py test_rank_m.py test_embedding.py test_experts.py test_precision.py test_input_side.py \
-	test_models.py test_muon.py test_resume.py test_targets.py
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
@@ -53,7 +51,7 @@ test-tools: $(VENV)/.stamp-dev ## Train two steps in axolotl, LLaMA-Factory and 
 	$(BIN)/python scripts/test_tools.py $(if $(TOOL),--tool $(TOOL)) --json runs/test_tools.json
 
 stress: $(VENV)/.stamp-dev ## Kill two-rank runs 30 times at random and compare their ends with undisturbed runs' (runs/stress.json)
-	$(BIN)/python tests/stress.py --kills 30 --json runs/stress.json
+	$(BIN)/python tests/support/stress.py --kills 30 --json runs/stress.json
 
 mutate: $(VENV)/.stamp-dev ## Make the mistakes of scripts/mutate.yaml in a copy; a test must find each (runs/mutate.json)
 	$(BIN)/python scripts/mutate.py --json runs/mutate.json
@@ -61,7 +59,7 @@ mutate: $(VENV)/.stamp-dev ## Make the mistakes of scripts/mutate.yaml in a copy
 test-oldest: ## Run the tests of the method on the oldest supported versions (.venv-oldest; large downloads)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet -c constraints/oldest.txt -e . pytest
-	cd tests && ../.venv-oldest/bin/python -m pytest -m "not slow and not dist" $(OLDEST)
+	.venv-oldest/bin/python -m pytest -m "oldest and not slow and not dist"
 
 test-newest: ## Run the tests on the newest versions that the package index has (.venv-newest; large downloads)
 	$(PYTHON) -m venv .venv-newest
@@ -69,7 +67,7 @@ test-newest: ## Run the tests on the newest versions that the package index has 
 	.venv-newest/bin/python -m pytest -m "not slow and not dist" -n $(TEST_WORKERS) --dist worksteal
 
 test-gpu: $(VENV)/.stamp-dev ## Run the tests that need a GPU
-	$(BIN)/pytest tests/test_gpu.py tests/test_gpu_parts.py -m "slow or not slow"
+	$(BIN)/pytest tests/gpu -m "slow or not slow"
 
 support-table: $(VENV)/.stamp-dev ## Try every model of the matrix and write docs/support.md
 	$(BIN)/python scripts/support_table.py

@@ -1,4 +1,4 @@
-"""Try every class of the support matrix (tests/matrix_cases.py), each in a process of its own; write docs/support.md.
+"""Try every class of the support matrix (tests/support/matrix_cases.py), each in a process; write docs/support.md.
 
     python scripts/support_table.py                      everything, then the page
     python scripts/support_table.py --resume             go on with what runs/support_table.json does not hold yet
@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "scripts")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

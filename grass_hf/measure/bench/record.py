@@ -44,7 +44,7 @@ def append(path: str | os.PathLike, row: dict[str, Any]) -> None:
 
 def _commit() -> str | None:
     """The commit of the code that runs, with "+" behind it if files differ from it; None outside a checkout."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     words = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
         said = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()

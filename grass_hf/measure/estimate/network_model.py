@@ -32,7 +32,7 @@ FORWARD = 1 / 3
 # torch's DistributedDataParallel: a small first bucket, so that sending starts early.
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 # The model's steps over the measured ones, minus 1: the lowest and the highest by engine, on the points that
-# docs/communication.md lists. tests/test_network.py computes them again.
+# docs/communication.md lists. tests/measure/test_network.py computes them again.
 MEASURED_ERROR = {"ddp": (-0.14, -0.015), "fsdp2": (-0.35, -0.045)}
 
 

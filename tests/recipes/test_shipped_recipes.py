@@ -1,0 +1,188 @@
+"""Every recipe under recipes/: its first line is its command, and it trains a tiny model of its type for two steps.
+
+Only what names the model, the data, the machine and the number of steps is replaced; Grass runs as the recipe says, at
+its rank, so the tiny model of a recipe with r = 1024 is 1,280 wide.
+"""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import recipe_files as files
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+pytest.importorskip("datasets")
+
+from grass_hf import GrassConfig
+from grass_hf.convert.conversion import grass_slices
+from grass_hf.convert.targets import plan
+from grass_hf.recipes import runner
+from grass_hf.recipes.parse import load_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+# What transformers would find on the hub, or in a package, under the names that recipes use.
+TYPES = {
+    "facebook/opt-1.3b": "opt",
+    "FacebookAI/roberta-base": "roberta",
+    "meta-llama/Llama-2-7b-hf": "llama",
+    "meta-llama/Meta-Llama-3-8B": "llama",
+    "meta-llama/Meta-Llama-3-70B": "llama",
+    "minilm-l6": "bert",
+    "mistralai/Mistral-7B-v0.1": "mistral",
+    "mistralai/Mixtral-8x7B-v0.1": "mixtral",
+    "openai-community/gpt2": "gpt2",
+    "Qwen/Qwen3-0.6B": "qwen3",
+    "Qwen/Qwen3-8B": "qwen3",
+    "smollm2-135m-instruct": "llama",
+}
+GROUPED = {"num_key_value_heads": 2}
+SHAPES = {
+    "bert": {},
+    "gpt2": {"n_layer": 1, "n_head": 4},
+    "llama": {},
+    "mistral": GROUPED,
+    "mixtral": {**GROUPED, "num_local_experts": 4},
+    "opt": {},
+    "qwen3": {**GROUPED, "head_dim": 16},
+    "roberta": {},
+}
+# Neither what is trained nor how.
+STEPS = {
+    "max_steps": 2,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "use_cpu": "true",
+    "disable_tqdm": "true",
+}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT / "recipes"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_the_first_line_is_the_command(path):
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    words = shlex.split(first.removeprefix("# "))
+    if words[0] == "accelerate":
+        assert words[1:3] == ["launch", "--config_file"] and (ROOT / words[3]).is_file()
+        words = ["grass-hf", *words[words.index("-m") + 2 :]]
+    assert words[:2] == ["grass-hf", "train"] and ROOT / words[2] == path
+
+
+def test_names_stand_for_what_is_there():
+    named = {yaml.safe_load(path.read_text())["model"].get("model_name_or_path") for path in RECIPES}
+    assert named - {None} == set(TYPES)
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if "config_name" in path.read_text()], ids=name_of)
+def test_the_rank_fits_the_model_of_the_recipe(path):
+    said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # under FSDP2 every GPU selects its share of the rows among its own
+    blocks = 8 if "fsdp2_8gpu" in path.read_text(encoding="utf-8") else 1
+    config = dataclasses.replace(GrassConfig.from_dict(said["grass"]), row_blocks=blocks)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / said["model"]["config_name"]))
+    found = plan(model, config)
+    layers = model.config.num_hidden_layers
+    assert len(found.targets) == 7 * layers and not found.left_out
+    if config.rank is not None:
+        assert {target.rank for target in found.targets} == {config.rank}
+        assert config.rank in (model.config.hidden_size // 4, model.config.hidden_size // 3, 512)  # as published
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    files.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_trains_as_it_says(path, tmp_path, tokenizer, monkeypatch):
+    said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kind = model_type(said["model"])
+    flags = {**STEPS, "output_dir": tmp_path / "out", **model(said, kind, tmp_path, tokenizer), **data(said, tmp_path)}
+    recipe = load_recipe(path, [word for key, value in flags.items() for word in (f"--{key}", str(value))])
+    for name, value in said["training"].items():
+        if name not in flags and isinstance(value, (bool, int, float)):
+            assert getattr(recipe.training, name) == value
+    built = []
+    build = runner.build_trainer
+    monkeypatch.setattr(runner, "build_trainer", lambda *args: built.append(converted(build(*args))) or built[0][0])
+    results = runner.train(recipe)
+    trainer, config, ranks = built[0]
+    assert trainer.model.config.model_type == kind
+    assert config == GrassConfig.from_dict(said["grass"])
+    assert ranks and all(rank == config.rank_for(size) for size, rank in ranks)
+    assert results["steps"] == 2
+    history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(history) == 2 and all(0 < entry["grass/coverage"] <= 1 for entry in history)
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) and entry["grad_norm"] > 0 for entry in history)
+    assert AutoConfig.from_pretrained(tmp_path / "out").model_type == kind
+
+
+def converted(trainer):
+    """The trainer, the settings that its model was converted with, and size and rank of every slice."""
+    slices = list(grass_slices(trainer.model))
+    return trainer, trainer.model.grass.config, [(part.state.size, part.state.rank) for part in slices]
+
+
+def model_type(said: dict) -> str:
+    if "config_name" in said:
+        return json.loads((ROOT / said["config_name"]).read_text())["model_type"]
+    return TYPES[said["model_name_or_path"]]
+
+
+def model(said: dict, kind: str, folder: Path, tokenizer: Path) -> dict:
+    """Flags that put a tiny model in place of the recipe's."""
+    width = -(-(said["grass"].get("rank", 51) * 5 // 4) // 64) * 64
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": width + 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "vocab_size": 320,
+        **({"n_embd": width} if kind == "gpt2" else {}),
+        **({"ffn_dim": width, "word_embed_proj_dim": width} if kind == "opt" else {}),
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+    }
+    config = AutoConfig.for_model(kind, **{**shape, **SHAPES[kind]})
+    if "config_name" in said["model"]:
+        (folder / "model.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+        return {"config_name": folder / "model.json", "tokenizer_name": tokenizer}
+    torch.manual_seed(0)
+    auto = AutoModelForSequenceClassification if said["task"] == "classification" else AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(folder / "model")
+    return {"model_name_or_path": folder / "model", "tokenizer_name": tokenizer}
+
+
+def data(said: dict, folder: Path) -> dict:
+    """Flags that put a few local rows of the recipe's layout in place of its dataset."""
+    given = said["data"]
+    replaced = {name: "null" for name in ("dataset_config", "eval_split", "eval_dataset", "columns") if name in given}
+    replaced |= {"split": "train", "holdout": 4, "dataset": folder / "rows.jsonl", "sequence_length": 32}
+    if said["task"] == "pretraining":
+        rows = [{"text": " ".join(files.sentences()[n : n + 9])} for n in range(30)]
+    elif said["task"] == "classification":
+        rows = [{"sentence": text, "label": "warm" if "red" in text else "cold"} for text in files.sentences(60)]
+    elif said["task"] == "dpo":
+        rows = files.pairs(30)
+        replaced["sequence_length"] = 96
+    elif given.get("layout") == "alpaca":
+        rows = [{"instruction": f"Colour of {n}?", "output": text} for n, text in enumerate(files.sentences(30))]
+        replaced["sequence_length"] = 96
+    else:
+        rows = files.chats(30)
+        replaced["sequence_length"] = 96
+    files.write_lines(folder / "rows.jsonl", rows)
+    return replaced
