@@ -25,7 +25,7 @@ from .ops import sharding
 from .part import Part
 
 if TYPE_CHECKING:
-    from .exchange import Exchange
+    from .slice import Slice
 
 KEY = "active"
 
@@ -40,7 +40,7 @@ class Doors:
 
     weight: nn.Parameter
     active: nn.Parameter
-    rank_part: Callable[[Exchange, bool], Part]
+    rank_part: Callable[[Slice, bool], Part]
     unfilled = False
     _kept: dict[str, Tensor]
 

@@ -1,8 +1,8 @@
 """Slices without memory of their own between steps.
 
-[Note: released slices] With ``resident=False`` a slice exists only while it is stepped. A slice of the weight's own
-dtype is the same as ``weight[index]``; of a float32 slice over a weight of fewer bits, the bits that the weight does
-not hold stay, as `Slice.low`: `grass_hf.slices.low_bits`. Between steps the parameter has its shape and no memory: one NaN,
+[Note: released slices] With ``resident=False`` a slice exists only while it is stepped. A slice of the weight's dtype
+is ``weight[index]``. Of a float32 slice over a weight of fewer bits, the bits that the weight does not hold
+stay, as `Slice.low`: `grass_hf.slices.low_bits`. Between steps the parameter has its shape and no memory: one NaN,
 expanded. Its gradient, its optimizer state and its identity are what they were; `Slice.held` brings the values back
 while they are needed, as ``active`` itself or, where it has another dtype than the slice is stepped in, as ``wide``.
 It stays as it is until the first step, because DDP broadcasts parameters when it wraps the model.

@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from . import drift
+from . import checks, drift, exchange
 from .doors import Doors
 from .drift import Drift
 from .evaluated import check_after_evaluation
-from .exchange import Exchange
 from .matrices import Matrices
 from .ops import int8, sharding, tap
 from .ops.double_backward import refuse_transforms
@@ -32,6 +31,7 @@ from .ops.rows import selected_dim, take_rows
 from .ops.selection import strided
 from .ops.shared_columns import SharedColumns
 from .part import Part, SliceState, local_part
+from .released import Released
 
 _LIVING: weakref.WeakSet[Slice] = weakref.WeakSet()
 _made = 0
@@ -47,7 +47,7 @@ def living_slices() -> Iterator[Slice]:
     return iter(list(_LIVING))
 
 
-class Slice(Doors, Exchange, nn.Module):
+class Slice(Doors, Released, nn.Module):
     """The trained rows or columns of one weight; a child ``<parameter>_slice`` of the module that holds the weight.
 
     Args:
@@ -84,6 +84,16 @@ class Slice(Doors, Exchange, nn.Module):
     index: Tensor
     rho: Tensor | None
     write: Tensor | None
+
+    # what moves values
+    write_back = exchange.write_back
+    settle_decay = exchange.settle_decay
+    load_selection, current_selection = exchange.load_selection, exchange.current_selection
+    take_new_weight, reload = exchange.take_new_weight, exchange.reload
+    mark_trained = exchange.mark_trained
+    # what is checked
+    blocks = checks.blocks
+    check_alignment, check_rows, check_sharding = checks.check_alignment, checks.check_rows, checks.check_sharding
 
     def __init__(
         self,

@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from grass_hf.convert import modules
 from grass_hf.slices.doors import Doors
-from grass_hf.slices.exchange import Exchange
 from grass_hf.slices.ops import row_norms, tap
+from grass_hf.slices.slice import Slice
 
 LLAMA = "llama:LlamaForCausalLM"
 
@@ -33,14 +33,14 @@ def test_it_finds_norms_of_something_else(monkeypatch):
 
 
 def test_it_finds_rows_that_are_not_the_slices(monkeypatch):
-    write_back = Exchange.write_back
+    write_back = Slice.write_back
 
     def beside(self, seed=None):
         write_back(self, seed)
         outside = next(row for row in range(self.state.size) if row not in self.index)
         self.weight.data.select(self.dim, outside).add_(1e-13)
 
-    monkeypatch.setattr(Exchange, "write_back", beside)
+    monkeypatch.setattr(Slice, "write_back", beside)
     wrong = check(case(LLAMA)).wrong
     for start in ("a step at density 1/4 moves", "the second step at density 1/4 moves"):
         assert any(sentence.startswith(start) and "outside of its slice" in sentence for sentence in wrong)
