@@ -8,7 +8,7 @@ METADATA := setup.cfg pyproject.toml constraints/dev.txt
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo finetune test test-slow test-dist test-tools stress mutate test-oldest test-newest test-gpu support-table quality bench bench-smoke bench-speed \
+.PHONY: help venv demo finetune test test-slow test-dist test-tools stress mutate test-oldest test-newest test-gpu support-table quality dist test-wheel bench bench-smoke bench-speed \
 	bench-net bench-memory proof-13b proof-7b proof-13b-int8 proof-gpu docs clean
 
 help: ## List the commands
@@ -24,7 +24,7 @@ $(VENV)/.stamp-%: $(METADATA) | $(BIN)/python
 
 venv: $(VENV)/.stamp-dev ## Make the development environment in .venv
 
-demo: $(VENV)/.stamp-demo ## Train a small LLaMA with Grass on the SOTU speeches, evaluate it and report (runs/demo)
+demo: $(VENV)/.stamp-train ## Train a small LLaMA with Grass on the SOTU speeches, evaluate it and report (runs/demo)
 	$(BIN)/grass-hf train $(RECIPE) --overwrite
 
 finetune: $(VENV)/.stamp-packaged ## Finetune SmolLM2-135M-Instruct on everyday dialogues (runs/smollm2_chitchat)
@@ -72,10 +72,20 @@ test-gpu: $(VENV)/.stamp-dev ## Run the tests that need a GPU
 support-table: $(VENV)/.stamp-dev ## Try every model of the matrix and write docs/support.md
 	$(BIN)/python scripts/support_table.py
 
-quality: $(VENV)/.stamp-dev ## Check style, formatting and that the docs cover the public names
+quality: $(VENV)/.stamp-dev ## Check style, formatting, types and that the docs cover the public names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python scripts/check_docs.py
+
+dist: $(VENV)/.stamp-dev ## Build the sdist, and the wheel from it (dist/)
+	rm -rf dist build
+	$(BIN)/python -m build
+
+test-wheel: dist ## Install the wheel into an empty environment and try its commands there (.venv-wheel; large downloads)
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet -c constraints/dev.txt "$$(ls dist/*.whl)[train]"
+	GRASS_HF_WHEEL_PYTHON=$(CURDIR)/.venv-wheel/bin/python $(BIN)/python -m pytest tests/package/test_wheel.py
 
 BENCH_WORKERS ?= 2
 bench: $(VENV)/.stamp-dev ## Compare Grass with its peers, each at its own best rates (hours; goes on where it was)
@@ -120,5 +130,5 @@ docs: $(VENV)/.stamp-docs ## Build the documentation site (site/)
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove the environment and everything that was generated
-	rm -rf $(VENV) .venv-oldest .venv-tools build dist site runs *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-tools .venv-wheel build dist site runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

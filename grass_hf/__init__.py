@@ -7,6 +7,7 @@ milliseconds, because torch and transformers are imported only when something of
 from __future__ import annotations
 
 import importlib
+import os
 
 from . import _import_hook
 
@@ -18,8 +19,10 @@ _HOMES = {
     "restore_model": "convert.conversion",
     "grass_optimizer": "optim.factory",
     "MuonAdamW": "optim.muon",
+    "WeightDelta": "optim.weight_delta",
     "estimate_memory": "measure.estimate.memory",
     "save_plain": "integrations.saving",
+    "summary": "integrations.start_table",
     "register": "_import_hook",
     "last_complete_checkpoint": "integrations.checkpoints",
     "GrassCallback": "integrations.trainer",
@@ -41,3 +44,8 @@ def __dir__() -> list[str]:
 
 
 _import_hook.register()
+if os.environ.get("GRASS_HF_QUIET"):  # a process that a command of grass-hf has started
+    from .config.quiet import quiet
+
+    quiet()
+    del quiet

@@ -27,6 +27,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import matrix_cases  # noqa: E402
 import matrix_checks  # noqa: E402
+import matrix_tools  # noqa: E402
 import support_page  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -117,15 +118,15 @@ def _row(case, process, pipe: Connection, since: float) -> dict | None:
 
 
 def _failed(case: matrix_cases.Case, how: str) -> dict:
-    found = matrix_checks.Found(case.name, case.kind, case.cls, case.model_type, status="wrong", wrong=[how])
-    return matrix_checks.as_json(found)
+    found = matrix_tools.Found(case.name, case.kind, case.cls, case.model_type, status="wrong", wrong=[how])
+    return matrix_tools.as_json(found)
 
 
 def _work(case: matrix_cases.Case, pipe: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (WORK + int(time.process_time()), resource.RLIM_INFINITY))
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
-    pipe.send(matrix_checks.as_json(matrix_checks.check(case)))
+    pipe.send(matrix_tools.as_json(matrix_checks.check(case)))
     pipe.close()
 
 

@@ -19,14 +19,12 @@ class Shaped(GrassController):
     def factor(self, age: int, interval: int) -> float:
         raise NotImplementedError
 
-    def _rate_factors(self, layers):
-        interval, found = self.config.update_interval, super()._rate_factors(layers)
-        if self.step <= interval:
-            return found
-        factor = self.factor((self.step - 1) % interval, interval)
-        return found + [
-            rate_warmup.Factor(group, factor) for group in self.optimizer.param_groups if GROUP_KEY in group
-        ]
+    def around(self, original, *args, **kwargs):
+        interval = self.config.update_interval
+        factor = 1.0 if self.step <= interval else self.factor((self.step - 1) % interval, interval)
+        shaped = [group for group in self.optimizer.param_groups if GROUP_KEY in group]
+        with rate_warmup.changed(rate_warmup.Factor(group, factor) for group in shaped):
+            return super().around(original, *args, **kwargs)
 
 
 class Ramp(Shaped):

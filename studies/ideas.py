@@ -31,10 +31,10 @@ from grass_hf.config.optim_args import parse_optim_args
 from grass_hf.convert import conversion, targets
 from grass_hf.integrations import base
 from grass_hf.measure.bench import record
+from grass_hf.measure.bench.methods import resolve
 from grass_hf.optim import factory, reselection
 from grass_hf.optim.controller import GrassController
 from grass_hf.recipes.study import grid
-from grass_hf.recipes.study.methods import resolve
 from grass_hf.recipes.study.rows import read_rows
 from grass_hf.recipes.study.run import run_row
 from grass_hf.slices.ops.shared_columns import SharedColumns

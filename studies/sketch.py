@@ -58,7 +58,7 @@ class Mixtures(TrainerCallback):
         mixture.zero_()[torch.arange(size) % rank, order] = signs
 
     def ready(self, kind: str, model: nn.Module, settings: dict, names: list[str]) -> tuple[nn.Module, set[int]]:
-        """In place of `quality_methods.make_ready`."""
+        """In place of `measure.bench.methods.make_ready`."""
         ranks = {name: self.rank or max(1, model.get_submodule(name).in_features // 4) for name in names}
         targets = [model.get_submodule(name).weight for name in names]
         model = get_peft_model(model, LoraConfig(target_modules=names, rank_pattern=ranks, alpha_pattern=ranks))

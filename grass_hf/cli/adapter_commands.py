@@ -118,7 +118,11 @@ def delta_save(
 @delta.command("apply")
 def delta_apply(
     base: str = BASE,
-    file: str = typer.Argument(..., metavar="DELTA", help="What `grass-hf delta save` wrote."),
+    file: str = typer.Argument(
+        ...,
+        metavar="DELTA",
+        help="What `grass-hf delta save` wrote, or a folder of a trainer's synchronisations.",
+    ),
     output: Path = typer.Option(..., help="Folder to write the tuned checkpoint to."),
     overwrite: bool = OVERWRITE,
 ) -> None:

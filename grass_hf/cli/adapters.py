@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -37,9 +38,9 @@ def run_diff(base: str, tuned: str, *, sort: str, everything: bool, json: Path |
     console = Console()
     found = []
     with _progress(console, "comparing") as step:
-        for change in difference.changes(old, new, pairs):
-            step(change.name)
-            found.append(change)
+        for item in difference.changes(old, new, pairs):
+            step(item.name)
+            found.append(item)
     found.sort(key=lambda item: _natural(item.name) if sort == "name" else (-item.relative, _natural(item.name)))
     changed = [item for item in found if item.rows]
     table = Table()
@@ -78,18 +79,24 @@ def run_export(base: str, tuned: str, *, output: Path, rank: int, overwrite: boo
     table = Table()
     for heading, side in zip(("weight", "shape", "rank", "change", "error"), "llrrr", strict=True):
         table.add_column(heading, justify="left" if side == "l" else "right", overflow="fold")
-    for row in sorted(result.rows, key=lambda row: _natural(row.name)):
-        kept = "left out" if row.name in result.left_out else "whole" if row.rank is None else str(row.rank)
-        error = f"{row.error / row.change:.3g}" if row.change else "0"
-        table.add_row(row.name, _shape(row.shape), kept, f"{row.change:.4g}", error)
+    for item in sorted(result.rows, key=lambda item: _natural(item.name)):
+        kept = "left out" if item.name in result.left_out else "whole" if item.rank is None else str(item.rank)
+        error = f"{item.error / item.change:.3g}" if item.change else "0"
+        table.add_row(item.name, _shape(item.shape), kept, f"{item.change:.4g}", error)
     console.print(table)
     for name, reason in result.left_out.items():
-        share = next(row.change for row in result.rows if row.name == name) ** 2 / result.change**2
+        share = next(item.change for item in result.rows if item.name == name) ** 2 / result.change**2
         console.print(f"left out: {name} ({reason}), {share:.2%} of the squared change")
     console.print(f"error of the whole change: {result.error:.3g} (0 is exact, 1 is the base)")
     console.print(f"{output}: {_size(result.nbytes)}; PeftModel.from_pretrained(base, {str(output)!r}) loads it")
     if json is not None:
-        row = {"command": "export-adapter", "base": base, "tuned": tuned, "output": str(output), "rank": rank}
+        row: dict[str, Any] = {
+            "command": "export-adapter",
+            "base": base,
+            "tuned": tuned,
+            "output": str(output),
+            "rank": rank,
+        }
         row |= {"error": result.error, "nbytes": result.nbytes, "left_out": result.left_out}
         row["weights"] = [dataclasses.asdict(item) for item in result.rows]
         record.append(json, row | record.machine())
@@ -115,11 +122,26 @@ def run_delta_save(base: str, tuned: str, *, output: Path, overwrite: bool, json
 
 
 def run_delta_apply(source: str, file: str, *, output: Path, back: bool, overwrite: bool) -> None:
-    """Write the other side's checkpoint."""
+    """Write the other side's checkpoint, or that of a trainer's last synchronisation."""
     console = Console()
+    if Path(file).is_dir():
+        _apply_synchronisations(console, source, file, output=output, back=back, overwrite=overwrite)
+        return
     with _progress(console, "checking and writing") as step:
         delta.apply(source, file, output, back=back, overwrite=overwrite, progress=step)
     console.print(f"{output}: the {'base' if back else 'tuned'} checkpoint, bit for bit")
+
+
+def _apply_synchronisations(
+    console: Console, base: str, folder: str, *, output: Path, back: bool, overwrite: bool
+) -> None:
+    from ..integrations.rollouts.replica import write_checkpoint
+
+    if back:
+        raise ValueError(f"DELTA={folder} holds a trainer's synchronisations, which lead forward only: use apply.")
+    with appearing(output, overwrite=overwrite, inputs=[Path(base), Path(folder)]) as path:
+        step = write_checkpoint(base, folder, path)
+    console.print(f"{output}: the trainer's weights at step {step}, bit for bit")
 
 
 @contextlib.contextmanager

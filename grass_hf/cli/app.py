@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from ..config.settings import GrassConfig, parse_field
+from ..config.shipped_files import model_config_file
 from . import autoload as autoload_module
 from .adapter_commands import commands as adapter_commands
-from .bench_commands import memory, speed
-from .errors import is_ours
+from .bench_commands import memory, rollout, speed
 from .network_commands import TARGETS, comm, names, net
 from .quality import quality, report
+from .recipe_files import recipes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,22 +27,19 @@ app = typer.Typer(
         '    grass-hf run run_clm.py --optim grass --optim_args "rank=64,update_interval=200" ...\n\n'
         "    accelerate launch -m grass_hf run run_clm.py --optim grass ...\n\n"
         "or a recipe, which is a whole run in one file:\n\n"
-        "    grass-hf train recipes/pretrain/llama_demo_sotu.yaml"
+        "    grass-hf train llama_demo_sotu"
     ),
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure Grass against its limits and its peers on this machine.")
 app.add_typer(bench, name="bench")
+app.add_typer(recipes, name="recipes")
 app.add_typer(adapter_commands)
-for command in (speed, memory, comm, net, quality, report):
+for command in (speed, memory, rollout, comm, net, quality, report):
     bench.command(command.__name__)(command)
 
 
 @app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "allow_interspersed_args": False,
-    },
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
     options_metavar="",
 )
 def run(
@@ -63,7 +61,9 @@ def run(
 
 
 _RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
-_RECIPE_ARGUMENT = typer.Argument(..., help="The YAML file; flags for its fields follow it.", metavar="RECIPE.yaml")
+_RECIPE_ARGUMENT = typer.Argument(
+    ..., help="A YAML file, or a name of `grass-hf recipes list`; flags for its fields follow it.", metavar="RECIPE"
+)
 
 
 @app.command(context_settings=_RECIPE)
@@ -81,11 +81,13 @@ def train(
 
     For example:
 
-        grass-hf train recipes/pretrain/llama_demo_sotu.yaml
+        grass-hf train llama_demo_sotu
 
-        grass-hf train recipes/finetune/smollm2_135m_chitchat.yaml --learning_rate 1e-4 --max_steps 20
+        grass-hf train my_recipe.yaml --learning_rate 1e-4 --max_steps 20
 
-        accelerate launch --config_file configs/accelerate/ddp_8gpu.yaml -m grass_hf train RECIPE.yaml
+        accelerate launch --config_file ddp_8gpu.yaml -m grass_hf train my_recipe.yaml
+
+    `grass-hf recipes` lists the recipes and launch configs that come with the package, and copies them.
 
     Every field is a flag behind the recipe and replaces what the file says: `--rank 64`, `--output_dir runs/try`.
 
@@ -93,9 +95,10 @@ def train(
 
     To compare: `--no-grass` trains everything in full, `--no-grass --lora_r 64` LoRA adapters.
 
-    Tasks: pretraining (packed text), sft (chats; the loss is of the replies), dpo (preferences), classification.
+    Tasks: pretraining (packed text), sft (chats; the loss is of the replies), dpo, kto and reward (preferences), grpo
+    (rewards by functions of yours), classification.
 
-    `training` has the names of TrainingArguments, unchanged; for sft and dpo those of TRL's SFTConfig and DPOConfig.
+    `training` has the names of TrainingArguments, unchanged; for TRL's tasks those of its SFTConfig, DPOConfig, ...
 
     Its `optim` is the base optimizer of Grass.
 
@@ -124,7 +127,7 @@ def validate(
 
     For example:
 
-        grass-hf validate recipes/pretrain/llama_demo_sotu.yaml --budget 24GB
+        grass-hf validate llama_demo_sotu --budget 24GB
 
     Rows are read and tokenised as for training, one example is shown as the model will see it, and the peak memory of a
     step is estimated as by `grass-hf estimate`. The first mistake is one sentence, and the exit code is 2.
@@ -223,7 +226,7 @@ def estimate(
 
     What is counted, and what comes on top of it, stands in docs/memory.md and docs/communication.md.
     """
-    grass = {
+    grass: dict[str, Any] = {
         "rank": rank,
         "density": density,
         "density_pattern": density_pattern and parse_field("density_pattern", density_pattern, "--density-pattern"),
@@ -237,7 +240,9 @@ def estimate(
         "weight_dtype": weight_dtype,
         "resident": resident,
     }
-    setting = {"batch": batch, "sequence": sequence, "gradient_checkpointing": gradient_checkpointing}
+    GrassConfig(**grass)  # what is wrong with them, and with the model's name, is said before torch is imported
+    model_config_file(model, "MODEL")
+    setting: dict[str, Any] = {"batch": batch, "sequence": sequence, "gradient_checkpointing": gradient_checkpointing}
     network = None
     if bandwidth:
         from .traffic import Network, run_prediction
@@ -250,6 +255,7 @@ def estimate(
         raise ValueError("--no-memory leaves nothing to estimate: give --bandwidth, or leave it out.")
     from .estimate import run_estimate
 
+    setting |= {"world_size": world_size, "engine": engine}
     run_estimate(
         model,
         methods=method,
@@ -261,30 +267,5 @@ def estimate(
         json=json,
         png=png,
         network=network,
-        world_size=world_size,
-        engine=engine,
         **setting,
     )
-
-
-def main() -> None:
-    """Entry point of ``grass-hf``: our own sentences about what the user asked for are one line and exit code 2.
-
-    They are the `ValueError`s that this package raises (`errors.is_ours`). Errors of other packages and of the user's
-    script, and ours about what happened while training (not finite, ranks that part), keep their traceback.
-    """
-    from .run import Script, run_script
-
-    try:
-        try:
-            app(prog_name="grass-hf")
-        except Script as asked:
-            script, words = asked.script, asked.words
-        else:
-            return
-        run_script(script, words)
-    except (autoload_module.AutoloadError, ValueError) as error:
-        if not is_ours(error):
-            raise
-        print(f"grass-hf: {error}", file=sys.stderr)
-        sys.exit(2)

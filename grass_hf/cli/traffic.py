@@ -104,7 +104,8 @@ def predict(
     """Steps of AdamW and Grass on a network; one row for each engine and method."""
     with torch.device("meta"):
         plain = factory()
-    link, rows = network.link(), []
+    link = network.link()
+    rows: list[dict[str, Any]] = []
     for engine in ENGINES:
         for method, settings in (("adamw", None), ("grass", config)):
             sent = traffic(plain, settings, engine)

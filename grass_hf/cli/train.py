@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json as json_module
+import traceback
 from pathlib import Path
 
-import torch.distributed as dist
 from rich.console import Console
 
 import grass_hf
 
-from ..integrations.start_table import shown_bytes
-from ..recipes import preview
-from ..recipes.checks import check_model, check_places, estimate, visible_memory
+from ..config.sizes import parse_bytes, shown_bytes
 from ..recipes.parse import load_recipe
-from ..recipes.runner import train
-from ..recipes.tasks import prepare
-from .estimate import parse_bytes
+from .errors import is_ours
+
+# What needs torch is imported where it is used: behind `load_recipe`, which finds most mistakes without it.
 
 _console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -26,12 +24,15 @@ _console = Console(highlight=False, soft_wrap=True, markup=False)
 def run_train(path: Path, flags: list[str], *, grass: bool, dry_run: bool, overwrite: bool, json: Path | None) -> None:
     """Train, or with `dry_run` print the resolved recipe."""
     grass_hf.register()
-    recipe = load_recipe(path, flags, grass=grass)
+    recipe = load_recipe(path, flags, grass=grass, overwrite=overwrite)
     if not dry_run:
+        from ..recipes.runner import train
+
         train(recipe, overwrite=overwrite, json_file=json)
         _leave()
         return
-    check_places(recipe, overwrite)
+    from ..recipes import preview
+
     settings = preview.resolved(recipe)
     _console.print(preview.as_yaml(settings), end="")
     _write(json, {"recipe": settings})
@@ -43,6 +44,8 @@ def _leave() -> None:
     A thread of gloo's that still holds the tensors of the last message would abort the process where the interpreter
     ends meanwhile, and NCCL warns.
     """
+    import torch.distributed as dist
+
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # a trainer with a DDP module in it would keep the group, and its threads
         dist.barrier()
@@ -54,12 +57,17 @@ def run_validate(
 ) -> None:
     """Print what a run would do, or stop at the first mistake."""
     grass_hf.register()
-    limit, where = (parse_bytes(budget, "--budget"), "--budget") if budget else visible_memory()
-    recipe = load_recipe(path, flags, grass=grass)
-    check_places(recipe, overwrite)
+    limit = parse_bytes(budget, "--budget") if budget else None
+    recipe = load_recipe(path, flags, grass=grass, overwrite=overwrite)
+
+    from ..recipes import preview
+    from ..recipes.checks import check_model, check_settings
+    from ..recipes.tasks import prepare
+
     prepared = prepare(recipe)
+    remarks = check_settings(recipe, prepared)
     model, plan = check_model(recipe, prepared)
-    for line in preview.describe(prepared, recipe.task):
+    for line in (*preview.describe(prepared, recipe.task), *remarks):
         _console.print(line)
     count = sum(parameter.numel() for parameter in model.parameters())
     _console.print(f"model: {recipe.model.name}, {type(model).__name__} of {count:,} parameters")
@@ -73,13 +81,35 @@ def run_validate(
         )
         found["targets"] = {target.name: target.rank for target in targets}
         found["left_out"] = plan.left_out
+    found["dry run"] = _dry_run(recipe, prepared)
+    _console.print(found["dry run"])
     if memory:
-        found["memory"] = _check_memory(recipe, prepared, model, limit, where)
+        found["memory"] = _check_memory(recipe, prepared, model, limit)
     _console.print(f"{path}: nothing is wrong with it")
     _write(json, found)
 
 
-def _check_memory(recipe, prepared, model, limit: int, where: str) -> dict | None:
+def _dry_run(recipe, prepared) -> str:
+    from ..recipes.rehearsal import rehearse
+
+    try:
+        with _console.status("a dry run of two steps"):
+            return rehearse(recipe, prepared)
+    except Exception as error:
+        if is_ours(error):
+            raise
+        traceback.print_exception(error)
+        said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise ValueError(
+            f"{recipe.path}: a dry run of two steps stopped, as training would: {type(error).__name__}: {said} (the "
+            "traceback stands above)."
+        ) from error
+
+
+def _check_memory(recipe, prepared, model, budget: int | None) -> dict | None:
+    from ..recipes.step_memory import estimate, visible_memory
+
+    limit, where = (budget, "--budget") if budget else visible_memory()
     try:
         with _console.status("estimating the memory of a training step"):
             estimated = estimate(recipe, prepared)

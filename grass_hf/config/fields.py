@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -77,6 +78,9 @@ def parse(name: str, text: str, kinds: tuple[type, ...], where: str) -> Any:
         return dict(_pair(name, part, where) for part in filter(None, text.split(";")))
     if tuple in kinds and ";" in text:
         return tuple(filter(None, text.split(";")))
+    if tuple in kinds and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", text):
+        right = ";".join(part.strip() for part in text.split(","))
+        raise ValueError(f"{where}: {name}={text!r}: names of a list are separated by semicolons: {name}={right}.")
     for kind in (int, float):
         if kind in kinds:
             try:

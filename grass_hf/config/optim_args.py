@@ -1,23 +1,17 @@
 """The Trainer's ``optim_args``: settings of Grass, the base optimizer's name, and its own arguments.
 
-It reaches us in three forms. On a command line it is text, ``"rank=256,base=adamw_torch"``. YAML files and code give a
-mapping, which parsers of transformers and TRL hand on as it is. And some tools make text of the mapping on the way:
-its JSON or Python form, or pairs whose values have that form (``target_modules=['q_proj', 'v_proj']``).
+In which forms they are written, says `grass_hf.config.written`.
 """
 
 from __future__ import annotations
 
-import ast
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import unknown_key
-from .presets import config_and_base
-from .settings import FIELD_TYPES, GrassConfig, parse_field
-
-_OPENED, _CLOSED = "([{", ")]}"
+from . import written
+from .presets import with_preset
+from .settings import FIELD_TYPES, GrassConfig
 
 
 @dataclass(frozen=True)
@@ -43,106 +37,15 @@ def parse_optim_args(given: str | Mapping[str, Any] | None, **defaults: Any) -> 
     Raises:
         ValueError: a key is unknown or given twice, or a value is none that its field takes; the sentence names it.
     """
-    values: dict[str, Any] = dict(defaults)
-    seen: set[str] = set()
-    base_args = {}
-    for key, value in _pairs(given):
-        if key in seen:
-            raise ValueError(f"optim_args: {key} is given twice: keep one.")
-        seen.add(key)
-        if key.startswith("base.") and key != "base.":
-            base_args[key.removeprefix("base.")] = value if isinstance(value, str) else repr(value)
-        elif key in ("base", "preset"):
-            if value is None:  # "base: null" in YAML: as if it were not there
-                continue
-            if not isinstance(value, str):
-                raise ValueError(
-                    f"optim_args: {key}={value!r} is a {type(value).__name__} and not a name: write 'base: sgd', say, "
-                    "and its own arguments beside it, 'base.momentum: 0.9'."
-                )
-            values[key] = value
-        elif key in FIELD_TYPES:
-            values[key] = _value(key, value)
-        else:
-            raise ValueError("optim_args: " + unknown_key(key, [*FIELD_TYPES, "base", "preset"], "a setting of Grass"))
-    if any(
-        values.get(name) is not None for name in {"rank", "density"} & seen
-    ):  # its choice replaces a default of the other
-        for name in {"rank", "density"} - seen:
-            values.pop(name, None)
+    values, base_args = written.read(given, FIELD_TYPES, defaults)
     return OptimArgs(*config_and_base(values), base_args)
 
 
-def _pairs(given: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(given, str) and given.strip().startswith("{"):
-        given = _mapping(given.strip())
-    if isinstance(given, Mapping):
-        yield from ((str(key), value) for key, value in given.items())
-        return
-    if given is not None and not isinstance(given, str):
-        raise ValueError(
-            f"optim_args={given!r} is a {type(given).__name__}: give text of the form key=value, separated by commas, "
-            "or a mapping."
-        )
-    for part in filter(None, (p.strip() for p in _split(given or ""))):
-        key, equals, value = (s.strip() for s in part.partition("="))
-        if not equals or not key or not value:
-            raise ValueError(f"optim_args: {part!r} is not of the form key=value; separate pairs by commas.")
-        yield key, value
+def config_and_base(values: Mapping[str, Any]) -> tuple[GrassConfig, str | None]:
+    """The config, and the base optimizer's name if ``base`` or the preset says one.
 
-
-def _mapping(text: str) -> Mapping[str, Any]:
-    """The mapping that was made text of, as JSON or as Python shows it."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = _literal(text)
-    if not isinstance(value, Mapping):
-        raise ValueError(
-            f"optim_args={text!r} begins as a mapping and is neither JSON nor a Python dict: write key=value, "
-            "separated by commas."
-        )
-    return value
-
-
-def _split(text: str) -> list[str]:
-    """At commas, but not at those between brackets; where the brackets do not match, at all of them."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in _OPENED) - (letter in _CLOSED)
-        if depth < 0:
-            break
-        if letter == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return text.split(",") if depth else parts
-
-
-def _value(key: str, value: Any) -> Any:
-    """The value of a field: text as on the command line, also where it stands in a mapping."""
-    if isinstance(value, str):
-        kinds = FIELD_TYPES[key]
-        # a list or a mapping that a tool has made text of; no regular expression and no list of ours reads like one
-        made = _literal(value) if value[:1] in _OPENED and {tuple, dict} & set(kinds) else None
-        if not isinstance(made, (list, tuple, Mapping)):
-            return parse_field(key, value)
-        value = made
-    if isinstance(value, Mapping) and dict in FIELD_TYPES[key]:
-        return {pattern: _number(number) for pattern, number in value.items()}
-    if not isinstance(value, (str, Mapping)) and hasattr(value, "__iter__"):
-        return tuple(value)  # a list, and OmegaConf's, which is none
-    return value
-
-
-def _number(value: Any) -> Any:
-    """A number that YAML reads as text (``5e-1``) or a tool has made text of; anything else as it is."""
-    made = _literal(value) if isinstance(value, str) else value
-    return made if isinstance(made, (int, float)) else value
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
+    Raises:
+        ValueError: as `GrassConfig.from_dict`.
+    """
+    fields, base = with_preset(values)
+    return GrassConfig.from_dict(fields), base

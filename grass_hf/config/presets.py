@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from .fields import unknown_key
-from .settings import GrassConfig
 
 # Modules in whose path the word stands: self_attn, attn, attention, SelfAttention, ...
 _ATTENTION = "(?i:.*att(n|ention).*)"
@@ -47,7 +46,7 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: there is no such preset; the sentence names the nearest. Or a base optimizer is named, which a
             config does not hold.
     """
-    fields, base = _with_base(values)
+    fields, base = with_preset(values)
     if base is not None:
         said = f"preset={values['preset']!r}" if "base" not in values else f"base={base!r}"
         raise ValueError(
@@ -57,17 +56,8 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def config_and_base(values: Mapping[str, Any]) -> tuple[GrassConfig, str | None]:
-    """The config, and the base optimizer's name if ``base`` or the preset says one.
-
-    Raises:
-        ValueError: as `GrassConfig.from_dict`.
-    """
-    fields, base = _with_base(values)
-    return GrassConfig.from_dict(fields), base
-
-
-def _with_base(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+def with_preset(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Fields of a config, with those of the preset that the key ``preset`` names, and the base optimizer's name."""
     given = dict(values)
     name = given.pop("preset", None)
     if name is not None:

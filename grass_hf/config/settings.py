@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import fields
+from . import fields, presets, written
 
 # The names of DESIGN's table; their maths is in `grass_hf.slices.ops.selection`.
 # Rules that draw with replacement, so that their slices carry multipliers, and the others.
@@ -211,9 +211,10 @@ class GrassConfig:
         """Number of rows to train of a side with `size` rows, of the module `name`; may exceed `size` when `rank`
         does."""
         key = self.pattern_key(name)
+        own = None if key is None else self.pattern[key]
         if self.rank is not None:
-            return self.rank if key is None else self.pattern[key]
-        return max(1, round((self.density if key is None else self.pattern[key]) * size))
+            return self.rank if own is None else int(own)
+        return max(1, round((own or self.density or DEFAULT_DENSITY) * size))
 
     @property
     def shown_rank(self) -> str:
@@ -232,9 +233,7 @@ class GrassConfig:
 
         The key ``preset`` names a set of fields ("paper", "default", "pretraining", ...) that the other keys override.
         """
-        from .presets import filled
-
-        values = filled(values)
+        values = presets.filled(values)
         for key in values:
             if key not in FIELD_TYPES:
                 raise ValueError(fields.unknown_key(key, [*FIELD_TYPES, "preset"], "a setting of Grass"))
@@ -265,11 +264,9 @@ class GrassConfig:
 
     @classmethod
     def from_optim_args(cls, given: str | Mapping[str, Any] | None) -> GrassConfig:
-        """Build from the Trainer's ``optim_args`` alone, text or a mapping; see `config.optim_args` for its other
-        parts."""
-        from .optim_args import parse_optim_args
-
-        return parse_optim_args(given).config
+        """Build from the Trainer's ``optim_args``, text or a mapping; `config.optim_args` reads its other parts too."""
+        values, _ = written.read(given, FIELD_TYPES, {})
+        return cls.from_dict(presets.with_preset(values)[0])
 
 
 def _check_rank(name: str, rank: int | None) -> None:

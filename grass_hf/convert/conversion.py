@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from contextlib import ExitStack
 
 import torch
@@ -18,7 +17,7 @@ from ..slices.ops.shared_columns import SharedColumns
 from .audit.watching import unwatch, watch
 from .dtypes import gradient_dtype, slice_dtype
 from .modules import GrassModule
-from .record import Conversion, grass_slices
+from .record import Conversion, conversion_of, grass_slices
 from .surgery import all_or_nothing, attach_slice, detach_slices, remove_attribute, set_attribute, store_as_int8
 from .targets import Target, plan
 from .undriven import watch_steps
@@ -49,8 +48,8 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
     config = config or GrassConfig()
     if is_converted(model):
         raise ValueError(
-            f"{type(model).__name__} was already converted with {model.grass.config}: call restore_model(model) first "
-            "to convert it anew."
+            f"{type(model).__name__} was already converted with {conversion_of(model).config}: call "
+            "restore_model(model) first to convert it anew."
         )
     _refuse_wrapped(model)
     todo = plan(model, config)
@@ -71,8 +70,7 @@ def _attach(targets: list[Target], config: GrassConfig, undo: ExitStack) -> None
     weighted = with_replacement(config.selection)
     dtypes = [_dtypes(target, config) for target in targets]
     phases = _phases(targets, config)
-    followed = Counter(target.leader for target in targets)
-    columns = {name: SharedColumns() for name, count in followed.items() if count > 1}
+    columns = {target.leader: SharedColumns() for target in targets}
     for target, (dtype, stepped) in zip(targets, dtypes, strict=True):
         with gathered(p for module in (target.module, *target.sharers) for p in module.parameters()):
             attach_slice(
@@ -89,7 +87,7 @@ def _attach(targets: list[Target], config: GrassConfig, undo: ExitStack) -> None
                 stepped=stepped,
                 phase=phases[target.leader],
                 leader=target.leader,
-                columns=columns.get(target.leader),
+                columns=columns[target.leader],
                 blocks=target.blocks,
                 by_sequence=config.score_by == "sequence",
                 resident=config.resident,
@@ -140,8 +138,8 @@ def restore_model(model: nn.Module) -> nn.Module:
             if isinstance(module, GrassModule):
                 detach_slices(module, undo)
         if is_converted(model):  # else it was a part of one that is gone: PEFT's merge_and_unload leaves such
-            if model.grass.ddp_ignored is not None:
-                set_attribute(model, _IGNORED, model.grass.ddp_ignored, undo)
+            if conversion_of(model).ddp_ignored is not None:
+                set_attribute(model, _IGNORED, conversion_of(model).ddp_ignored, undo)
             elif _IGNORED in vars(model):
                 remove_attribute(model, _IGNORED, undo)
             remove_attribute(model, "grass", undo)
@@ -175,7 +173,7 @@ def describe(model: nn.Module) -> str:
     shapes = [(tuple(shape_of(part.active)), tuple(shape_of(part.weight))) for part in grass_slices(model)]
     names = [part.state.name for part in grass_slices(model)]
     slices = [f"{name} {active} of {weight}" for name, (active, weight) in zip(names, shapes, strict=True)]
-    return "; ".join([describe_settings(model.grass.config), *slices])
+    return "; ".join([describe_settings(conversion_of(model).config), *slices])
 
 
 def describe_settings(config: GrassConfig) -> str:
@@ -215,8 +213,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
     for name, param in model.named_parameters():
         if is_sharded(param):
             raise ValueError(
-                f"{name} is sharded already, as {param.placements}: convert the model first, then shard it with "
-                "fully_shard; tensor parallelism (tp_plan, parallelize_module) is not supported, use FSDP2."
+                f"{name} is sharded already, as {getattr(param, 'placements', None)}: convert the model first, then "
+                "shard it with fully_shard; tensor parallelism (tp_plan, parallelize_module) is not supported, use "
+                "FSDP2."
             )
     if any(isinstance(module, GrassModule) for module in model.modules()):
         raise ValueError(f"{kind} contains a part that was already converted: call restore_model on that part first.")

@@ -8,6 +8,8 @@ a function.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ def parameters(module: nn.Module) -> list[str]:
     return [name for name, weight in weights.items() if weight is not None and len(shape_of(weight)) == 3]
 
 
-def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Send every token through its experts.
 
     Args:
@@ -54,7 +56,7 @@ def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k
     return y.view(-1, k, y.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
-def trial_input(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+def trial_input(module: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Two tokens for two experts each, to try a forward on."""
     weight = getattr(module, "gate_up_proj" if module.has_gate else "up_proj")
     hidden = weight.shape[1 if module.is_transposed else 2]
@@ -64,7 +66,7 @@ def trial_input(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     return states, index, weights
 
 
-def _product(module: nn.Module, name: str, x: Tensor, expert: Tensor, tokens: list[int]) -> Tensor:
+def _product(module: Any, name: str, x: Tensor, expert: Tensor, tokens: list[int]) -> Tensor:
     weight, part = getattr(module, name), getattr(module, f"{name}_slice", None)
     if part is not None:
         y = part.grouped_linear(x, tokens)

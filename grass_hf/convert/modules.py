@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from ..slices.ops import int8, products
 from ..slices.ops.sharding import gathered, shape_of
 from ..slices.slice import Slice
 from . import experts
+from .kind import Kind
 from .trials import agree, computes_product, reaches
 
 logger = logging.getLogger(__name__)
@@ -75,11 +76,19 @@ class TappedLinear(GrassModule):
     """Gives `nn.Linear` an active slice; weight (m, n)."""
 
     transposed = False
+    # whether the forward that follows is `nn.Linear`'s own, so that product and tap can be one
+    is_plain = False
     weight_slice: Slice
 
     def forward(self, input: Tensor) -> Tensor:
-        _keep_frozen(self._parameters.get("weight"))
-        return self.weight_slice.tap(super().forward(input), input, transposed=self.transposed)
+        weight = self._parameters.get("weight")
+        if weight is not None and weight.requires_grad:
+            _keep_frozen(weight)
+        # past the look-up of attributes, which takes a module longer
+        part: Any = self._modules.get("weight_slice") or self.weight_slice
+        if self.is_plain and (y := part.linear(input, weight, self._parameters["bias"])) is not None:
+            return y
+        return part.tap(super().forward(input), input, transposed=self.transposed)
 
 
 class TappedConv1D(TappedLinear):
@@ -91,6 +100,8 @@ class TappedConv1D(TappedLinear):
 class TappedInt8Linear(GrassModule):
     """Gives an `nn.Linear` whose weight is int8 an active slice; in a state dict the weight is a plain one."""
 
+    weight: Any  # a Parameter with the attributes of torchao's int8 tensor
+    bias: nn.Parameter | None
     weight_slice: Slice
 
     def forward(self, input: Tensor) -> Tensor:
@@ -106,7 +117,7 @@ class TappedInt8Linear(GrassModule):
         fits = getattr(plain, "shape", None) == self.weight.shape  # else torch says how they differ
         if fits:
             del state_dict[prefix + "weight"]
-            found = int8.quantize(plain.to(self.weight.dtype))
+            found: Any = int8.quantize(plain.to(self.weight.dtype))
             self.weight.int_data.copy_(found.int_data)
             self.weight.scale.copy_(found.scale)
         try:
@@ -121,6 +132,7 @@ class TappedInt8Linear(GrassModule):
 class TappedEmbedding(GrassModule):
     """Gives `nn.Embedding` a slice of feature columns; weight (V, d)."""
 
+    padding_idx: int | None
     weight_slice: Slice
 
     def forward(self, input: Tensor) -> Tensor:
@@ -149,7 +161,7 @@ class TappedProducts(GrassModule):
         for part in parts.values():
             _keep_frozen(part.weight)
         views = {name: part.matrices(layouts[name]) for name, part in parts.items()}
-        weights = {name: part.weight for name, part in parts.items()}
+        weights: dict[str, Tensor] = {name: part.weight for name, part in parts.items()}
         try:
             with products.Products(weights, lambda name, y, x, matrix: views[name].tap(y, x, matrix)):
                 return super().forward(*args, **kwargs)
@@ -161,23 +173,6 @@ class TappedProducts(GrassModule):
             ) from use
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of module that can be converted.
-
-    Attributes:
-        name: for people.
-        base: the class whose forward makes the product; None where the mixin replaces forward.
-        mixin: the converted class's own part.
-        transposed: the weight is stored (input, output).
-    """
-
-    name: str
-    base: type[nn.Module] | None
-    mixin: type[GrassModule]
-    transposed: bool
-
-
 def kind_of(module: nn.Module) -> Kind | None:
     """What a module is to Grass, or None if its weights cannot be compressed."""
     if isinstance(module, nn.Linear):
@@ -186,7 +181,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.Embedding):
         return Kind("embedding", nn.Embedding, TappedEmbedding, True)
     if experts.is_experts(module):
-        return Kind("experts", None, TappedExperts, module.is_transposed)
+        return Kind("experts", None, TappedExperts, bool(module.is_transposed))
     conv1d = next((cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D"), None)
     if conv1d is not None and conv1d.__module__ == "transformers.pytorch_utils":
         return Kind("Conv1D", conv1d, TappedConv1D, True)
@@ -199,8 +194,8 @@ _OF_PRODUCTS = Kind("experts", None, TappedProducts, False)
 def layout_of(module: nn.Module, parameter: str) -> products.Layout:
     """How many matrices a weight of a known kind is, and whether they are stored (input, output)."""
     found = products.layouts(module).get(parameter) if converts_products(module) else None
-    weight = shape_of(getattr(module, parameter))
-    return found or products.Layout(1, weight[-2], kind_of(module).transposed)
+    weight, kind = shape_of(getattr(module, parameter)), kind_of(module)
+    return found or products.Layout(1, weight[-2], kind is not None and kind.transposed)
 
 
 def converts_products(module: nn.Module) -> bool:
@@ -220,6 +215,8 @@ def converted_class(module: nn.Module) -> type[GrassModule] | None:
     See [Note: where the tap goes]. A forward that overrides its base's is tried on two tokens.
     """
     cls, kind = type(module), kind_of(module)
+    if kind is None:
+        return None
     if cls is kind.base:
         return _class(cls, kind, True)
     if kind.base is not None and cls.forward is kind.base.forward:
@@ -240,8 +237,11 @@ def converted_class(module: nn.Module) -> type[GrassModule] | None:
 def _class(cls: type[nn.Module], kind: Kind, outside: bool) -> type[GrassModule]:
     key = (cls, kind, outside)
     if key not in _CONVERTED:
-        order = (kind.mixin, cls) if outside else (cls, type("Tapped", (kind.mixin, kind.base), {}))
-        _CONVERTED[key] = type(f"Grass{cls.__name__}", order, {})
+        plain = {"is_plain": kind.base is nn.Linear and (not outside or cls is nn.Linear)}
+        order: tuple[type, ...] = (kind.mixin, cls)
+        if not outside and kind.base is not None:
+            order = cls, type("Tapped", (kind.mixin, kind.base), {})
+        _CONVERTED[key] = type(f"Grass{cls.__name__}", order, plain)
     return _CONVERTED[key]
 
 

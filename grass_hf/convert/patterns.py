@@ -19,7 +19,7 @@ from ..slices.ops import products
 from . import experts
 from .modules import kind_of
 
-# What the two named patterns take, by the names of `modules.Kind`.
+# What the two named patterns take, by the names of `kind.Kind`.
 PRESETS = {
     "all-linear": {"linear", "Conv1D", "experts"},
     "all-matrices": {"linear", "Conv1D", "experts", "embedding"},

@@ -5,11 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..config.settings import GrassConfig
 from ..slices.slice import Slice
+
+if TYPE_CHECKING:
+    from ..optim.weight_delta import WeightDelta
 
 
 @dataclass(eq=False)
@@ -23,19 +27,23 @@ class Conversion:
         ddp_ignored: what the model's own ``_ddp_params_and_buffers_to_ignore`` was.
         driver: weak reference to the `grass_hf.optim.link.Link` of the optimizer that drives the slices; None before
             there is one, and in a copy of the model.
+        delta: the `grass_hf.WeightDelta` that follows the model; None in a copy of the model.
+        delta_saved: what an optimizer's state said of it, until there is one.
     """
 
     model: nn.Module
     config: GrassConfig
     left_out: dict[str, str]
     ddp_ignored: object
-    driver: weakref.ref | None = None
+    driver: weakref.ref[Any] | None = None
+    delta: WeightDelta | None = None
+    delta_saved: dict[str, Any] | None = None
 
     def __post_init__(self):
         _CONVERSIONS.add(self)
 
     def __getstate__(self):
-        return {**vars(self), "driver": None}
+        return {**vars(self), "driver": None, "delta": None, "delta_saved": None}
 
     def __setstate__(self, state):
         vars(self).update(state)
@@ -69,6 +77,12 @@ class Conversion:
 
 
 _CONVERSIONS: weakref.WeakSet[Conversion] = weakref.WeakSet()
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """What was done to a converted model."""
+    conversion: Any = model.grass
+    return conversion
 
 
 def conversion_over(slices: Iterable[Slice]) -> Conversion | None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..slices.drift import track, untrack
+from ..slices.frozen_weight import track, untrack
 from ..slices.ops import int8
 from ..slices.slice import Slice
 from .modules import GrassModule, converted_class, plain_class
@@ -158,7 +158,9 @@ def remove_attribute(owner: nn.Module, name: str, undo: ExitStack) -> None:
 
 def _swap(module: nn.Module, undo: ExitStack) -> None:
     if not isinstance(module, GrassModule):
-        _set_class(module, converted_class(module), undo)
+        cls = converted_class(module)
+        assert cls is not None  # `targets.plan` leaves others out
+        _set_class(module, cls, undo)
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module], undo: ExitStack) -> None:
@@ -167,7 +169,7 @@ def _set_class(module: nn.Module, cls: type[nn.Module], undo: ExitStack) -> None
 
 
 def _set_gradient(module: nn.Module, parameter: str, requires_grad: bool, grad: Tensor | None) -> None:
-    weight = module._parameters[parameter]
+    weight: nn.Parameter = getattr(module, parameter)
     weight.requires_grad_(requires_grad)
     weight.grad = grad
 
@@ -184,7 +186,8 @@ def _remove(module: nn.Module, attribute: str) -> None:
 
 @torch.no_grad()
 def _put_plain(module: nn.Module, parameter: str, plain: nn.Parameter | None) -> None:
-    if plain is None and not int8.is_int8(module._parameters[parameter]):
+    weight: nn.Parameter = getattr(module, parameter)
+    if plain is None and not int8.is_int8(weight):
         return
     if plain is None:
         logger.warning(
@@ -192,12 +195,12 @@ def _put_plain(module: nn.Module, parameter: str, plain: nn.Parameter | None) ->
             parameter,
             type(module).__name__,
         )
-        plain = nn.Parameter(int8.dequantize(module._parameters[parameter]))
+        plain = nn.Parameter(int8.dequantize(weight))
     module._parameters[parameter] = plain
 
 
 def _put_int8(module: nn.Module, parameter: str) -> None:
-    weight = module._parameters[parameter]
+    weight: nn.Parameter = getattr(module, parameter)
     if not int8.is_int8(weight):  # finds the same codes: [Note: lossless export] in `grass_hf.slices.ops.int8`
         module._parameters[parameter] = int8.quantize(weight)
 

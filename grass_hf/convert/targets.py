@@ -82,15 +82,19 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
     for use in uses(model):
         users.setdefault(id(use.weight), []).append(use)
     heads, frozen = output_heads(model), "by PEFT" if any(map(_of_peft, model.modules())) else "by you"
-    targets, left_out, too_small = [], {}, []
+    targets: list[Target] = []
+    left_out: dict[str, str] = {}
+    too_small = []
     for use in matched:
         sharing = [use, *(other for other in users[id(use.weight)] if other.module is not use.module)]
         if any(use.module in target.sharers for target in targets):
             continue
+        # can it be compressed at all?
         reason = _cannot(use, frozen) or next((_cannot_share(other, excluded, frozen) for other in sharing[1:]), None)
         if reason:
             left_out[use.name] = reason
             continue
+        # which side of it, and how many of its rows or columns?
         layout = layout_of(use.module, use.parameter)
         transposed = layout.transposed
         vocabulary = any(isinstance(each.module, nn.Embedding) or id(each.module) in heads for each in sharing)
@@ -105,6 +109,7 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
         # the matrices of a flat parameter choose their own rows, and the same columns
         flat = layout.matrices if by_rows and len(shape_of(use.weight)) == 2 else 1
         size, rank = size * flat, rank * flat
+        # who chooses them?
         sharers = tuple(other.module for other in sharing[1:])
         placed = (use.module, use.parameter, sharers, side, transposed, size, rank)
         leader = _leader(use, side, rank, targets) if config.share_index else use.name
@@ -115,6 +120,7 @@ def plan(model: nn.Module, config: GrassConfig) -> Plan:
                 f"have fewer rows than it should train: give a rank that {blocks} divides, or side='input'."
             )
         targets.append(Target(use.name, *placed, leader, blocks, vocabulary))
+    # what is wrong with the config, if nothing is left?
     if targets:
         _check_pattern(model, config, targets)
         _warn_of_adapters(model, config, targets, sum(f"frozen {frozen}" in reason for reason in left_out.values()))
@@ -153,8 +159,9 @@ def _leader(use: Use, side: str, rank: int, earlier: list[Target]) -> str:
         other_parent, _, other_leaf = target.name.rpartition(".")
         if other_parent != parent or use.parameter != "weight" or target.parameter != "weight":
             continue
-        alike = target.side == side == "input" and shape_of(target.module.weight)[1] == shape_of(use.weight)[1]
-        alike = alike and target.module.weight.dtype == use.weight.dtype
+        weight: nn.Parameter = getattr(target.module, target.parameter)
+        alike = target.side == side == "input" and shape_of(weight)[1] == shape_of(use.weight)[1]
+        alike = alike and weight.dtype == use.weight.dtype
         if alike and other_leaf in family and target.rank == rank:
             return target.leader
     return use.name

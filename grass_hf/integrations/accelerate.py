@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers.utils import logging
 
 from ..config.settings import GrassConfig
-from ..measure.estimate.fake_ranks import for_shards
+from ..convert.sharded import for_shards
 from ..slices.ops.sharding import world_size
 
 logger = logging.get_logger(__name__)
@@ -27,7 +29,7 @@ def fsdp_version() -> int:
     return 0 if plugin is None else int(plugin.fsdp_version)
 
 
-def forget_evaluation(accelerator, model: nn.Module) -> None:
+def forget_evaluation(accelerator, model: Any) -> None:
     """Let DDP wrap a model that `Trainer.evaluate` has seen before `train`.
 
     Evaluation prepares the model without DDP and marks it as prepared, so that `train` would leave it as it is (seen
@@ -55,7 +57,7 @@ def refuse_parallelism() -> None:
 
 
 def adapt_to_engine(config: GrassConfig, model: nn.Module) -> GrassConfig:
-    """The settings as the engine needs them: the given ones, but under FSDP2 those of `fake_ranks.for_shards`."""
+    """The settings as the engine needs them: the given ones, but under FSDP2 those of `convert.sharded.for_shards`."""
     if fsdp_version() != 2:
         return config
     if not config.resident:

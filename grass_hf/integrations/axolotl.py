@@ -16,7 +16,7 @@ from axolotl.integrations.base import BasePlugin
 
 import grass_hf
 
-from .registration import NAME
+from .optimizer_name import NAME
 
 
 class GrassPlugin(BasePlugin):

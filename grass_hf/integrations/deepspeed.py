@@ -44,7 +44,8 @@ def take_over(arguments: dict[str, Any], initialize: Callable) -> tuple:
     Raises:
         ValueError: the model is converted, and the configuration asks for what Grass cannot do.
     """
-    model, optimizer = arguments.get("model"), arguments.get("optimizer")
+    model: Any = arguments.get("model")
+    optimizer: Any = arguments.get("optimizer")
     controller = getattr(optimizer, "grass", None)
     if controller is None:
         # without an optimizer it is inference

@@ -15,7 +15,8 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,20 @@ from torch.utils._pytree import tree_leaves
 from ..convert.audit.watching import leaving_heads
 from ..convert.conversion import grass_slices, is_converted
 from ..convert.modules import GrassModule
+from ..convert.record import conversion_of
 from ..slices.ops.sharding import is_partitioned, is_sharded, shape_of
 from ..slices.slice import Slice
+from .marks import marked, original_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 # They make a tensor like another one, whose numbers they do not read.
-_SHAPE_ONLY = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty")
-_SHAPE_ONLY += ("new_zeros", "new_ones", "new_full", "new_empty_strided")
+_SHAPE_ONLY = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty"}
+_SHAPE_ONLY |= {"new_zeros", "new_ones", "new_full", "new_empty_strided"}
+
+
+_APPLY = cast(Any, torch.autograd.Function.apply).__func__.__code__
 
 
 class WeightReads:
@@ -155,7 +161,7 @@ class _Pointers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _places(tensor: Tensor) -> list[tuple[int, int, int]]:
+def _places(tensor: Any) -> list[tuple[int, int, int]]:
     """The memory of a tensor: storages, each with the first byte and the one after the last."""
     if is_sharded(tensor):
         return []
@@ -175,8 +181,8 @@ def _places(tensor: Tensor) -> list[tuple[int, int, int]]:
 
 def _in_autograd_function() -> bool:
     """Whether the forward of an `autograd.Function` runs, in which gradients are off though one is wanted."""
-    apply, frame = torch.autograd.Function.apply.__func__.__code__, sys._getframe(1)
-    while frame is not None and frame.f_code is not apply:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _APPLY:
         frame = frame.f_back
     return frame is not None
 
@@ -204,7 +210,7 @@ def refuse_reads(model: nn.Module, found: list[Slice]) -> None:
 
 def exclusion(model: nn.Module, names: list[str]) -> str:
     """The setting that leaves modules out beside those that are left out already, for code and for ``optim_args``."""
-    before = model.grass.config.exclude_modules
+    before = conversion_of(model).config.exclude_modules
     if isinstance(before, str):
         pattern = "|".join([f"({before})", *(name.replace(".", r"\.") for name in names)])
         return f"exclude_modules={pattern!r}"
@@ -221,26 +227,26 @@ def watch_first_step(trainer: Trainer) -> None:
 
     @functools.wraps(original)
     def training_step(*args: Any, **kwargs: Any) -> Tensor:
+        model = trainer.model
         # Under ZeRO-3 a run was aborted with such a mode in force, nearly every time; the reason was not found.
-        if not is_converted(trainer.model) or any(is_partitioned(p) for p in trainer.model.parameters()):
+        if model is None or not is_converted(model) or any(is_partitioned(p) for p in model.parameters()):
             return original(*args, **kwargs)
-        with leaving_heads(), WeightReads(trainer.model) as reads:
+        with leaving_heads(), WeightReads(model) as reads:
             loss = original(*args, **kwargs)
         end_watch(trainer)
-        refuse_reads(trainer.model, reads.found)
+        refuse_reads(model, reads.found)
         return loss
 
-    training_step._grass_hf = original
-    trainer.training_step = training_step
+    trainer.training_step = marked(training_step, original)  # type: ignore[method-assign]  # of this one Trainer
 
 
 def end_watch(trainer: Trainer) -> None:
     """Give a Trainer its own ``training_step`` back, if it is still watched."""
     own = vars(trainer).get("training_step")
-    original = getattr(own, "_grass_hf", None)
+    original = original_of(own)
     if original is None:
         return
     if getattr(original, "__func__", None) is getattr(type(trainer), "training_step", None):
         del trainer.training_step
     else:
-        trainer.training_step = original  # somebody had put one there
+        trainer.training_step = original  # type: ignore[method-assign]  # somebody had put one there

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
-# Shipped configs stand at the top of a checkout; an installed package has none.
-_SHIPPED = Path(__file__).parents[2] / "configs"
+from ..config.shipped_files import known_configs, model_config_file
 
 
 def causal_model(name: str, dtype: torch.dtype) -> tuple[PretrainedConfig, Callable[[], nn.Module]]:
@@ -25,14 +24,49 @@ def causal_model(name: str, dtype: torch.dtype) -> tuple[PretrainedConfig, Calla
         ValueError: nothing of that name can be read, or it is no causal language model.
     """
     config = model_config(name)
-    mapping = AutoModelForCausalLM._model_mapping
+    kind = language_model_class(config)
+    mapping = kind._model_mapping
     if type(config) not in mapping:
         raise ValueError(
             f"MODEL={name!r} is a {config.model_type} model, which transformers has no causal language model for: "
             "from Python, estimate_memory takes any model with a loss function."
         )
     _ = mapping[type(config)]  # imported here, so that its constants are not made under fake tensors
-    return config, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return config, lambda: shapes_of(lambda: train_language_only(kind.from_config(config, dtype=dtype)))
+
+
+def shapes_of(build: Callable[[], Any]) -> Any:
+    """A model whose values nobody reads: under fake tensors some of its initialisations could not run."""
+    try:
+        initialization = importlib.import_module("transformers.initialization")
+    except ImportError:  # transformers 4
+        initialization = importlib.import_module("transformers.modeling_utils")
+    with initialization.no_init_weights():
+        model = build()
+    model.tie_weights()
+    return model
+
+
+def language_model_class(config: PretrainedConfig) -> Any:
+    """The auto class of a causal language model, or of the whole model where the language model is a part of it."""
+    whole = config.get_text_config() is not config and type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
+
+
+def train_language_only(model: Any) -> Any:
+    """Freeze what a model has beside its language model (vision and audio towers, projectors); others are as they were.
+
+    Text reaches the decoder, the embeddings and the head only, so nothing else would have gradients.
+    """
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config or getattr(config, "is_encoder_decoder", False):
+        return model
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    kept = {id(param) for part in parts if part is not None and part is not model for param in part.parameters()}
+    for param in model.parameters() if kept else ():
+        if id(param) not in kept:
+            param.requires_grad_(False)
+    return model
 
 
 def model_config(name: str, what: str = "MODEL") -> PretrainedConfig:
@@ -41,31 +75,11 @@ def model_config(name: str, what: str = "MODEL") -> PretrainedConfig:
     Raises:
         ValueError: nothing of that name can be read.
     """
-    path = Path(name)
-    shipped = {file.stem: file for file in sorted(_SHIPPED.glob("*.json"))}
-    if not path.exists() and path.name.removesuffix(".json") in shipped and len(path.parts) == 1:
-        path = shipped[path.name.removesuffix(".json")]
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{what}={name!r} is a folder without config.json: give a folder that save_pretrained wrote.")
-    if path.is_file():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{what}={name!r} is not a readable JSON file ({error}): give a model's config.") from None
-        if not isinstance(values, dict) or "model_type" not in values:
-            raise ValueError(
-                f"{what}={name!r} has no model_type, so it is no config of transformers: give a config.json."
-            )
-    elif path.suffix == ".json":
-        raise ValueError(f"{what}={name!r} is not a file: {_known(shipped)}.")
+    path = model_config_file(name, what)
     try:
-        return AutoConfig.from_pretrained(path if path.exists() else name)
+        return AutoConfig.from_pretrained(name if path is None else path)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{what}={name!r} could not be read as a folder, a config file or a hub id ({first}): {_known(shipped)}."
+            f"{what}={name!r} could not be read as a folder, a config file or a hub id ({first}): {known_configs()}."
         ) from error
-
-
-def _known(shipped: dict[str, Path]) -> str:
-    return f"shipped configs are {', '.join(shipped)}" if shipped else "give the path of a config JSON"

@@ -17,7 +17,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -66,7 +66,7 @@ def load_weights(trainer, checkpoint: str, model: nn.Module | None, original: Ca
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-        result = set_model_state_dict(model, weights, options=options)
+        result = set_model_state_dict(model, cast(dict[str, Any], weights), options=options)
     trainer._issue_warnings_after_load(result)
 
 
@@ -86,7 +86,8 @@ def load_optimizer(trainer, checkpoint: str, original: Callable) -> None:
 
     model, optimizer = trainer.model_wrapped, trainer.optimizer
     whole = runs != PLAIN
-    state = _optimizer_state(checkpoint, saved, model, optimizer) if not whole or dist.get_rank() == 0 else None
+    # with broadcast_from_rank0 the others have none
+    state: Any = _optimizer_state(checkpoint, saved, model, optimizer) if not whole or dist.get_rank() == 0 else None
     options = StateDictOptions(full_state_dict=whole, broadcast_from_rank0=whole)
     set_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), state, options=options)
     scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), map_location="cpu", weights_only=True)
@@ -158,7 +159,8 @@ def _optimizer_state(checkpoint: str, form: str, model: nn.Module, optimizer: An
         return _load(os.path.join(checkpoint, "optimizer.bin"))
     state = _load(os.path.join(checkpoint, "optimizer.pt"))
     names = {id(param): _plain_name(name) for name, param in model.named_parameters()}
-    groups, by_number = [], {}
+    groups: list[dict[str, Any]] = []
+    by_number: dict[Any, str] = {}
     if [len(g["params"]) for g in state["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
         raise ValueError(
             f"{checkpoint} was written with other parameter groups than this run has: resume with the same "
@@ -178,8 +180,10 @@ def read_sharded(folder: str) -> dict[str, Any]:
     metadata = dcp.FileSystemReader(folder).read_metadata()
     flat: dict[str, Any] = {}
     for key, kind in metadata.state_dict_metadata.items():
-        stored = isinstance(kind, TensorStorageMetadata)
-        flat[key] = torch.empty(kind.size, dtype=kind.properties.dtype) if stored else None
+        if isinstance(kind, TensorStorageMetadata):
+            flat[key] = torch.empty(kind.size, dtype=kind.properties.dtype)
+        else:
+            flat[key] = None
     dcp.load(flat, checkpoint_id=folder)
     nested: dict[Any, Any] = {}
     for key, value in flat.items():

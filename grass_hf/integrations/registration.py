@@ -7,8 +7,10 @@ from __future__ import annotations
 import functools
 import inspect
 from types import ModuleType
+from typing import Any
 
-NAME = "grass"
+from .marks import is_marked, marked
+from .optimizer_name import NAME
 
 
 def extend_optimizer_names(training_args: ModuleType) -> None:
@@ -29,9 +31,9 @@ def extend_optimizer_names(training_args: ModuleType) -> None:
 def extend_trainer(trainer_module: ModuleType) -> None:
     """Let the Trainer build Grass optimizers, and follow every training run of a converted model."""
     trainer = trainer_module.Trainer
-    if getattr(trainer, "_grass_hf", False):
+    if is_marked(trainer):
         return
-    trainer._grass_hf = True
+    marked(trainer)
     trainer.__init__ = _init(trainer.__init__)
     trainer.get_optimizer_cls_and_kwargs = staticmethod(_optimizer_factory(trainer.get_optimizer_cls_and_kwargs))
     trainer.create_optimizer = _create_optimizer(trainer.create_optimizer)
@@ -46,10 +48,10 @@ def extend_trainer(trainer_module: ModuleType) -> None:
     trainer_module.DEFAULT_CALLBACKS.append(FollowTraining)
 
 
-def extend_deepspeed(deepspeed: ModuleType) -> None:
+def extend_deepspeed(deepspeed: Any) -> None:
     """Let `deepspeed.initialize` leave the slices of a converted model to Grass."""
     original = deepspeed.initialize
-    if hasattr(original, "_grass_hf"):
+    if is_marked(original):
         return
     signature = inspect.signature(original)
 
@@ -59,16 +61,15 @@ def extend_deepspeed(deepspeed: ModuleType) -> None:
 
         return take_over(signature.bind(*args, **kwargs).arguments, original)
 
-    initialize._grass_hf = True
-    deepspeed.initialize = initialize
+    deepspeed.initialize = marked(initialize)
 
 
-def extend_distributed_checkpoint(state_dict: ModuleType) -> None:
+def extend_distributed_checkpoint(state_dict: Any) -> None:
     """Let torch.distributed.checkpoint load and save models whose state dicts have no slices."""
     from .distributed_checkpoint import get_model_state, load_model_state
 
-    if not getattr(state_dict, "_grass_hf", False):
-        state_dict._grass_hf = True
+    if not is_marked(state_dict):
+        marked(state_dict)
         state_dict._load_model_state_dict = load_model_state(state_dict._load_model_state_dict, state_dict._get_fqns)
         state_dict._get_model_state_dict = get_model_state(state_dict._get_model_state_dict)
 

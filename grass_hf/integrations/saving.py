@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -57,9 +58,10 @@ def save_plain(model: nn.Module, folder: str | Path, *, max_shard_size: int = 2 
     _save_configs(model, folder)
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Names and plain tensors as in the state dict, a tied one under its first name; made as they are asked for."""
-    ignored, seen = set(model._keys_to_ignore_on_save or ()), set()
+    ignored = set(model._keys_to_ignore_on_save or ())
+    seen: set[int] = set()
     for prefix, module in model.named_modules():
         again = {leaf for leaf, param in module._parameters.items() if id(param) in seen}
         seen.update(id(param) for param in module._parameters.values() if param is not None)
@@ -83,7 +85,7 @@ def _shards(tensors: Iterator[tuple[str, Tensor]], largest: int) -> Iterator[dic
     yield shard
 
 
-def _save_configs(model: nn.Module, folder: Path) -> None:
+def _save_configs(model: Any, folder: Path) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
@@ -91,7 +93,7 @@ def _save_configs(model: nn.Module, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: Any) -> None:
     kind = type(model).__name__
     if not all(hasattr(model, name) for name in ("config", "can_generate", "_keys_to_ignore_on_save")):
         raise ValueError(f"{kind} is no model of transformers: save its state_dict() instead.")

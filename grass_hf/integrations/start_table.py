@@ -6,19 +6,23 @@ import inspect
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from rich.console import Group
-from rich.table import Table
+from rich.console import Console
 from torch import nn
 
+from ..config.settings import GrassConfig
 from ..convert import experts
-from ..convert.conversion import grass_slices
+from ..convert.conversion import grass_slices, is_converted
 from ..convert.modules import kind_of
-from ..optim.driving import plain_class
+from ..convert.record import conversion_of
+from ..optim.driving import controller_of, plain_class
 from ..optim.parameter_groups import GROUP_KEY, VOCABULARY_KEY
 from ..slices.ops import products
 from ..slices.ops.sharding import shape_of
+from .coverage import Coverage, coverage_of
+from .table_text import render
 
 
 @dataclass(frozen=True)
@@ -32,23 +36,73 @@ class Bytes:
 
 @dataclass(frozen=True)
 class StartReport:
-    """What `start_report` found.
+    """What `start_report` found; as text it is the table.
 
     Attributes:
+        optimizer: name of the base optimizer's class.
+        config: settings of the run.
+        slice_rates, other_rates: learning rates of the groups of slices and of the others, as the run begins (the
+            schedule's highest, where one is made already).
+        trained_now, trained_in_all, elements: numbers of the model that are trained at a time, that can be trained in
+            the end, and all of them.
+        coverage: None where the number of steps is not known.
         targets: (weights, pattern of names, shape of the weight, side, rank, density) per kind.
         ordinary: (parameters, pattern of names, elements in all, reason) per kind of uncompressed parameter.
         grass: bytes of this run.
         adamw: bytes of a full AdamW run in the same dtypes.
     """
 
+    optimizer: str
+    config: GrassConfig
+    slice_rates: list[float]
+    other_rates: list[float]
+    trained_now: int
+    trained_in_all: int
+    elements: int
+    coverage: Coverage | None
     targets: list[tuple[int, str, tuple[int, ...], str, int, float]]
     ordinary: list[tuple[int, str, int, str]]
     grass: Bytes
     adamw: Bytes
 
+    def __str__(self) -> str:
+        console = Console(width=80, color_system=None)
+        with console.capture() as text:
+            console.print(render(self))
+        return text.get().rstrip()
 
-def start_report(model: nn.Module, optimizer: torch.optim.Optimizer) -> StartReport:
-    """Describe a converted model and the optimizer that drives it (an engine's, say)."""
+
+def summary(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int | None = None) -> StartReport:
+    """Print what is trained and how: the table that a Trainer's run starts with, for a loop of your own.
+
+    Args:
+        model: converted by `convert_to_grass`.
+        optimizer: that `grass_optimizer` made for it, or Accelerate's around it.
+        steps: optimizer steps that are planned; with them the table says how much of the weights will be trained.
+
+    Returns:
+        The same as numbers; ``str`` of it is the table at 80 columns.
+
+    Raises:
+        ValueError: the model is not converted, the optimizer does not drive its slices, or `steps` is not positive.
+    """
+    if not is_converted(model):
+        raise ValueError("summary: the model is not converted: call convert_to_grass(model, ...) first.")
+    while getattr(optimizer, "grass", None) is None and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if getattr(optimizer, "grass", None) is None:
+        raise ValueError(
+            "summary: the optimizer does not drive the model's slices: make it with grass_optimizer(model, ...)."
+        )
+    if steps is not None and steps < 1:
+        raise ValueError(f"summary: steps={steps} is not a positive number of optimizer steps: leave it out.")
+    report = start_report(model, optimizer, steps)
+    Console().print(render(report))
+    return report
+
+
+def start_report(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int | None = None) -> StartReport:
+    """Describe a converted model and the optimizer that drives it (an engine's, say), for a run of `steps`."""
     targets: Counter = Counter()
     for layer in grass_slices(model):
         state = layer.state
@@ -59,7 +113,21 @@ def start_report(model: nn.Module, optimizer: torch.optim.Optimizer) -> StartRep
     for name, param in model.named_parameters():
         if param.requires_grad and id(param) not in slices:
             ordinary.setdefault((pattern_of(name), _reason(model, name, param)), []).append(shape_of(param).numel())
+    controller = controller_of(optimizer)
+    layers = list(grass_slices(model))
+    others = sum(sum(sizes) for sizes in ordinary.values())
+    weights = {id(layer.weight): shape_of(layer.weight).numel() for layer in layers}
+    beside = {id(p): shape_of(p).numel() for p in model.parameters() if id(p) not in slices}
+    sizes = [(layer.state.rank, layer.state.size, weights[id(layer.weight)]) for layer in layers]
     return StartReport(
+        plain_class(controller.base).__name__,
+        controller.config,
+        _rates(optimizer, slices=True),
+        _rates(optimizer, slices=False),
+        others + sum(shape_of(layer.active).numel() for layer in layers),
+        others + sum(weights.values()),
+        sum((beside | weights).values()),
+        coverage_of(sizes, controller.config, steps) if steps else None,
         [(count, *kind) for kind, count in targets.items()],
         [(len(sizes), name, sum(sizes), reason) for (name, reason), sizes in ordinary.items()],
         _grass_bytes(model, optimizer),
@@ -67,28 +135,9 @@ def start_report(model: nn.Module, optimizer: torch.optim.Optimizer) -> StartRep
     )
 
 
-def render(report: StartReport) -> Group:
-    """The report as rich tables, to print."""
-    compressed = Table(title="Grass trains a slice of", title_justify="left")
-    for heading in ("weights", "modules", "shape", "side", "r", "density"):
-        compressed.add_column(heading, justify="left" if heading in ("modules", "side") else "right")
-    for count, name, shape, side, rank, density in report.targets:
-        compressed.add_row(str(count), name, " x ".join(map(str, shape)), side, str(rank), f"{density:.1%}")
-    ordinary = Table(title="and in full", title_justify="left")
-    for heading in ("parameters", "names", "elements", "why"):
-        ordinary.add_column(heading, justify="left" if heading in ("names", "why") else "right")
-    for count, name, elements, reason in report.ordinary:
-        ordinary.add_row(str(count), name, f"{elements:,}", reason)
-    memory = Table(title="Memory, weights and activations aside", title_justify="left")
-    for heading in ("", "Grass", "full AdamW"):
-        memory.add_column(heading, justify="right" if heading else "left")
-    for field, label in (
-        ("slices", "slices"),
-        ("gradients", "gradients"),
-        ("optimizer_state", "optimizer state"),
-    ):
-        memory.add_row(label, shown_bytes(getattr(report.grass, field)), shown_bytes(getattr(report.adamw, field)))
-    return Group(compressed, ordinary, memory)
+def _rates(optimizer: torch.optim.Optimizer, *, slices: bool) -> list[float]:
+    groups = [group for group in optimizer.param_groups if (GROUP_KEY in group) is slices and group["params"]]
+    return sorted({float(group.get("initial_lr", group["lr"])) for group in groups})
 
 
 def pattern_of(name: str) -> str:
@@ -98,7 +147,7 @@ def pattern_of(name: str) -> str:
 
 def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
     owner, _, leaf = name.rpartition(".")
-    left_out = model.grass.left_out
+    left_out = conversion_of(model).left_out
     if name in left_out or (leaf == "weight" and owner in left_out):
         return left_out.get(name) or left_out[owner]
     if len(shape_of(param)) < 2:
@@ -136,10 +185,10 @@ def _bytes(param: nn.Parameter) -> int:
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     """Bytes of state after a first step, found by taking one on the meta device; None if the class cannot."""
-    controller = optimizer.grass
+    controller = controller_of(optimizer)
     base = controller.base
-    base_class = plain_class(base)
-    known = inspect.signature(base_class.__init__).parameters
+    base_class: Any = plain_class(base)
+    known = inspect.signature(base_class).parameters
     settings = {key: value for key, value in base.defaults.items() if key in known}
     settings.update({key: False for key in ("fused", "foreach", "capturable") if key in settings})
     # an optimizer may treat the slices' groups in its own way, and those of embeddings in another
@@ -157,13 +206,3 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     except Exception:  # third-party kernels without a meta implementation: the table says "after the first step"
         return None
     return sum(v.nbytes for state in trial.state.values() for v in state.values() if isinstance(v, torch.Tensor))
-
-
-def shown_bytes(count: int | None) -> str:
-    """A size in a unit to read."""
-    if count is None:
-        return "known after the first step"
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..config.optim_args import parse_optim_args
 from ..config.settings import GrassConfig
 from ..convert.conversion import convert_to_grass, converted_part, describe, describe_settings, is_converted
+from ..convert.record import conversion_of
 from ..optim.controller import GROUP_KEY
 from ..optim.factory import attach, grass_optimizer
 from ..optim.rate_warmup import scale_reached
@@ -27,7 +28,7 @@ from ..slices.ops.sharding import check_agreement
 from .accelerate import adapt_to_engine, engine_kind, forget_evaluation, fsdp_version, refuse_parallelism
 from .base import base_class_and_kwargs, default_base, driven
 from .deepspeed import check_config
-from .registration import NAME
+from .optimizer_name import NAME
 from .start_table import render, start_report
 
 logger = logging.get_logger(__name__)
@@ -121,7 +122,7 @@ class FollowTraining(TrainerCallback):
             console = Console(stderr=True)
             if not console.is_terminal:
                 console.width = 160  # a log file has no width; no column should wrap
-            console.print(render(start_report(model, controller.optimizer)))
+            console.print(render(start_report(model, controller.optimizer, state.max_steps)))
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         # GradScaler may have skipped the step before, and the Trainer clears gradients through the model.
@@ -237,9 +238,9 @@ def _convert(model: nn.Module, config: GrassConfig, args) -> None:
     refuse_parallelism()
     config = adapt_to_engine(config, model)
     if is_converted(model):
-        if model.grass.config != config:
+        if conversion_of(model).config != config:
             raise ValueError(
-                f"the model is converted with {model.grass.config}, and now {config} is asked for: keep one."
+                f"the model is converted with {conversion_of(model).config}, and now {config} is asked for: keep one."
             )
         return
     # before a model that ZeRO-3 has split up is gathered, module by module

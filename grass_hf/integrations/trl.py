@@ -92,7 +92,7 @@ def plain_head_trainer() -> type[Trainer]:
     class PlainHeadTrainer(trl.SFTTrainer):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
-            model = self.model
+            model: Any = self.model
             call_the_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
     return PlainHeadTrainer

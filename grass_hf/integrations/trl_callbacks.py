@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..convert.conversion import grass_slices, is_converted
 from ..convert.modules import GrassModule
 from ..slices.ops.int8 import dequantize, is_int8
+from .marks import is_marked, marked
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def plain_parameters(model: nn.Module) -> Iterator[None]:
     if not is_converted(model):
         yield
         return
-    cls = type(model)
+    cls: Any = type(model)
     model.__class__ = _plain_class(cls)
     try:
         yield
@@ -40,7 +41,7 @@ def plain_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @functools.cache
-def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _plain_class(cls: Any) -> Any:
     class Plain(cls):
         def __new__(_, *args, **kwargs):
             return cls(*args, **kwargs)  # a new model of "the same class" is an ordinary one
@@ -76,7 +77,7 @@ def is_slice_key(name: str) -> bool:
 def extend_callbacks(callbacks: ModuleType) -> None:
     """Have TRL's callbacks walk over plain parameters."""
     sync, bema = callbacks.SyncRefModelCallback, callbacks.BEMACallback
-    if hasattr(sync._sync_target_model, "_grass_hf"):
+    if is_marked(sync._sync_target_model):
         return
     sync._sync_target_model = staticmethod(_sync(sync._sync_target_model))
     bema.on_train_begin = _begin_average(bema.on_train_begin)
@@ -90,8 +91,7 @@ def _sync(original):
         for part in grass_slices(target_model):  # a reference that was copied from a converted model
             part.reload()
 
-    _sync_target_model._grass_hf = True
-    return _sync_target_model
+    return marked(_sync_target_model)
 
 
 def _begin_average(original):
@@ -114,12 +114,11 @@ def extend_vllm(generation: ModuleType) -> None:
     """Have TRL send vLLM the weights only."""
     cls = generation.VLLMGeneration
     original = cls._iter_named_params
-    if hasattr(original, "_grass_hf"):
+    if is_marked(original):
         return
 
     @functools.wraps(original)
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, param) for name, param in original(self) if not is_slice_key(name))
 
-    _iter_named_params._grass_hf = True
-    cls._iter_named_params = _iter_named_params
+    cls._iter_named_params = marked(_iter_named_params)

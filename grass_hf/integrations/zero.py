@@ -60,7 +60,8 @@ class ZeroController(GrassController):
     """
 
     def __init__(self, previous: GrassController, engine):
-        self.engine, base = engine, previous.optimizer
+        self.engine, base, model = engine, previous.optimizer, previous.model
+        assert model is not None  # DeepSpeed was given it
         if engine.optimizer.optimizer is not base:
             raise ValueError(
                 f"DeepSpeed made another optimizer of {type(base).__name__}, which does not drive the Grass slices: "
@@ -68,18 +69,18 @@ class ZeroController(GrassController):
             )
         self._place = {id(p): flat for flat in _layout(engine.optimizer) for p in flat.params}
         self._seen: set[int] = set()
-        for param in previous.model.parameters():
+        for param in model.parameters():
             if id(param) in self._place:
                 param.register_hook(functools.partial(self._see, id(param)))
-        for module in previous.model.modules():
+        for module in model.modules():
             if isinstance(module, GrassModule):
                 _fetch_slices_with(module)
-        for part in grass_slices(previous.model):
+        for part in grass_slices(model):
             part.rank_part = rank_part
-            if part.rho is not None:  # DeepSpeed casts all buffers to the weights' dtype
+            if part.rho is not None and part.write is not None:  # DeepSpeed casts all buffers to the weights' dtype
                 dtype = accumulation_dtype(part.active.dtype)
                 part.rho, part.write = part.rho.to(dtype), part.write.to(dtype)
-        super().__init__(previous.model, engine.optimizer, previous.replicas, replace=True)
+        super().__init__(model, engine.optimizer, previous.replicas, replace=True)
         self._follow_checkpoints()
         self.base, self.asked = base, previous.asked
         base.grass = self
@@ -93,7 +94,7 @@ class ZeroController(GrassController):
         return id(param) in self._seen
 
     def parameters(self) -> list[nn.Parameter]:
-        return [param for param in self.model.parameters() if id(param) in self._place]
+        return [] if self.model is None else [p for p in self.model.parameters() if id(p) in self._place]
 
     def stepped_dtype(self, param: nn.Parameter) -> torch.dtype:
         return self._place[id(param)].values.dtype
@@ -207,7 +208,9 @@ class ZeroController(GrassController):
             asked = inspect.signature(collect).bind(*args, **kwargs).arguments
             leave_out = asked.pop("exclude_frozen_parameters", False)
             found, names = collect(**asked), _names(self.engine.module)
-            for name, kind in names.items() if found is not None else ():  # only the first rank has it
+            if found is None:  # only the first rank has it
+                return None
+            for name, kind in names.items():
                 if kind == "slice" or (leave_out and kind == "frozen"):
                     found.pop(name, None)
             return found
@@ -272,7 +275,8 @@ def _fetch_slices_with(module: GrassModule) -> None:
 
 
 def _chunks(layers: list[Slice]) -> Iterator[list[Slice]]:
-    chunk, elements = [], 0
+    chunk: list[Slice] = []
+    elements = 0
     for part in layers:
         size = shape_of(part.active).numel()
         if chunk and elements + size > _GATHERED_AT_A_TIME:

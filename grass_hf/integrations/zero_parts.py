@@ -6,7 +6,8 @@ Pieces are read with DeepSpeed's ``safe_get`` functions, which every rank must c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from ..slices.ops.sharding import is_partitioned
 from ..slices.part import Part
 from ..slices.slice import Slice
 
+# A parameter with what DeepSpeed puts on it, `ds_tensor` and others.
+ZeroParameter: TypeAlias = Any
 # Elements of a run that are converted to float32 at a time, to multiply decay into a half-precision weight.
 _DECAYED_AT_A_TIME = 2**20
 
@@ -34,7 +37,8 @@ def rank_part(part: Slice, exact: bool = False) -> Part:
         part: the slice.
         exact: want the values of its float32 master; every rank must ask for the same.
     """
-    weight, active = part.weight, part.active
+    weight: ZeroParameter = part.weight
+    active: ZeroParameter = part.active
     values = masters.safe_get_full_fp32_param(active) if exact else active.data
     rest = (part.index, part.rho, part.write, part.dim, "")
     if not is_partitioned(weight):
@@ -50,7 +54,7 @@ def rank_part(part: Slice, exact: bool = False) -> Part:
 class _Replicated(Part):
     """ZeRO-1 and 2: every rank has the weight and the slice, the slice's master is in pieces."""
 
-    owner: Slice | None = None
+    owner: Slice = field(kw_only=True)
 
     def keep(self, values: Tensor) -> None:
         self.owner.active.data.copy_(values)
@@ -64,8 +68,8 @@ class _Partitioned(Part):
     Small weights stay gathered between their uses: what changes here changes there.
     """
 
-    owner: Slice | None = None
-    run: Run | None = None
+    owner: Slice = field(kw_only=True)
+    run: Run = field(kw_only=True)
 
     def take(self) -> Tensor:
         if _is_whole(self.owner.weight):
@@ -74,6 +78,11 @@ class _Partitioned(Part):
         dist.all_reduce(rows)
         return rows
 
+    is_plain = False
+
+    def stored(self) -> Tensor:
+        return self.run.take(self.index, self.dim)
+
     def put(self, rows: Tensor, seed: str | None = None) -> None:
         rows = rows.to(self.weight.dtype)
         self.run.put(self.index, rows, self.dim)
@@ -81,15 +90,16 @@ class _Partitioned(Part):
             put_rows(self.owner.weight.data, self.index, rows, self.dim)
 
     def keep(self, values: Tensor) -> None:
-        param = self.owner.active
+        param: ZeroParameter = self.owner.active
         param.ds_tensor.data.view(-1).copy_(_own_run(param, values))
         if _is_whole(param):
             param.data.copy_(values)
         set_master(param, values)
 
     def decay(self, factor: float, seed: str | None) -> None:
-        if _is_whole(self.owner.weight):
-            self.owner.weight.partition()  # gathered again when it is used next
+        weight: ZeroParameter = self.owner.weight
+        if _is_whole(weight):
+            weight.partition()  # gathered again when it is used next
         if seed is None or not loses_digits(self.weight.dtype, torch.float32):
             self.weight.mul_(factor)
             return
@@ -98,7 +108,7 @@ class _Partitioned(Part):
             values.copy_(round_stochastically(values.float() * factor, self.weight.dtype, draws))
 
 
-def _is_whole(param: nn.Parameter) -> bool:
+def _is_whole(param: ZeroParameter) -> bool:
     return param.ds_status == ZeroParamStatus.AVAILABLE
 
 
@@ -109,7 +119,7 @@ def _whole(param: nn.Parameter) -> Tensor:
         return param.data.clone()
 
 
-def _own_run(param: nn.Parameter, values: Tensor) -> Tensor:
+def _own_run(param: ZeroParameter, values: Tensor) -> Tensor:
     """The elements of a whole parameter that this rank keeps under ZeRO-3, padded to the length of all runs."""
     length = param.ds_tensor.numel()
     own = values.new_zeros(length)

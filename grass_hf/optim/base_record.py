@@ -17,15 +17,13 @@ from __future__ import annotations
 import collections
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .controller_protocol import Controller
 from .driving import plain_class
-
-if TYPE_CHECKING:
-    from .controller import GrassController
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ _TRIED = {"torch", "transformers", "grass_hf"}
 _ANEW = "or start anew from its weights (model_name_or_path)"
 
 
-def asked(controller: GrassController) -> dict[str, dict[str, Any]]:
+def asked(controller: Controller) -> dict[str, dict[str, Any]]:
     """Settings of every slice by its name, as plain types: those of its parameter group, as they are now."""
     settings = {}
     groups = controller.groups()
@@ -53,7 +51,7 @@ def asked(controller: GrassController) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def record(controller: GrassController, names: list[str]) -> dict[str, Any]:
+def record(controller: Controller, names: list[str | None]) -> dict[str, Any]:
     """What a checkpoint says of the optimizer, in plain types.
 
     Args:
@@ -84,7 +82,7 @@ def by_layer(meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: saved["settings"][number] for name, number in zip(meta["layers"], saved["of"], strict=True)}
 
 
-def check(meta: dict[str, Any], settings: dict[str, dict[str, Any]], controller: GrassController) -> None:
+def check(meta: dict[str, Any], settings: dict[str, dict[str, Any]], controller: Controller) -> None:
     """Compare a checkpoint's optimizer with this run's; see the table above.
 
     Args:
@@ -97,14 +95,14 @@ def check(meta: dict[str, Any], settings: dict[str, dict[str, Any]], controller:
     saved = meta.get(KEY)
     if not saved:
         return
-    now = {"class": _name(controller.base), "bits": _bits(controller.base)}
-    if not _same_class(saved["class"], now["class"]):
+    name_now = _name(controller.base)
+    if not _same_class(saved["class"], name_now):
         raise ValueError(
-            f"the checkpoint's optimizer state is that of {saved['class']}, and this run has {now['class']}, which "
+            f"the checkpoint's optimizer state is that of {saved['class']}, and this run has {name_now}, which "
             f"keeps other state: resume with the base optimizer that wrote it, {_ANEW}."
         )
-    changes = _changes(saved["bits"], now["bits"])
-    rates = {}
+    changes = _changes(saved["bits"], _bits(controller.base))
+    rates: dict[str, tuple[Any, Any]] = {}
     for name, before in settings.items():
         for key, pair in _changes(before, controller.asked.get(name, before)).items():
             (rates if key == _LR else changes).setdefault(key, pair)
@@ -125,14 +123,14 @@ def check(meta: dict[str, Any], settings: dict[str, dict[str, Any]], controller:
         )
 
 
-def take_up(settings: dict[str, dict[str, Any]], controller: GrassController) -> None:
+def take_up(settings: dict[str, dict[str, Any]], controller: Controller) -> None:
     """Remember that the checkpoint's learning rate goes on, so that it is said again when this run is resumed."""
     for name, own in controller.asked.items():
         if _LR in settings.get(name, {}):
             own[_LR] = settings[name][_LR]
 
 
-def keep_dtypes(state_dict: dict[str, Any], meta: dict[str, Any] | None, controller: GrassController) -> None:
+def keep_dtypes(state_dict: dict[str, Any], meta: dict[str, Any] | None, controller: Controller) -> None:
     """Give optimizer state back the digits with which it was saved, after the optimizer has loaded it.
 
     torch casts state to its parameter's dtype, and so takes digits from what an optimizer keeps in float32 over
@@ -150,12 +148,12 @@ def keep_dtypes(state_dict: dict[str, Any], meta: dict[str, Any] | None, control
                     state[key] = value.detach().to(loaded.device, copy=True)
 
 
-def _dtypes(controller: GrassController) -> list[str]:
+def _dtypes(controller: Controller) -> list[str]:
     groups = controller.base.param_groups
     return sorted({str(controller.stepped_dtype(param)) for group in groups for param in group["params"]})
 
 
-def check_state(state_dict: dict[str, Any], key: str, controller: GrassController) -> None:
+def check_state(state_dict: dict[str, Any], key: str, controller: Controller) -> None:
     """Compare the state itself, for a checkpoint that does not say which optimizer wrote it.
 
     Args:
@@ -190,7 +188,7 @@ def _state_names(
 ) -> list[set[str]] | None:
     """Names of the state that an optimizer makes under these groups' settings, by one step of a copy of it over a small
     parameter for each, of so many dimensions; None where that fails."""
-    cls = plain_class(optimizer)
+    cls: Any = plain_class(optimizer)
     params = [nn.Parameter(torch.ones((2,) * number)) for number in dims]
     for param in params:
         param.grad = torch.ones_like(param)

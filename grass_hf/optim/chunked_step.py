@@ -118,7 +118,8 @@ def _stand_in(part: Slice) -> nn.Parameter:
 
 
 def _chunks(parts: list[Slice]) -> Iterator[list[Slice]]:
-    chunk, size = [], 0
+    chunk: list[Slice] = []
+    size = 0
     for part in parts:
         nbytes = part.active.numel() * part.stepped.itemsize
         if chunk and size + nbytes > CHUNK_BYTES:

@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from ..convert.audit import watching
 from ..convert.conversion import describe
+from ..convert.record import conversion_of
 from ..slices import drift, evaluated
+from ..slices.exchange import write_back_all
 from ..slices.ops import selection
 from ..slices.ops.sharding import check_agreement, forget_residuals, local, world_size
 from ..slices.slice import Slice
@@ -38,6 +40,7 @@ from .chunked_step import step_in_chunks, stepped_dtype
 from .driving import driving_class, plain_class
 from .fresh_moments import Seed, seed_for
 from .link import Link
+from .owed_decay import owe
 from .parameter_groups import GROUP_KEY, LettingGo
 from .state_remap import carry_rows
 
@@ -70,17 +73,17 @@ class GrassController(LettingGo):
         replace: bool = False,
     ):
         if not replace:
-            model.grass.refuse_second()
+            conversion_of(model).refuse_second()
         self.replicas = replicas
         self.optimizer = self.base = optimizer
-        self.config = model.grass.config
+        self.config = conversion_of(model).config
         self.step = 0
         self.due: set[str] = set()
         self.is_stepping = self._has_stepped = self._has_moved = False
-        self.link = Link(model.grass, optimizer)
+        self.link = Link(conversion_of(model), optimizer)
         self.asked = base_record.asked(self)
         optimizer.__class__ = driving_class(plain_class(optimizer))
-        optimizer.grass = self
+        optimizer.grass = self  # type: ignore[attr-defined]  # it is a `Driving` now
         self.look_ahead()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,9 +189,9 @@ class GrassController(LettingGo):
         drift.check_step(layers)
         guards.check_any_reached(layers, self.parameters(), self.step, self._reached)
         if not self._has_stepped:
-            guards.check_replicas(self.model, self.replicas)
+            guards.check_replicas(self.link.driven, self.replicas)
             weights = guards.int8_weights(layers) if world_size(self.replicas) > 1 else ""
-            said = f"step={self.step}; {describe(self.model)}; {weights}"
+            said = f"step={self.step}; {describe(self.link.driven)}; {weights}"
             check_agreement("the first step", said, group=self.replicas)
             guards.check_each_reached(layers, self.step, self._reached, self.model)
         if layers and self.step < 2 and not self._rates_known:
@@ -205,12 +208,11 @@ class GrassController(LettingGo):
             return
         if not self._has_stepped:
             self._has_stepped = True
-            watching.watched(self.model)
+            watching.watched(self.link.driven)
         groups = self.groups()
         self._has_moved = self._has_moved or guards.check_moved(self.optimizer, layers, self.step)
         self._write_back(layers)
-        for layer in layers:
-            self._owe_decay(layer, groups[id(layer.active)])
+        owe(layers, groups, self.config.decay == "all")
         self._select([layer for layer in layers if layer.state.name in self.due], groups)
         self.step += 1
         self.look_ahead()
@@ -219,22 +221,14 @@ class GrassController(LettingGo):
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return False
-        grads = [layer.active.grad for layer in layers if layer.active.grad is not None]
         if any(group["lr"] is None or group["lr"] > 0 for group in self.optimizer.param_groups):
-            return bool(grads)
-        return any(bool(local(grad).any()) for grad in grads)
-
-    def _owe_decay(self, layer: Slice, group: dict[str, Any]) -> None:
-        state = layer.state
-        state.recalled = False
-        decay = group.get("weight_decay") or 0.0
-        if decay and self.config.decay == "all" and (state.rank < state.size or layer.rho is not None):
-            state.owed *= 1.0 - float(group["lr"]) * float(decay)
+            return any(layer.active.grad is not None for layer in layers)
+        return any(bool(local(layer.active.grad).any()) for layer in layers if layer.active.grad is not None)
 
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
         if due:
-            watching.watch_again_if_changed(self.model)
+            watching.watch_again_if_changed(self.link.driven)
         for part in due:
             part.mark_trained(reselection.turn_of(self.config, self.step))
         moved = False
@@ -251,18 +245,14 @@ class GrassController(LettingGo):
         if moved:
             forget_residuals()
 
-    def _rounding_seed(self, part: Slice) -> str | None:
-        if self.config.rounding == "nearest":
-            return None
-        return f"{self.config.seed}:{self.step}:{part.state.name}:rounding"
-
     def look_ahead(self) -> None:
         """Let the layers that are due after the coming step observe its backward passes."""
         until = math.inf if self.config.select_until is None else self.config.select_until
         scored = selection.needs_scores(self.config.selection)
+        phase = self.step % self.config.update_interval if self.step < until else None
         for layer in self.slices:
             state = layer.state
-            if self.step % self.config.update_interval == state.phase and self.step < until:
+            if state.phase == phase:
                 self.due.add(state.name)
             if scored and state.name in self.due:
                 layer.observe()
@@ -291,8 +281,7 @@ class GrassController(LettingGo):
             guards.check_finite(layers, self.step)
 
     def _write_back(self, layers: list[Slice]) -> None:
-        for layer in layers:
-            layer.write_back()
+        write_back_all(layers)
 
     def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any], seed: Seed | None) -> None:
         state = self.optimizer.state.get(part.active, {})

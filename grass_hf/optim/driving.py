@@ -14,15 +14,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import copyreg
 import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .controller_protocol import Controller
+
+
+def controller_of(optimizer: Any) -> Controller:
+    """The controller of an optimizer that drives slices."""
+    return optimizer.grass
+
+
+# The class beside which the mixin stands, to a reader of types; when it runs `driving_class` puts it there.
 if TYPE_CHECKING:
-    from .controller import GrassController
+    _Optimizer = torch.optim.Optimizer
+else:
+    _Optimizer = object
 
 
 class Driving:
@@ -32,18 +42,19 @@ class Driving:
         grass: its `GrassController`.
     """
 
-    grass: GrassController
+    grass: Controller
     drives_slices = True
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        original = functools.partial(plain_class(self).step, self)
+        plain: Any = plain_class(self)
+        original = functools.partial(plain.step, self)
         return self.grass.around(original, *args, **kwargs) if self.grass.follows(self) else original(*args, **kwargs)
 
     # torch wraps the step of a class that has not said this, and would run its hooks twice
-    step.hooked = True
+    step.hooked = True  # type: ignore[attr-defined]  # a function takes any attribute
 
 
-class DrivingOptimizer(Driving):
+class DrivingOptimizer(Driving, _Optimizer):
     """Mixin of a `torch.optim.Optimizer` that drives slices."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -121,4 +132,5 @@ def plain_class(optimizer: object) -> type:
 
 
 def _new(plain: type) -> torch.optim.Optimizer:
-    return copyreg.__newobj__(driving_class(plain))
+    made: Any = driving_class(plain)
+    return made.__new__(made)

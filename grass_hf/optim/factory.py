@@ -13,6 +13,7 @@ from torch import nn
 from ..convert.audit.freeing import freed
 from ..convert.audit.watching import watch
 from ..convert.conversion import grass_slices, is_converted
+from ..convert.record import conversion_of
 from ..slices.drift import check_shape
 from .chunked_step import widen_state
 from .controller import GrassController
@@ -51,7 +52,7 @@ def grass_optimizer(
     if params is None:
         params = [p for p in model.parameters() if p.requires_grad]
     if not replace:
-        model.grass.refuse_second()
+        conversion_of(model).refuse_second()
     optimizer = optimizer_class(params, **kwargs)
     attach(optimizer, model, replicas, replace=replace)
     return optimizer
@@ -77,16 +78,26 @@ def attach(
     _require_converted(model)
     existing = getattr(optimizer, "grass", None)
     if existing is not None:
-        if existing.link.conversion is not model.grass:
+        if existing.link.conversion is not conversion_of(model):
             raise ValueError(
                 "this optimizer already drives another model's slices, or those that this model had before it was "
                 "restored: make one optimizer per model, with grass_optimizer(model, ...)."
             )
         return existing
     _refuse(type(optimizer))
-    layers = list(grass_slices(model))
+    _check_holds(optimizer, model)
+    if not replace:
+        conversion_of(model).refuse_second()
+    watch(model)
+    widen_state(optimizer, list(grass_slices(model)))
+    _split_groups(optimizer, model)
+    return GrassController(model, optimizer, replicas, replace=replace)
+
+
+def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Check that an optimizer holds every slice, and every weight that was freed."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in layers:
+    for layer in grass_slices(model):
         check_shape(layer)
         if not layer.active.requires_grad:
             raise ValueError(
@@ -107,16 +118,10 @@ def attach(
                 f"the optimizer does not hold the weight of {name}, which is trained in full since the model's first "
                 "forward: make it after that, over the model's trainable parameters."
             )
-    if not replace:
-        model.grass.refuse_second()
-    watch(model)
-    widen_state(optimizer, layers)
-    _split_groups(optimizer, model)
-    return GrassController(model, optimizer, replicas, replace=replace)
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    config = model.grass.config
+    config = conversion_of(model).config
     # Staggered layers warm up at different times, and a learning rate belongs to a group.
     per_phase = config.stagger > 1 and config.state_policy == "reset_warmup"
     apart = getattr(optimizer, "vocabulary_apart", False)

@@ -31,14 +31,22 @@ def check_finite(slices: list[Slice], step: int) -> None:
     Raises:
         FloatingPointError: naming the first such slice.
     """
-    grads = [part.active.grad for part in slices if part.active.grad is not None]
-    if not grads or bool(whole(torch.nn.utils.get_total_norm(grads)).isfinite()):
+    params: list[Any] = [part._parameters["active"] for part in slices]  # past the look-up of attributes
+    grads = [grad for param in params if (grad := param.grad) is not None]
+    if not grads or _are_finite(grads):
         return
     for part in slices:
         grad = part.active.grad
         if grad is not None and not bool(whole(grad.isfinite().all())):
             raise not_finite(part.state.name, step)
     # else only the norm overflowed, in half precision
+
+
+def _are_finite(grads: list[Tensor]) -> bool:
+    """Whether all norms are finite; of gradients that lie in one place, in three operations."""
+    if all(type(grad) is Tensor and grad.device == grads[0].device for grad in grads):
+        return bool(torch.stack(torch._foreach_norm(grads)).sum().isfinite())
+    return bool(whole(torch.nn.utils.get_total_norm(grads)).isfinite())
 
 
 def not_finite(name: str, step: int) -> FloatingPointError:
@@ -128,7 +136,7 @@ def check_rates(groups: list[dict[str, Any]], scale: float, asked: dict[str, dic
 
 def int8_weights(slices: Iterable[Slice]) -> str:
     """Sums over the int8 weights, equal on ranks that have the same: DDP does not broadcast these."""
-    weights = [(part.state.name, part.weight) for part in slices if is_int8(part.weight)]
+    weights: list[tuple[str, Any]] = [(part.state.name, part.weight) for part in slices if is_int8(part.weight)]
     return "; ".join(f"int8 {name} {int(w.int_data.sum())} {float(w.scale.double().sum())}" for name, w in weights)
 
 
@@ -231,7 +239,8 @@ def check_moved(optimizer: torch.optim.Optimizer, slices: list[Slice], step: int
             return True
     if any(group.get("fused") for group in optimizer.param_groups):  # counts no versions
         return True
-    if any(bool(part.active.grad.any()) for part in stepped) and all(local_part(part).agrees() for part in stepped):
+    gradients = [part.active.grad for part in stepped if part.active.grad is not None]
+    if any(bool(gradient.any()) for gradient in gradients) and all(local_part(part).agrees() for part in stepped):
         kind = plain_class(optimizer).__name__
         raise RuntimeError(
             f"{kind} took optimizer step {step} and moved none of the {len(stepped)} slices that have gradients: it "

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..convert.record import Conversion, conversion_over, grass_slices
 from ..slices.slice import Slice, living_slices
-from .driving import plain_class
+from .driving import controller_of, plain_class
 
 
 class Link:
@@ -42,11 +42,12 @@ class Link:
         return {"count": self._count if self.conversion is None else len(self.slices)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._count, self.conversion, self._slices = state["count"], None, []
+        self._count, self.conversion = state["count"], None
+        self._slices: list[Slice] = []
 
     def refresh(self) -> None:
         """Look for the model's slices anew, after some were taken off."""
-        self._slices = list(grass_slices(self.model))
+        self._slices = [] if self.model is None else list(grass_slices(self.model))
 
     def _find(self) -> None:
         """Let a copy look for its model."""
@@ -62,9 +63,15 @@ class Link:
         return None if self.conversion is None else self.conversion.model
 
     @property
+    def driven(self) -> nn.Module:
+        """The model whose slices are stepped, where `require` has found nothing wrong."""
+        assert self.conversion is not None
+        return self.conversion.model
+
+    @property
     def is_stepping(self) -> bool:
         """Whether the optimizer's own step runs now."""
-        return self.optimizer.grass.is_stepping
+        return controller_of(self.optimizer).is_stepping
 
     @property
     def slices(self) -> list[Slice]:

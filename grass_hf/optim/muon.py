@@ -79,7 +79,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if adjust_lr_fn not in _ADJUSTMENTS:
             known = ", ".join(map(str, _ADJUSTMENTS))
             raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r} is not known: choose one of {known}.")
-        both = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": fused}
+        both: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": fused}
         # on a parameter of its own, to have it check its arguments and fill in the others
         self._adamw = torch.optim.AdamW([torch.zeros(1)], **both)
         muon = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
@@ -96,7 +96,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        muon, adamw = [], []
+        muon: list[dict[str, Any]] = []
+        adamw: list[dict[str, Any]] = []
         for group in self.param_groups:
             (muon if GROUP_KEY in group and VOCABULARY_KEY not in group else adamw).append(group)
         if not muon:
@@ -116,8 +117,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _step_batch(self, batch: list[Tensor], group: dict[str, Any]) -> None:
         """A step of slices that have the same shape, (p, q) or (E, p, q)."""
-        grads = [param.grad for param in batch]
-        means = [self._mean(param) for param in batch]
+        grads = [param.grad for param in batch if param.grad is not None]  # all have one
+        means = [self._mean(*pair) for pair in zip(batch, grads, strict=True)]
         if batch[0].dim() > 2:  # experts are whole on a rank; a DTensor of unevenly many would have to move
             batch, grads, means = ([local(tensor) for tensor in tensors] for tensors in (batch, grads, means))
         torch._foreach_lerp_(means, grads, 1.0 - group["momentum"])
@@ -129,13 +130,14 @@ class MuonAdamW(torch.optim.Optimizer):
         lr = float(group["lr"])
         if group["weight_decay"]:
             torch._foreach_mul_(batch, 1.0 - lr * group["weight_decay"])
-        factor = _size_factor(*batch[0].shape[-2:], group["adjust_lr_fn"])
+        rows, columns = batch[0].shape[-2:]
+        factor = _size_factor(rows, columns, group["adjust_lr_fn"])
         torch._foreach_add_(batch, made.unbind(0), alpha=-lr * factor)
 
-    def _mean(self, param: Tensor) -> Tensor:
+    def _mean(self, param: Tensor, grad: Tensor) -> Tensor:
         state = self.state[param]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param.grad)
+            state["momentum_buffer"] = torch.zeros_like(grad)
         return state["momentum_buffer"]
 
 

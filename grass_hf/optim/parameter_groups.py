@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +18,9 @@ from torch import nn
 from ..config.settings import GrassConfig
 from ..convert.audit.freeing import free, freed
 from ..slices.slice import Slice
+from .controller_protocol import Controller
 from .driving import plain_class
-
-if TYPE_CHECKING:
-    from .controller import GrassController
-    from .link import Link
+from .link import Link
 
 # A parameter group that holds slices carries this key; its value is the phase of its layers, or -1 for any.
 GROUP_KEY = "grass_phase"
@@ -77,8 +75,8 @@ def replace(optimizer: torch.optim.Optimizer, config: GrassConfig, weights: dict
 
 def _made_with(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, Any]:
     """The state that this class gives a parameter when it is made, as Adagrad does; others do it in the first step."""
-    kind = plain_class(optimizer)
-    known = inspect.signature(kind.__init__).parameters
+    kind: Any = plain_class(optimizer)
+    known = inspect.signature(kind).parameters
     settings = {key: value for key, value in optimizer.defaults.items() if key in known}
     return kind([weight], **settings).state.get(weight, {})
 
@@ -143,8 +141,14 @@ class LettingGo:
     optimizer: torch.optim.Optimizer
     base: torch.optim.Optimizer
     config: GrassConfig
+    step: int
     due: set[str]
     link: Link
+
+    def _rounding_seed(self, part: Slice) -> str | None:
+        if self.config.rounding == "nearest":
+            return None
+        return f"{self.config.seed}:{self.step}:{part.state.name}:rounding"
 
     def check_let_go(self, parts: list[Slice]) -> None:
         """Check that the weights of these slices can be trained in full from here on.
@@ -163,6 +167,7 @@ class LettingGo:
             ValueError: as `check_let_go`.
         """
         self.check_let_go(parts)
+        assert self.link.model is not None  # whose slices they are
         for part in parts:
             part.settle_decay(self._rounding_seed(part))
         replace(self.optimizer, self.config, dict(free(self.link.model, parts)))
@@ -170,13 +175,14 @@ class LettingGo:
         self.link.refresh()
 
 
-def free_as(meta: dict[str, Any] | None, controller: GrassController) -> None:
+def free_as(meta: dict[str, Any] | None, controller: Controller) -> None:
     """Free the weights that the saved run had freed (`convert.audit.weight_reads`), so that both have the same slices.
 
     Raises:
         ValueError: this run cannot, or has them in another place of its optimizer.
     """
-    wanted = set(meta.get("freed", ()) if meta else ()) - freed(controller.model).keys()
+    own = {} if controller.model is None else freed(controller.model)
+    wanted = set(meta.get("freed", ()) if meta else ()) - own.keys()
     if not wanted:
         return
     parts = [part for part in controller.slices if part.state.name in wanted]

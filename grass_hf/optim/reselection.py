@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -47,10 +48,11 @@ def choose(
         norms2 = [observed[part] for part in parts]
         scores = None
         if selection.needs_scores(config.selection):
-            if any(vector is None for vector in norms2):
+            known = [vector for vector in norms2 if vector is not None]
+            if len(known) < len(parts):
                 logger.warning("%s: its gradient overflowed, it selects a step later.", name)
                 continue
-            scores = sum(norms2)
+            scores = sum(known, torch.zeros_like(known[0]))
             if not bool(scores.any()):
                 continue  # no token reached it (an unused branch): nothing to choose by
         rows = _rows(parts[0], name, scores, config, step)

@@ -12,22 +12,21 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..convert.audit.freeing import freed
+from ..convert.record import conversion_of
 from ..slices.low_bits import joined
 from ..slices.ops.selection import aligned, strided
-from ..slices.ops.sharding import is_sharded, shape_of, shard_range, shards, whole, world_size
+from ..slices.ops.sharding import is_sharded, local, shape_of, shard_range, shards, whole, world_size
 from ..slices.part import local_part
 from ..slices.slice import Slice
-from . import base_record
+from . import base_record, delta_state
+from .controller_protocol import Controller
 from .parameter_groups import free_as
-
-if TYPE_CHECKING:
-    from .controller import GrassController
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +38,15 @@ _READ = (4, VERSION)
 ASKED = "asked"
 
 
-def add(state_dict: dict[str, Any], controller: GrassController) -> dict[str, Any]:
+def add(state_dict: dict[str, Any], controller: Controller) -> dict[str, Any]:
     """Add what Grass remembers to an optimizer's state dict; its tensors are references, as the optimizer's own are."""
     slices = {id(part.active): part for part in controller.slices}
     state = dict(state_dict["state"])
     for group, packed in zip(controller.optimizer.param_groups, state_dict["param_groups"], strict=True):
-        names = []
+        names: list[str | None] = []
         for param, key in zip(group["params"], packed["params"], strict=True):
             part = slices.get(id(param))
-            names.append(part and part.state.name)  # a weight that was freed may be among slices
+            names.append(None if part is None else part.state.name)  # a weight that was freed may be among slices
             if part is not None:
                 state[key] = {**state.get(key, {}), **_entry(part)}
         if any(names):
@@ -56,7 +55,7 @@ def add(state_dict: dict[str, Any], controller: GrassController) -> dict[str, An
     return state_dict
 
 
-def remember(controller: GrassController) -> dict[str, Any]:
+def remember(controller: Controller) -> dict[str, Any]:
     """What Grass remembers beside the slices and the optimizer state; its tensors are references."""
     slices = {}
     for part in controller.slices:
@@ -65,7 +64,7 @@ def remember(controller: GrassController) -> dict[str, Any]:
     return {KEY: _meta(controller, list(slices)), "slices": slices}
 
 
-def recall(saved: dict[str, Any] | None, controller: GrassController) -> None:
+def recall(saved: dict[str, Any] | None, controller: Controller) -> None:
     """Put back what `remember` returned; None stands for a checkpoint without it.
 
     Raises:
@@ -73,11 +72,10 @@ def recall(saved: dict[str, Any] | None, controller: GrassController) -> None:
     """
     meta, entries = _remembered(saved)
     free_as(meta, controller)
-    _check(meta, entries, controller)
-    _take_up(meta, entries, controller)
+    _take_up(_check(meta, entries, controller), entries, controller)
 
 
-def check_remembered(saved: dict[str, Any] | None, controller: GrassController) -> None:
+def check_remembered(saved: dict[str, Any] | None, controller: Controller) -> None:
     """What `recall` would raise, for an engine that loads the rest first."""
     _check(*_remembered(saved), controller)
 
@@ -88,7 +86,7 @@ def _remembered(saved: dict[str, Any] | None) -> tuple[dict[str, Any] | None, di
     return read_meta([saved]), saved["slices"]
 
 
-def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str, Any]:
+def restore(state_dict: dict[str, Any], controller: Controller) -> dict[str, Any]:
     """Put it back into the model and the controller, before the optimizer loads the rest.
 
     Returns:
@@ -99,8 +97,7 @@ def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str
     """
     meta, entries = read(state_dict)
     free_as(meta, controller)
-    _check(meta, entries, controller, state_dict)
-    unaligned = _take_up(meta, entries, controller)
+    unaligned = _take_up(_check(meta, entries, controller, state_dict), entries, controller)
     if unaligned:
         logger.warning(
             "the rows of %d slices do not lie evenly in this run's shards (%s, ...): they start from evenly strided "
@@ -114,7 +111,7 @@ def restore(state_dict: dict[str, Any], controller: GrassController) -> dict[str
 
 def read(state_dict: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, dict[str, Tensor]]]:
     """What Grass wrote into a state dict: the common part, None if it wrote nothing, and the tensors by slice."""
-    entries = {}
+    entries: dict[str, dict[str, Tensor]] = {}
     for group in state_dict["param_groups"]:
         if KEY in group:
             slices = (state_dict["state"].get(key, {}) for key in group["params"])
@@ -131,7 +128,7 @@ def read_meta(groups: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {**metas[-1], ASKED: asked} if metas else None
 
 
-def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], controller: GrassController) -> list[str]:
+def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], controller: Controller) -> list[str]:
     """Names of the slices whose rows could not be taken up."""
     ranks = world_size(controller.replicas)
     if (saved := meta.get("ranks", ranks)) != ranks:
@@ -146,14 +143,18 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
     base_record.take_up(meta[ASKED], controller)
     unaligned = [part.state.name for part in controller.slices if not _restore_slice(part, entries[part.state.name])]
     controller.look_ahead()
+    if controller.model is not None:
+        delta_state.take_up(meta.get(delta_state.KEY), conversion_of(controller.model))
     return unaligned
 
 
-def _meta(controller: GrassController, names: list[str | None]) -> str:
+def _meta(controller: Controller, names: list[str | None]) -> str:
     meta = {"version": VERSION, "config": controller.config.to_dict(), "step": controller.step}
-    if gone := freed(controller.model):
+    if controller.model is not None and (gone := freed(controller.model)):
         meta["freed"] = list(gone)
     meta |= {"due": sorted(controller.due), "layers": names, "ranks": world_size(controller.replicas)}
+    if controller.model is not None and (sent := delta_state.saved(conversion_of(controller.model))) is not None:
+        meta[delta_state.KEY] = sent
     return json.dumps(meta | {base_record.KEY: base_record.record(controller, names)})
 
 
@@ -180,8 +181,8 @@ def _entry(part: Slice) -> dict[str, Tensor]:
         "trained": state.trained.to(device),
         "numbers": torch.tensor(numbers, dtype=torch.float64, device=device),
     }
-    if part.rho is not None:
-        entry.update(rho=part.rho, write=part.write)
+    if part.rho is not None and part.write is not None:
+        entry |= {"rho": part.rho, "write": part.write}
     if part.low is not None:
         entry["low"] = part.low
     return {PREFIX + key: value for key, value in entry.items()}
@@ -200,14 +201,14 @@ def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
     index = whole(entry["index"])
     if blocks > 1 and not aligned(index.cpu(), state.size, blocks):
         part.index.copy_(strided(state.size, state.rank, blocks).index)
-        if part.rho is not None:
+        if part.rho is not None and part.write is not None:
             part.rho.fill_(1.0)
             part.write.fill_(1.0)
         state.reset_step = None
         part.reload()
         return False
     part.index.copy_(index)
-    if part.rho is not None:
+    if part.rho is not None and part.write is not None:
         part.rho.copy_(whole(entry["rho"]))
         part.write.copy_(whole(entry["write"]))
     saved = entry["active"]
@@ -218,7 +219,7 @@ def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
         return True  # an engine brings it
     own = local_part(part)
     if is_sharded(part.active):
-        saved = saved.to_local() if is_sharded(saved) else saved[slice(*shard_range(part.active))]
+        saved = local(saved) if is_sharded(saved) else saved[slice(*shard_range(part.active))]
     saved = whole(saved)
     if saved.flatten()[:1].isnan().any():  # it was released when it was saved, so the weight has its values
         low = entry.get("low")
@@ -228,8 +229,11 @@ def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
     return True
 
 
-def check_meta(meta: dict[str, Any] | None, controller: GrassController) -> None:
+def check_meta(meta: dict[str, Any] | None, controller: Controller) -> dict[str, Any]:
     """What can be said of a checkpoint without its tensors: by whom it was written, and over which optimizer.
+
+    Returns:
+        `meta`, which is not None then.
 
     Raises:
         ValueError: as `restore` does.
@@ -246,15 +250,16 @@ def check_meta(meta: dict[str, Any] | None, controller: GrassController) -> None
             "resume with the version that wrote it."
         )
     base_record.check(meta, meta[ASKED], controller)
+    return meta
 
 
 def _check(
     meta: dict[str, Any] | None,
     entries: dict[str, dict[str, Tensor]],
-    controller: GrassController,
+    controller: Controller,
     state_dict: dict[str, Any] | None = None,
-) -> None:
-    check_meta(meta, controller)
+) -> dict[str, Any]:
+    meta = check_meta(meta, controller)
     if base_record.KEY not in meta and state_dict is not None:
         base_record.check_state(state_dict, PREFIX, controller)
     slices = {part.state.name: part for part in controller.slices}
@@ -290,3 +295,4 @@ def _check(
             "resuming with other settings than the checkpoint's: %s",
             ", ".join(f"{key}={now.get(key)!r} (was {meta['config'][key]!r})" for key in changed),
         )
+    return meta

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from .fresh_moments import Seed, along
 
 # Where optimizers keep averages of squared gradients: torch's and torchao's Adams, Adafactor (torch's, transformers'),
 # RMSprop, bitsandbytes.
-_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col")
-_SECOND_MOMENTS += ("square_avg", "state2")
+_SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"}
+_SECOND_MOMENTS |= {"square_avg", "state2"}
 # bitsandbytes quantises optimizer state in blocks of this many elements (optimizer.py, init_state)
 _BNB_BLOCK = 256
 
@@ -59,22 +59,24 @@ def carry_rows(
         axis = _row_axis(key, value, shape, dim, state)
         if axis is None:
             continue
+        if axis == "unknown":
+            raise ValueError(
+                f"{name}: the optimizer keeps {key!r} of shape {tuple(value.shape)} for a slice of shape "
+                f"{tuple(shape)}, which cannot be carried from row to row: use state_policy='reset'."
+            )
         fresh = seed if seed is not None and key in _SECOND_MOMENTS else _fresh_value(key, group)
         move = functools.partial(_moved, source=source, fresh=fresh)
         if key in ("state1", "state2") and value.dtype == torch.uint8:
             _carry_bitsandbytes(state, key, shape, axis, move)
         elif callable(dequantize := getattr(value, "dequantize", None)) and type(value) is not Tensor:
             value.copy_(move(dequantize(), axis))  # torchao: copy_ quantises
-        elif axis == "unknown":
-            raise ValueError(
-                f"{name}: the optimizer keeps {key!r} of shape {tuple(value.shape)} for a slice of shape "
-                f"{tuple(shape)}, which cannot be carried from row to row: use state_policy='reset'."
-            )
         else:
             value.copy_(move(value, axis))
 
 
-def _row_axis(key: str, value: Tensor, shape: torch.Size, dim: int, state: dict[str, Any]) -> int | str | None:
+def _row_axis(
+    key: str, value: Tensor, shape: torch.Size, dim: int, state: dict[str, Any]
+) -> int | Literal["unknown"] | None:
     """Negative dimension of a state tensor along which the slice's rows lie, None if it holds nothing per row."""
     batch, (rows, columns) = tuple(shape[:-2]), shape[-2:]
     if value.shape[-len(shape) :] == shape:

@@ -1,83 +1,37 @@
 """What is wrong with a recipe, found before anything is trained or written.
 
-`check_places` looks at the folders a run would write to and resume from; `grass-hf validate` also builds the model on
-the meta device, where it has shapes and no memory, matches the targets, and estimates the peak of a step.
+`train` and `validate` look at the folders a run writes to and resumes from, at the settings that its trainer would
+only read while it runs, and at the model without memory; `validate` then rehearses the run (`rehearsal`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import get_scheduler
 
-from ..config.settings import GrassConfig
 from ..convert.targets import Plan, plan
-from ..integrations.base import base_class_and_kwargs
-from ..measure.estimate.memory import MemoryEstimate, estimate_memory
-from ..measure.estimate.simulate import causal_loss
-from .models import auto_class, dtype_of, empty_model
+from ..integrations.deepspeed import check_config
+from . import folders
+from .metrics import Metrics
+from .models import check_generation, empty_model
 from .schema import Recipe
 from .tasks import Prepared
 
 
-def check_places(recipe: Recipe, overwrite: bool) -> None:
-    """Check that the output folder can be written, is not another run's, and that a checkpoint to resume from is one.
-
-    Raises:
-        ValueError: it is not so.
-    """
-    output = Path(recipe.training.output_dir)
-    parent = output
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir():
-        raise ValueError(f"training.output_dir={output}: {parent} is a file: give another folder.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"training.output_dir={output}: there is no permission to write in {parent}: give another folder."
-        )
-    resume = find_checkpoint(recipe)
-    if resume is None and not overwrite and output.is_dir() and any(output.iterdir()):
-        raise ValueError(
-            f"training.output_dir={output} is not empty: give another folder, go on with its run "
-            "(--resume_from_checkpoint true), or replace its files (--overwrite)."
-        )
-
-
 def find_checkpoint(recipe: Recipe) -> str | None:
-    """The checkpoint to resume from: the one that is named, the last one for `true`, or None.
-
-    Raises:
-        ValueError: there is none, or it has no trainer state.
-    """
-    said = recipe.training.resume_from_checkpoint
-    if said in (None, False) or str(said).lower() in ("false", "none"):
-        return None
-    output = recipe.training.output_dir
-    if str(said).lower() == "true":
-        found = get_last_checkpoint(output) if os.path.isdir(output) else None
-        if found is None:
-            raise ValueError(
-                f"training.resume_from_checkpoint=true, but {output} has no checkpoint: leave it out to start anew."
-            )
-        return found
-    if not os.path.isfile(os.path.join(said, "trainer_state.json")):
-        what = "has no trainer_state.json" if os.path.isdir(said) else "is no folder"
-        raise ValueError(
-            f"training.resume_from_checkpoint={said} {what}: give a folder checkpoint-N that the Trainer wrote."
-        )
-    return str(said)
+    """The checkpoint to resume from, as `folders.find_checkpoint`."""
+    return folders.find_checkpoint(recipe.training.output_dir, recipe.training.resume_from_checkpoint)
 
 
-def check_checkpoint(checkpoint: str, model: nn.Module) -> None:
+def check_checkpoint(checkpoint: str, model: Any) -> None:
     """Check that a checkpoint is of this model: same names, same shapes.
 
     Args:
@@ -129,6 +83,7 @@ def check_model(recipe: Recipe, prepared: Prepared) -> tuple[nn.Module, Plan | N
     checkpoint = find_checkpoint(recipe)
     if checkpoint is not None:
         check_checkpoint(checkpoint, model)
+        check_resumed(recipe, checkpoint)
     if recipe.lora is not None:
         try:
             get_peft_model(empty_model(recipe, prepared.config), recipe.lora.config(recipe.task))
@@ -137,58 +92,133 @@ def check_model(recipe: Recipe, prepared: Prepared) -> tuple[nn.Module, Plan | N
     return model, None if recipe.grass is None else plan(model, recipe.grass)
 
 
-def estimate(recipe: Recipe, prepared: Prepared) -> MemoryEstimate:
-    """The peak of a training step of the recipe in one process, for dpo without its reference model.
+def check_settings(recipe: Recipe, prepared: Prepared) -> list[str]:
+    """Check what a trainer would only find out while it runs, and that what it leaves behind can be saved.
+
+    Returns:
+        Sentences about what is trained or saved in another way than the recipe's files say.
 
     Raises:
-        ValueError: it cannot be estimated.
+        ValueError: something does not fit.
     """
-    training = recipe.training
-    cls, options = base_class_and_kwargs(training, recipe.base, {}, Trainer.get_optimizer_cls_and_kwargs)
-    dtype = dtype_of(recipe.model, prepared.config)
-    batch = training.per_device_train_batch_size * (2 if recipe.task == "dpo" else 1)
-    kind, adapters = type(prepared.config), None
-    checkpointing = training.gradient_checkpointing_kwargs or {}
-    if recipe.lora is not None:
-        targets = recipe.lora.lora_target_modules or "all-linear"
-        adapters = GrassConfig(rank=recipe.lora.lora_r, target_modules=targets, slice_dtype="float32")
-    _ = auto_class(recipe.task)._model_mapping[kind]  # imported here, not under fake tensors
-
-    def make() -> nn.Module:
-        return auto_class(recipe.task).from_config(prepared.config, dtype=dtype)
-
-    return estimate_memory(
-        make,
-        adapters or recipe.grass,
-        method="lora" if adapters else "adamw" if recipe.grass is None else "grass",
-        optimizer=cls,
-        optimizer_args={key: value for key, value in options.items() if key != "params"},
-        batch=batch,
-        sequence=recipe.data.sequence_length,
-        gradient_checkpointing=training.gradient_checkpointing and checkpointing.get("every_n_layers", 1),
-        loss=_loss(recipe, batch),
-    )
-
-
-def _loss(recipe: Recipe, batch: int):
-    """The loss of the recipe's model on random tokens, under the recipe's autocast."""
-    training, length = recipe.training, recipe.data.sequence_length
-    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
-    made: list[Any] = []
-
-    def loss(model: nn.Module) -> torch.Tensor:
-        with torch.autocast("cpu", half) if half else contextlib.nullcontext():
-            if recipe.task == "classification":
-                tokens = torch.randint(model.config.get_text_config().vocab_size, (batch, length))
-                return model(input_ids=tokens, labels=torch.zeros(batch, dtype=torch.long)).loss
-            made[:] = made or [causal_loss(model, batch, length)]
-            return made[0](model)
-
-    return loss
+    training, evaluation = recipe.training, recipe.evaluation
+    evaluates = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no"
+    best, names = training.metric_for_best_model, Metrics(recipe).names
+    _check_engine(recipe)
+    if evaluates and prepared.evaluation is None:
+        raise ValueError(
+            f"training.eval_strategy={_value(training.eval_strategy)}, and there are no rows to evaluate on: give "
+            "data.holdout (0.05, say), data.eval_split or data.eval_dataset."
+        )
+    if evaluation.early_stopping_patience is not None and (best is None or not evaluates):
+        raise ValueError(
+            f"evaluation.early_stopping_patience={evaluation.early_stopping_patience} needs something to watch: set "
+            "training.metric_for_best_model: loss (or another metric) and training.eval_strategy: steps."
+        )
+    if best is not None and names is not None and best.removeprefix("eval_") not in names:
+        raise ValueError(
+            f"training.metric_for_best_model={best} is not measured by task={recipe.task} here: give one of "
+            f"{', '.join(sorted(names))}, or add it to evaluation.metrics."
+        )
+    if training.batch_eval_metrics and names is not None:
+        raise ValueError(
+            "training.batch_eval_metrics=true: metrics here are reduced batch by batch already: leave it out."
+        )
+    _check_scheduler(training)
+    found = check_generation(recipe.model)
+    with tempfile.TemporaryDirectory() as folder:
+        for what, part in (("tokenizer", prepared.tokenizer), ("config", prepared.config)):
+            try:
+                part.save_pretrained(folder)
+            except Exception as error:  # of the tokenizer's or the config's own code
+                raise ValueError(
+                    f"the {what} of {recipe.model.name} cannot be saved ({type(error).__name__}: {error}), so the run "
+                    f"would be lost: give another model.{'tokenizer_name' if what == 'tokenizer' else 'name'}."
+                ) from error
+    if not found:
+        return []
+    return [
+        f"generation_config: {', '.join(found)} only serve sampling, so do_sample is set to true: transformers would "
+        "not save it otherwise"
+    ]
 
 
-def visible_memory() -> tuple[int, str]:
-    """Bytes of the device that would be trained on, and its name."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
+def _value(setting: Any) -> str:
+    return str(getattr(setting, "value", setting))
+
+
+def _check_scheduler(training: Any) -> None:
+    """Make the scheduler once, over a parameter of its own."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+    steps = training.max_steps if training.max_steps > 0 else 100
+    options = training.lr_scheduler_kwargs
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=training.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=options if isinstance(options, dict) else None,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"training.lr_scheduler_type={_value(training.lr_scheduler_type)} with lr_scheduler_kwargs={options}: "
+            f"{str(error).rstrip('.')}: say it in training.lr_scheduler_kwargs."
+        ) from error
+
+
+def _check_engine(recipe: Recipe) -> None:
+    """Refuse what Grass cannot do under FSDP and DeepSpeed, whoever says it: the recipe or the launcher."""
+    training, said = recipe.training, os.environ
+    if recipe.grass is None:
+        return
+    version = 0
+    if training.fsdp:
+        plugin = getattr(training, "fsdp_plugin_args", None) or {}
+        version = int(plugin.get("fsdp_version") or (training.fsdp_config or {}).get("version", 1))
+    elif said.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        version = int(said.get("FSDP_VERSION", 1))
+    if version == 1:
+        raise ValueError(
+            "grass-hf does not run under FSDP1, which flattens parameters: use FSDP2 (training.fsdp_config: "
+            "{version: 2}, or fsdp_version: 2 in the accelerate config), or DDP."
+        )
+    engine = getattr(training, "hf_deepspeed_config", None)
+    if engine is not None:
+        check_config(engine.config, recipe.grass)
+    elif said.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        file = said.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        if file != "none":
+            check_config(json.loads(Path(file).read_text(encoding="utf-8")), recipe.grass)
+            return
+        zero: dict[str, Any] = {"stage": int(said.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))}
+        for name in ("offload_optimizer", "offload_param"):
+            zero[name] = {"device": said.get(f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE", "none")}
+        check_config({"zero_optimization": zero}, recipe.grass)
+
+
+def check_resumed(recipe: Recipe, checkpoint: str) -> None:
+    """Refuse settings that a checkpoint's own values would silently replace: the optimizer's, in its saved groups.
+
+    Raises:
+        ValueError: the recipe says another value.
+    """
+    training, folder, saved = recipe.training, Path(checkpoint), {}
+    if (folder / "scheduler.pt").is_file():
+        state = torch.load(folder / "scheduler.pt", weights_only=True, map_location="cpu")
+        saved["learning_rate"] = set(state.get("base_lrs", ()))
+    if (folder / "optimizer.pt").is_file():
+        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
+        groups = state.get("param_groups", ())
+        saved["weight_decay"] = {g["weight_decay"] for g in groups if g.get("weight_decay")} or {0.0}
+        for place, name in enumerate(("adam_beta1", "adam_beta2")):
+            saved[name] = {g["betas"][place] for g in groups if "betas" in g}
+        saved["adam_epsilon"] = {g["eps"] for g in groups if isinstance(g.get("eps"), float)}
+    for name, values in saved.items():
+        said = getattr(training, name)
+        if name in recipe.given["training"] and values and said not in values:
+            value = ", ".join(f"{each:g}" for each in sorted(values))
+            raise ValueError(
+                f"training.{name}={said:g} beside a resume would have no effect, as {checkpoint} goes on with {value}: "
+                f"write --{name} {value}, or start anew from its weights (--model_name_or_path {checkpoint})."
+            )

@@ -87,7 +87,7 @@ def _figure(lines: list[Line], bounded: bool) -> str:
 def _plotted(lines: list[Line], bounded: bool = False) -> Iterator[Any]:
     from matplotlib import pyplot
 
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "grass-hf"}
+    style: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "grass-hf"}
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(5.6, 2.9), layout="constrained")
         for (steps, values), label, colour in lines:

@@ -1,149 +1,222 @@
-"""Text -> tokens.
+"""Rows in a task's columns -> tokens and labels.
 
-    pack         documents, joined by end-of-text tokens and cut into blocks of equal length
-    encode_chat  a chat in the tokenizer's template; the loss is of the assistant's turns
-    encode_pair  a prompt and its completion as plain text; the loss is of the completion
-    encode_text  one text; the loss is of all of it
-
-[Note: what is trained in a chat] A chat is rendered turn by turn: what the template adds for a reply, after its prompt
-for one, is what the model has to say, the end-of-turn token included. Both pieces are tokenised by themselves, exactly
-as at generation, where the prompt comes first and the reply token by token. So no template needs marks for the
-assistant's turns, but it must not rewrite earlier turns when a later one comes.
+Each encoder is a function of one row with `features`, for `Rows.made`. What they hold decides the tokens, and names the
+cached result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from .rows import BadRow
-from .sources import Rows
+import pyarrow.compute
+from transformers import DataCollatorForSeq2Seq, default_data_collator
+from trl import pack_dataset
 
-# For tokenizers without a template of their own; no token is added to the vocabulary.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '### User:\\n' + message['content'] + '\\n\\n' }}"
-    "{% else %}{{ '### Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-)
+from .chats import PLAIN_TEMPLATE, ChatEncoder, chat_encoder
+from .places import BadRow
+from .rows import Rows
+
+__all__ = ["PLAIN_TEMPLATE", "ChatEncoder", "chat_encoder"]  # of `chats`
+
+Row = dict[str, Any]
+# What TRL's trainers of preferences read.
+TRL_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "margin", "tools", "chat_template_kwargs")
 
 
-def pack(rows: Rows, tokenizer: Any, length: int, key: str, workers: int = 1) -> Rows:
-    """Blocks of `length` tokens from rows of ``{"text"}``; the tail of every thousand documents is dropped.
+def _tokens(**columns: str) -> Any:
+    """Features of lists of numbers."""
+    from datasets import Features, List, Value
+
+    return Features({name: List(Value(dtype)) for name, dtype in columns.items()})
+
+
+@dataclass
+class Encoded:
+    """A converter of `layouts` and an encoder behind it, as one function."""
+
+    convert: Callable[[Row], Row | None]
+    encode: Any
+
+    def __call__(self, row: Row) -> Row | None:
+        made = self.convert(row)
+        return None if made is None else self.encode(made)
+
+    @property
+    def features(self) -> Any:
+        return self.encode.features
+
+
+@dataclass
+class TextEncoder:
+    """Documents for pretraining: the tokens of a text and the end-of-text token."""
+
+    tokenizer: Any
+
+    @property
+    def features(self) -> Any:
+        return _tokens(input_ids="int32")
+
+    def __call__(self, row: Row) -> Row:
+        ids = self.tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        return {"input_ids": [*ids, self.tokenizer.eos_token_id]}
+
+
+def blocks(rows: Rows, length: int, workers: int, whole: bool) -> None:
+    """Cut documents into blocks of `length` tokens, by TRL; every ten thousand documents leave one shorter block.
+
+    Args:
+        rows: of ``{"input_ids"}``; their dataset is replaced.
+        length: of a block.
+        workers: processes.
+        whole: leave the shorter blocks out and count their tokens, for an evaluation that weighs all blocks alike.
 
     Raises:
-        ValueError: there is no whole block.
+        ValueError: all of them are shorter than one block.
     """
-    end = tokenizer.eos_token_id
-
-    def blocks(batch: dict[str, list]) -> dict[str, list]:
-        documents = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        tokens = list(chain.from_iterable([*document, end] for document in documents))
-        cut = [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
-        return {"input_ids": cut, "labels": [list(block) for block in cut]}
-
-    made = rows.convert_batches(blocks, f"pack {length} {key}", workers=workers)
-    if not made.streaming and len(made.dataset) == 0:
+    options = {"batch_size": 10_000} | ({} if rows.streaming else {"num_proc": workers if workers > 1 else None})
+    rows.dataset = pack_dataset(rows.dataset.select_columns(["input_ids"]), length, "wrapped", options)
+    if rows.streaming:
+        return
+    lengths = pyarrow.compute.list_value_length(rows.dataset.data["input_ids"]).to_pylist()
+    full = [number for number, size in enumerate(lengths) if size == length]
+    if not full and len(lengths) == 1:
         raise ValueError(
             f"data.sequence_length={length} is longer than the text of {rows.name}: give a smaller one or more rows."
         )
-    return made
+    if whole and full:
+        rows.dataset = rows.dataset.select(full)
+        rows.tail = sum(lengths) - length * len(full)
 
 
-def encode_rows(
-    rows: Rows, encode: Callable[[dict[str, Any]], tuple[list[int], list[int]]], length: int, key: str, **options
-) -> Rows:
-    """Rows of ``{"input_ids", "completion_mask"}``, cut to `length`; without those that then have nothing to learn."""
-
-    def function(row: dict[str, Any]) -> dict[str, Any] | None:
-        ids, mask = encode(row)
-        ids, mask = ids[:length], mask[:length]
-        return {"input_ids": ids, "completion_mask": mask} if any(mask[1:]) else None
-
-    made = rows.convert(function, f"encode {length} {key}", **options)
-    if not made.streaming and len(made.dataset) == 0:
-        raise ValueError(
-            f"data.sequence_length={length} leaves no row of {rows.name} with anything to learn: give a larger one."
-        )
-    return made
+def block_collator(tokenizer: Any) -> Callable[[list[Row]], Row]:
+    """Batches of blocks; what a shorter block is padded with is not learnt."""
+    return partial(_block_batch, DataCollatorForSeq2Seq(tokenizer))
 
 
-def chat_encoder(
-    tokenizer: Any, loss_on: str, system_prompt: str | None, length: int | None = None
-) -> Callable[[dict[str, Any]], tuple[list[int], list[int]]]:
-    """A function of a row of `layouts`' columns for finetuning: token ids, and 1 for those to learn.
+def _block_batch(pad: Any, rows: list[Row]) -> Row:
+    rows = [{"input_ids": row["input_ids"], "labels": list(row["input_ids"])} for row in rows]
+    whole = len({len(row["input_ids"]) for row in rows}) == 1  # needs no attention mask
+    return default_data_collator(rows) if whole else pad(rows)
 
-    A chat longer than `length` tokens is rendered only as far as that: every turn costs a rendering of all before it.
 
-    Raises:
-        ValueError: see [Note: what is trained in a chat].
+@dataclass
+class LabelEncoder:
+    """Rows of ``{"text", "label"}``: the model's inputs, and the number of the class as ``labels``.
+
+    Attributes:
+        tokenizer: of the model.
+        labels: names of the classes.
+        numbers: a label as rows have it -> the number of its class.
+        length: the most tokens.
     """
 
-    def render(messages: list[dict[str, str]], prompt: bool) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    tokenizer: Any
+    labels: list[str]
+    numbers: dict[Any, int]
+    length: int
 
-    def tokens(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    @property
+    def features(self) -> Any:
+        from datasets import Value
 
-    def chat(messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        if system_prompt and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system_prompt}, *messages]
-        replies = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
-        learnt = replies[-1:] if loss_on == "last_reply" else replies
-        ids: list[int] = []
-        mask: list[int] = []
-        done = ""
-        for number in learnt:
-            if length is not None and len(ids) >= length:
-                break
-            before, after = render(messages[:number], True), render(messages[: number + 1], False)
-            if not before.startswith(done) or not after.startswith(before):
-                raise ValueError(
-                    "the chat template rewrites earlier turns when a later one comes, so that the replies cannot be "
-                    "told apart: data.loss_on=last_reply may do, or give another model.chat_template."
-                )
-            for piece, learn in ((before[len(done) :], 0), (after[len(before) :], 1)):
-                made = tokens(piece)
-                ids += made
-                mask += [learn] * len(made)
-            done = after
-        if loss_on == "everything":
-            ids = tokens(render(messages, False))
-            mask = [1] * len(ids)
-        return ids, mask
+        return _tokens(**dict.fromkeys(self.tokenizer("a"), "int32")) | {"labels": Value("int64")}
 
-    def encode(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-        if "messages" in row:
-            return chat(row["messages"])
-        if "text" in row:
-            ids = [*_opened(tokenizer, row["text"]), tokenizer.eos_token_id]
-            return ids, [1] * len(ids)
-        prompt = _opened(tokenizer, row["prompt"])
-        completion = [*tokens(row["completion"]), tokenizer.eos_token_id]
-        return prompt + completion, [int(loss_on == "everything")] * len(prompt) + [1] * len(completion)
-
-    return encode
+    def __call__(self, row: Row) -> Row:
+        label = str(row["label"]) if isinstance(row["label"], bool) else row["label"]
+        number = self.numbers.get(label, self.numbers.get(str(label)))
+        if number is None:
+            raise BadRow(f"label {label!r} is not one of {', '.join(self.labels)}")
+        texts = (row["text"], row.get("text_pair"))
+        made = self.tokenizer(*texts, verbose=False)
+        length = len(made["input_ids"])
+        if length > self.length:
+            made = self.tokenizer(*texts, truncation=True, max_length=self.length)
+        return {**made, "labels": number, "length": length}
 
 
-def _opened(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text that begins a sequence: with what the tokenizer puts first, without what it puts last."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+@dataclass
+class Labelled:
+    """Rows for TRL's `SFTTrainer`: tokens, and labels that are -100 where nothing is learnt.
+
+    Attributes:
+        encode: a `ChatEncoder`.
+        length: the most tokens; None where TRL packs.
+        keep_end: cut the beginning of longer rows, not the end.
+    """
+
+    encode: ChatEncoder
+    length: int | None
+    keep_end: bool = False
+
+    @property
+    def features(self) -> Any:
+        return _tokens(input_ids="int32", labels="int32")
+
+    def __call__(self, row: Row) -> Row | None:
+        ids, mask = self.encode(row)
+        part = slice(-self.length if self.length else None, None) if self.keep_end else slice(self.length)
+        labels = [token if learnt else -100 for token, learnt in zip(ids, mask, strict=True)]
+        made: Row = {"input_ids": ids[part], "labels": labels[part], "length": len(ids)}
+        return made if any(label != -100 for label in made["labels"][1:]) else None
 
 
-def label_encoder(tokenizer: Any, labels: list[str], length: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A function of a row of ``{"text", "label"}``: the model's inputs, and the number of its class as ``labels``."""
-    numbers = {name: number for number, name in enumerate(labels)}
+@dataclass
+class PreferenceEncoder:
+    """Rows for TRL's trainers of preferences, which make the tokens: looked at, and left as they are.
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        label = row["label"]
-        number = numbers.get(label) if isinstance(label, str) else int(label)
-        if number is None or number >= len(labels):
-            raise BadRow(f"label {label!r} is not one of {', '.join(labels)}")
-        inputs = tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=length)
-        return {**inputs, "labels": number}
+    Attributes:
+        chat: renders.
+        task: of the recipe.
+        length: the most tokens; the rows that TRL would drop for it are left out here, and counted.
+        kinds: column -> its feature, or None.
+    """
 
-    return encode
+    chat: ChatEncoder
+    task: str
+    length: int
+    kinds: dict[str, Any]
+
+    @property
+    def features(self) -> dict[str, Any]:
+        import datasets
+
+        json = getattr(datasets, "Json", lambda: None)()  # since datasets 4.8; None: found from the rows
+        kinds = {"label": datasets.Value("bool"), "margin": datasets.Value("float32")}
+        kinds = self.kinds if self.task == "grpo" else kinds
+        named = ("prompt", "chosen", "rejected", "completion")
+        return {name: (None if name in named else kinds.get(name)) or json for name in self.kinds}
+
+    def __call__(self, row: Row) -> Row | None:
+        if self.task == "reward" and "margin" in self.kinds and "margin" not in row:
+            raise BadRow("margin is missing, and other rows have one")
+        row = row | {"prompt": self._with_system(row["prompt"])}
+        answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row and self.task != "grpo"]
+        if any(turn.get("weight") == 0 for answer in answers if isinstance(answer, list) for turn in answer):
+            raise BadRow(f"a turn has weight=0, and task={self.task} learns whole answers: take it out of the rows")
+        lengths = [self._length(row["prompt"], answer, row) for answer in answers]
+        prompt = self._length(row["prompt"], None, row)
+        too_long = max(lengths) > self.length if self.task == "reward" else prompt >= self.length
+        if too_long:
+            return None
+        made = {name: row.get(name, {} if name == "chat_template_kwargs" else None) for name in self.kinds}
+        return made | {"length": max([*lengths, prompt])}
+
+    def _with_system(self, prompt: Any) -> Any:
+        system = self.chat.system_prompt
+        if system is None or (isinstance(prompt, list) and prompt[0]["role"] == "system"):
+            return prompt
+        if isinstance(prompt, str) and self.task != "grpo":
+            raise BadRow("data.system_prompt has no place before plain text: leave it out, or give rows with messages")
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [{"role": "system", "content": system}, *turns]
+
+    def _length(self, prompt: Any, answer: Any, row: Row) -> int:
+        if isinstance(prompt, str):
+            self.chat.check_plain(row if self.task != "grpo" else {})
+            ids = self.chat.tokenizer(prompt + (answer or ""), verbose=False)["input_ids"]
+            return len(ids) + (answer is not None and ids[-1] != self.chat.tokenizer.eos_token_id)
+        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+        return self.chat.count([*prompt, *(answer or [])], answer is None, options)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments
+from ..config.optim_args import config_and_base
+from ..config.settings import FIELD_TYPES, GrassConfig, parse_field
+from ..config.written import TRAINERS
 
-from ..config.presets import config_and_base
-from ..config.settings import GrassConfig, parse_field
-from ..integrations.base import check_base
-from ..integrations.registration import NAME
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # What may stand in the section beside the fields of `GrassConfig`.
 WORDS = ("preset", "base")
@@ -44,6 +44,9 @@ def base_of(training: TrainingArguments, config: GrassConfig | None, base: str |
     Raises:
         ValueError: it cannot step over slices.
     """
+    from ..integrations.base import check_base
+    from ..integrations.optimizer_name import NAME
+
     optim = str(getattr(training.optim, "value", training.optim))
     if config is None:
         return optim
@@ -52,6 +55,11 @@ def base_of(training: TrainingArguments, config: GrassConfig | None, base: str |
             "training.optim=grass beside a section `grass`: name the base optimizer there (adamw_torch, say), the "
             "section says the rest."
         )
+    for key in (part.partition("=")[0].strip() for part in str(training.optim_args or "").split(",")):
+        if key in (*FIELD_TYPES, *WORDS):
+            raise ValueError(f"training.optim_args: {key} stands in the section `grass` here: write it there.")
+        if key in TRAINERS:
+            raise ValueError(f"training.optim_args: {key} is no argument of {optim}: write {TRAINERS[key]} instead.")
     name = optim if base is None else str(base)
     check_base(name, "training.optim" if base is None else "grass.base")
     return name

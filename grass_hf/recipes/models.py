@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from ..integrations.model_configs import model_config
+from ..integrations.model_configs import language_model_class, model_config, train_language_only
 from .encode import PLAIN_TEMPLATE
 from .packaged import MODELS
 from .schema import ModelSection, Recipe
@@ -25,18 +27,20 @@ from .schema import ModelSection, Recipe
 END_OF_TEXT = "<|endoftext|>"
 
 
-def load_tokenizer(model: ModelSection, texts: Any = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelSection, texts: Any = None, cached: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that a recipe names, or one trained on `texts`; it has a token to pad with.
 
     Args:
         model: the section.
         texts: an iterable of strings, for `tokenizer_vocab_size`.
+        cached: where a tokenizer that was trained on the same texts stands, or is to stand.
 
     Raises:
         ValueError: it cannot be found or made.
     """
+    tokenizer: Any
     if model.tokenizer_vocab_size:
-        tokenizer = train_tokenizer(texts, model.tokenizer_vocab_size)
+        tokenizer = train_tokenizer(texts, model.tokenizer_vocab_size, cached)
     else:
         name = model.tokenizer_name or model.name
         options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
@@ -68,7 +72,7 @@ def _template(name: str) -> str:
         ) from error
 
 
-def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Any, vocab_size: int, cached: Path | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on texts: it can spell anything, so it needs no unknown token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -77,6 +81,8 @@ def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"model.tokenizer_vocab_size={vocab_size} cannot hold the {len(alphabet)} bytes: give 512 or more."
         )
+    if cached is not None and cached.is_file():
+        return _with_special_tokens(Tokenizer.from_file(str(cached)))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,8 +90,18 @@ def train_tokenizer(texts: Any, vocab_size: int) -> PreTrainedTokenizerFast:
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:  # whole, or not there
+            tokenizer.save(f"{folder}/tokenizer.json")
+            os.replace(f"{folder}/tokenizer.json", cached)
+    return _with_special_tokens(tokenizer)
+
+
+def _with_special_tokens(tokenizer: Any) -> PreTrainedTokenizerFast:
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    inputs = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **special)
 
 
 def load_config(model: ModelSection) -> PretrainedConfig:
@@ -96,11 +112,11 @@ def load_config(model: ModelSection) -> PretrainedConfig:
     """
     if model.model_name_or_path in MODELS:
         return MODELS[model.model_name_or_path].config()
-    if model.from_scratch:
+    if model.config_name is not None:
         return model_config(model.config_name, "model.config_name")
     options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(model.model_name_or_path, **options)
+        return AutoConfig.from_pretrained(model.name, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model.model_name_or_path={model.model_name_or_path!r} is no folder with a config.json, and cannot be "
@@ -116,14 +132,17 @@ def fit_config(config: PretrainedConfig, recipe: Recipe, tokenizer: PreTrainedTo
     """
     text = config.get_text_config()
     if recipe.model.from_scratch:
-        config.vocab_size = max(len(tokenizer), config.vocab_size if not recipe.model.tokenizer_vocab_size else 0)
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        text.vocab_size = max(len(tokenizer), text.vocab_size if not recipe.model.tokenizer_vocab_size else 0)
+        for each in (config, text):
+            each.bos_token_id, each.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     elif len(tokenizer) > text.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} pieces, and {recipe.model.name} an embedding of {text.vocab_size}: "
             "they are not made for each other, give another model.tokenizer_name."
         )
-    config.pad_token_id = tokenizer.pad_token_id
+    config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
+    if recipe.task == "reward":
+        config.num_labels = 1
     if recipe.task == "classification":
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
@@ -137,40 +156,91 @@ def fit_config(config: PretrainedConfig, recipe: Recipe, tokenizer: PreTrainedTo
     return config
 
 
-def auto_class(task: str) -> type:
+def auto_class(task: str, config: PretrainedConfig) -> Any:
     """The transformers class that builds a task's models."""
-    return AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
+    scores = task in ("classification", "reward")
+    return AutoModelForSequenceClassification if scores else language_model_class(config)
 
 
 def empty_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return _from_config(recipe, config)
+        return from_config(recipe, config)
 
 
 def load_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
-    """The model with its weights, or with random ones from scratch.
+    """The model with its weights, or with random ones from scratch; what sees and hears in it is frozen.
 
     Raises:
         ValueError: its weights cannot be loaded.
     """
-    model = recipe.model
+    model, kind = recipe.model, auto_class(recipe.task, config)
     if model.from_scratch:
-        return _from_config(recipe, config)
+        return from_config(recipe, config)
     if model.model_name_or_path in MODELS:
-        return MODELS[model.model_name_or_path].load(auto_class(recipe.task), config, dtype_of(model, config))
-    options: dict[str, Any] = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
-    if model.attn_implementation:
-        options["attn_implementation"] = model.attn_implementation
+        made = MODELS[model.model_name_or_path].load(kind, config, dtype_of(model, config))
+    else:
+        options: dict[str, Any] = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+        if model.attn_implementation:
+            options["attn_implementation"] = model.attn_implementation
+        dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
+        try:
+            made = kind.from_pretrained(model.model_name_or_path, config=config, dtype=dtype, **options)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(
+                f"{model.model_name_or_path}: its weights cannot be loaded ({_first_line(error)})."
+            ) from error
+    if getattr(made, "generation_config", None) is not None:
+        mend_generation(made.generation_config)
+    return made if recipe.task in ("classification", "reward") else train_language_only(made)
+
+
+def mend_generation(generation: GenerationConfig) -> list[str]:
+    """Let a generation config be saved: settings of sampling without ``do_sample`` are common, and refused on saving.
+
+    Returns:
+        The settings for which sampling is switched on.
+
+    Raises:
+        ValueError: something else is wrong with it.
+    """
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    found: list[str] = []
     try:
-        return auto_class(recipe.task).from_pretrained(
-            model.model_name_or_path,
-            config=config,
-            dtype="auto" if model.dtype == "auto" else getattr(torch, model.dtype),
-            **options,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{model.model_name_or_path}: its weights cannot be loaded ({_first_line(error)}).") from error
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            usual = GenerationConfig()
+            names = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+            found = [n for n in names if getattr(generation, n, None) not in (None, getattr(usual, n, None))]
+            generation.do_sample = True
+            generation.validate(strict=True)
+    except ValueError as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the model's generation_config.json cannot be saved again ({said}): mend that file."
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    return found
+
+
+def check_generation(model: ModelSection) -> list[str]:
+    """`mend_generation` of what stands in the folder that a recipe names, as far as it has one.
+
+    Raises:
+        ValueError: it cannot be saved.
+    """
+    if model.from_scratch or model.model_name_or_path in MODELS:
+        return []
+    try:
+        generation = GenerationConfig.from_pretrained(model.name, revision=model.model_revision)
+    except OSError:  # it has none
+        return []
+    return mend_generation(generation)
 
 
 def dtype_of(model: ModelSection, config: PretrainedConfig) -> torch.dtype:
@@ -180,12 +250,18 @@ def dtype_of(model: ModelSection, config: PretrainedConfig) -> torch.dtype:
     return getattr(config, "dtype", None) or torch.float32
 
 
-def _from_config(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
+def from_config(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
+    """A model with random weights, with shapes only under ``torch.device("meta")``.
+
+    Raises:
+        ValueError: the config is of no model for the task.
+    """
     options: dict[str, Any] = {"dtype": dtype_of(recipe.model, config)}
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation
     try:
-        return auto_class(recipe.task).from_config(config, **options)
+        model = auto_class(recipe.task, config).from_config(config, **options)
+        return model if recipe.task in ("classification", "reward") else train_language_only(model)
     except (ValueError, ImportError) as error:
         raise ValueError(
             f"{recipe.model.name} cannot be built for task={recipe.task} ({_first_line(error)})."

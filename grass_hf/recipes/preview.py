@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from typing import Any
 
 import yaml
 from transformers import TrainingArguments
+from trl.data_utils import maybe_apply_chat_template
 
 from .schema import Recipe
 from .tasks import Prepared
@@ -69,38 +71,37 @@ def describe(prepared: Prepared, task: str) -> list[str]:
             continue
         count = "a stream" if rows.streaming else f"{len(rows.dataset):,} examples"
         lines.append(f"{what}: {count} of {rows.name}")
-        if rows.dropped:
-            lines.append(f"  {rows.dropped:,} rows left out, with nothing to learn (empty, or cut off)")
+        if rows.empty:
+            lines.append(f"  {rows.empty:,} rows left out, with nothing to learn (empty, or too long)")
+        if rows.cut:
+            lines.append(f"  {rows.cut:,} rows are longer than data.sequence_length, and cut")
+        if rows.tail:
+            lines.append(f"  {rows.tail:,} tokens left out, behind the last whole block")
         if rows.bad:
             lines.append(f"  {len(rows.bad):,} bad rows left out, the first: {rows.bad[0]}")
     if prepared.labels:
         lines.append(f"classes: {', '.join(prepared.labels)}")
     return [
         *lines,
-        "one example (what is learnt in brackets):" if task in ("sft", "dpo") else "one example:",
+        "one example (what is learnt in brackets):" if task == "sft" else "one example:",
         example(prepared, task),
     ]
 
 
 def example(prepared: Prepared, task: str, longest: int = 1200) -> str:
-    """The first example as text."""
-    row, tokenizer = prepared.train.first(), prepared.tokenizer
-    if task == "dpo":
-        text = "\n".join(f"{name}: {_said(row[name])}" for name in ("prompt", "chosen", "rejected"))
-    elif task == "sft":
-        pieces, learnt, start = [], row["completion_mask"], 0
-        for at in range(1, len(learnt) + 1):
-            if at == len(learnt) or learnt[at] != learnt[start]:
-                piece = tokenizer.decode(row["input_ids"][start:at])
-                pieces.append(f"[{piece}]" if learnt[start] else piece)
-                start = at
-        text = "".join(pieces)
-    else:
+    """The first example as text, as the model sees it."""
+    row = prepared.train.first()
+    tokenizer: Any = prepared.tokenizer
+    if task == "sft":
+        runs = itertools.groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != -100)
+        pieces = [(learnt, tokenizer.decode([token for token, _ in run])) for learnt, run in runs]
+        text = "".join(f"[{piece}]" if learnt else piece for learnt, piece in pieces)
+    elif "input_ids" in row:
         text = tokenizer.decode(row["input_ids"])
         if task == "classification":
             text += f"\nlabel: {prepared.labels[row['labels']]}"
+    else:
+        chat = {name: value for name, value in row.items() if value is not None and name != "margin"}
+        rendered = maybe_apply_chat_template(chat, tokenizer, chat.get("tools"))
+        text = "\n".join(f"{name}: {value}" for name, value in rendered.items() if name not in ("tools", "images"))
     return text if len(text) <= longest else text[:longest] + " ..."
-
-
-def _said(value: Any) -> str:
-    return value if isinstance(value, str) else " | ".join(f"{turn['role']}: {turn['content']}" for turn in value)

@@ -10,6 +10,7 @@ import html
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ..config.sizes import shown_bytes
 from ..convert.conversion import is_converted
-from ..integrations.start_table import StartReport, shown_bytes, start_report
+from ..integrations.start_table import StartReport, start_report
 from ..measure.bench.record import machine
 from .curves import draw, save_loss
 from .preview import as_yaml, resolved
@@ -110,7 +112,7 @@ def render(run: Run, start: StartReport | None) -> str:
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     body = [
         f"<h1>{text(recipe.title)}</h1>",
-        f'<p class="sub">{text(recipe.task)} of {text(recipe.model.name)} on {text(str(recipe.data.dataset))}: '
+        f'<p class="sub">{text(recipe.task)} of {text(recipe.model.name)} on {text(", ".join(recipe.data.dataset))}: '
         f"{text(recipe.method)}, {text(recipe.base)}, {run.results['steps']:,} steps of {batch} "
         "examples</p>",
         _cards(run.results),
@@ -180,7 +182,7 @@ def _targets(start: StartReport) -> str:
     )
 
 
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]], numbers: tuple[int, ...] = ()) -> str:
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: tuple[int, ...] = ()) -> str:
     def line(tag: str, cells: tuple[str, ...]) -> str:
         kinds = (' class="n"' if place in numbers else "" for place in range(len(cells)))
         return (

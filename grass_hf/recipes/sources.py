@@ -1,170 +1,51 @@
-"""Rows to train and to evaluate on, through `datasets`: hub ids, local files and folders, packaged texts.
-
-`Rows` is a dataset that knows its files, so that an unusable row can be named by file and line. What is done to rows
-goes through `Rows.convert`, which stops at the first bad row, or leaves bad rows out and counts them; only then are
-rows held out, because their numbers are those in the files.
-"""
+"""Where rows come from: `datasets` finds and reads them; local files, folders and patterns, hub ids, packaged texts."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+import csv
+import glob
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from .files import EVALUATION, builder, local_files, reason
 from .packaged import TEXTS
-from .rows import BadRow, place
+from .places import complaint
+from .rows import Rows
 from .schema import DataSection
 
-
-@dataclass
-class Rows:
-    """A dataset, and where its rows come from.
-
-    Attributes:
-        dataset: `datasets.Dataset`, or `IterableDataset` when streaming.
-        name: of what they are, for sentences.
-        files: the local files, if the dataset has their rows in their order; else empty.
-        bad: places and reasons of bad rows that were left out; filled while rows are read.
-        dropped: rows that a conversion had no use for.
-    """
-
-    dataset: Any
-    name: str
-    files: list[Path] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-    dropped: int = 0
-
-    @property
-    def streaming(self) -> bool:
-        return not hasattr(self.dataset, "__len__")
-
-    @property
-    def columns(self) -> list[str]:
-        names = self.dataset.column_names
-        return list(names) if names else list(next(iter(self.dataset), {}))
-
-    def first(self) -> dict[str, Any]:
-        """The first row.
-
-        Raises:
-            ValueError: there is none.
-        """
-        row = next(iter(self.dataset), None)
-        if row is None:
-            raise ValueError(f"{self.name} has no rows: give another dataset or split.")
-        return row
-
-    def where(self, number: int) -> str:
-        return place(self.files, number) if self.files else f"{self.name}, row {number + 1}"
-
-    def convert(
-        self, function: Callable[[dict[str, Any]], dict[str, Any] | None], key: str, *, skip: bool, workers: int = 1
-    ) -> Rows:
-        """Apply a function to every row: another row, None to leave the row out, or `BadRow`.
-
-        Args:
-            function: of one row; its result replaces all columns.
-            key: text that determines what the function does, so that a later run can take the result from the cache.
-            skip: leave bad rows out instead of stopping at the first.
-            workers: processes.
-
-        Raises:
-            ValueError: a row is bad, with its place; when streaming, as soon as it is read.
-        """
-        bad: list[str] = []
-
-        def batch(rows: dict[str, list], numbers: list[int]) -> dict[str, list]:
-            made: dict[str, list] = {}
-            names = list(rows)
-            for position, number in enumerate(numbers):
-                try:
-                    row = function({name: rows[name][position] for name in names})
-                except BadRow as error:
-                    if not skip:
-                        raise ValueError(
-                            f"{self.where(number)}: {error.reason} (data.bad_rows=skip leaves such rows out)."
-                        ) from error
-                    bad.append(f"{self.where(number)}: {error.reason}")
-                    row = None
-                for column, value in (row or {}).items():
-                    made.setdefault(column, []).append(value)
-            return made or {name: [] for name in self._made(function)}
-
-        # the bad rows that are left out must be counted, so they are looked for again each time, by one process
-        made = self._map(
-            batch, f"{skip} {key}", 1 if skip else workers, with_indices=True, load_from_cache_file=not skip
-        )
-        if not self.streaming:
-            made.dropped -= len(bad)
-            bad = [*self.bad, *bad]
-        made.bad = bad
-        return made
-
-    def convert_batches(
-        self, function: Callable[[dict[str, list]], dict[str, list]], key: str, workers: int = 1
-    ) -> Rows:
-        """Apply a function to a thousand rows at a time; its result replaces all columns, in any number of rows."""
-        made = self._map(function, key, workers)
-        made.dropped = self.dropped
-        return made
-
-    def _map(self, function: Callable, key: str, workers: int, **options: Any) -> Rows:
-        # Under other names, or datasets would try to give a new column the type of the old one of its name.
-        given = {name: f"given {name}" for name in self.columns}
-
-        def renamed(rows: dict[str, list], *numbers: list[int]) -> dict[str, list]:
-            return function({name: rows[given[name]] for name in given}, *numbers)
-
-        if self.streaming:
-            options.pop("load_from_cache_file", None)
-        else:
-            # of our own: a function's closure has much that does not change its result
-            fingerprint = hashlib.sha256(f"{__version__} {self.dataset._fingerprint} {key}".encode()).hexdigest()[:32]
-            options |= {"new_fingerprint": fingerprint, "desc": f"preparing {self.name}"}
-            options |= {"num_proc": workers if workers > 1 else None}
-        dataset = self.dataset.rename_columns(given)
-        dataset = dataset.map(renamed, batched=True, remove_columns=list(given.values()), **options)
-        dropped = 0 if self.streaming else self.dropped + len(self.dataset) - len(dataset)
-        return Rows(dataset, self.name, [], self.bad, dropped)
-
-    def _made(self, function) -> Iterator[str]:
-        """Names of the columns that a function makes, for a batch in which it makes nothing."""
-        for row in self.dataset:
-            try:
-                if (made := function(dict(row))) is not None:
-                    return iter(made)
-            except BadRow:
-                continue
-        raise ValueError(f"{self.name} has no row that can be used: look at data.layout and data.columns.")
+KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 
 
-def load_rows(data: DataSection) -> tuple[Rows, Rows | None]:
-    """The rows to train on, and those to evaluate on where they are a dataset or split of their own.
+def load_rows(data: DataSection) -> list[tuple[Rows, Rows | None]]:
+    """The rows of every dataset to train on, each with those to evaluate on that are given or found beside them.
 
     Raises:
         ValueError: something cannot be found or read; the sentence names it.
     """
-    train, evaluation = _load(data, data.dataset, data.split)
-    if data.eval_dataset:
-        evaluation, _ = _load(data, data.eval_dataset, data.eval_split or "train")
-    elif data.eval_split and (evaluation is None or data.eval_split not in EVALUATION):
-        evaluation, _ = _load(data, data.dataset, data.eval_split)
-    train = _limited(train, data.max_train_rows)
-    return train, None if evaluation is None else _limited(evaluation, data.max_eval_rows)
+    found: list[tuple[Rows, Rows | None]] = []
+    for name in data.dataset:
+        rows, own = _load(data, name, data.split)
+        if data.eval_dataset:
+            own = None if found else _load(data, data.eval_dataset, data.eval_split or "train")[0]
+        elif data.eval_split:
+            own = _load(data, name, data.eval_split)[0]
+        found.append((rows.limited(data.max_train_rows), own and own.limited(data.max_eval_rows)))
+    return found
 
 
 def hold_out(rows: Rows, data: DataSection, seed: int) -> tuple[Rows, Rows | None]:
     """Hold rows out for evaluation, as `data.holdout` says: a random part, of a stream the first rows.
 
     Raises:
-        ValueError: nothing would be left, or a share of a stream is asked for.
+        ValueError: a share of a stream is asked for.
     """
+    from datasets import Dataset
+
     if not data.holdout:
         return rows, None
+    name = f"{rows.name} (held out)"
     if rows.streaming:
         if data.holdout < 1:
             raise ValueError(
@@ -172,92 +53,160 @@ def hold_out(rows: Rows, data: DataSection, seed: int) -> tuple[Rows, Rows | Non
                 "rows, an eval_split, or 0."
             )
         count = int(data.holdout)
-        parts = {"train": rows.dataset.skip(count), "test": rows.dataset.take(count)}
+        rest = replace(rows, dataset=rows.dataset.skip(count), numbers=range(count, sys.maxsize))
+        return rest, replace(rows, dataset=rows.dataset.take(count), name=name).limited(data.max_eval_rows)
+    size = len(rows.dataset)
+    count = int(data.holdout) if data.holdout >= 1 else max(1, round(data.holdout * size))
+    if count >= size:  # refused where rows are encoded, so that a bad row among them is named first
+        kept, held = [], list(range(size))
     else:
-        size = len(rows.dataset)
-        count = int(data.holdout) if data.holdout >= 1 else max(1, round(data.holdout * size))
-        if count >= size:
-            raise ValueError(
-                f"data.holdout={data.holdout} leaves nothing of the {size} rows of {rows.name} to train on."
-            )
-        parts = rows.dataset.train_test_split(test_size=count, seed=seed)
-    evaluation = Rows(parts["test"], f"{rows.name} (held out)")
-    return replace(rows, dataset=parts["train"], files=[]), _limited(evaluation, data.max_eval_rows)
+        parts = Dataset.from_dict({"number": list(range(size))}).train_test_split(test_size=count, seed=seed)
+        kept, held = list(parts["train"]["number"]), list(parts["test"]["number"])
+    pick = rows.dataset.select
+    held_out = replace(rows, dataset=pick(held), numbers=held, name=name).limited(data.max_eval_rows)
+    return replace(rows, dataset=pick(kept), numbers=kept), held_out
 
 
 def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
-    if name in TEXTS:
-        parts = TEXTS[name]()
-        made = [Rows(_from_list(part, data.streaming), name) if part else None for part in parts]
-        return made[0], made[1]
+    """The rows of a split, and those for evaluation that a folder or a packaged text has beside it."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
     path = Path(name).expanduser()
-    if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
-        return Rows(_from_disk(path, split), name), None
-    found = local_files(path, name)
-    if found:
-        return _from_files(data, name, *found, split)
-    return Rows(_from_hub(data, name, split), f"{name} ({split})"), None
-
-
-def _from_files(data: DataSection, name: str, train: list[Path], evaluation: list[Path], split: str):
-    from datasets import load_dataset
-
-    kind, options = builder(train)
-    if kind == "text":
-        options = {"sample_by": data.sample_by}
-    files = {"train": train, "evaluation": evaluation}
-    parts: list[Rows | None] = [None, None]
-    for number, (part, own) in enumerate(files.items()):
-        if not own:
-            continue
-        wanted = "train" if number else split  # slices: train[:100]
+    if name in TEXTS:
+        sets = [_cached(part) if part else None for part in TEXTS[name]()]
+        parts = [part.to_iterable_dataset() if part and data.streaming else part for part in sets]
+        return Rows(parts[0], name), None if parts[1] is None else Rows(parts[1], f"{name} (evaluation)")
+    if path.is_dir() and any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
+        dataset = load_from_disk(str(path))
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise ValueError(_no_split(split, dataset, name))
+            dataset = dataset[split]
+        return Rows(dataset, name), None
+    source, options, files = _found(data, name, path)
+    splits = list(files) if path.exists() or _is_pattern(name) else []
+    named = [part.split("[")[0].strip() for part in split.split("+")]
+    if splits and not set(named) <= set(splits):
+        raise ValueError(_no_split(split, splits, name))
+    beside = next((part for part in ("validation", "test") if part in splits and part not in named), None)
+    read: list[Rows] = []
+    for part in (split, beside) if beside else (split,):
         try:
-            dataset = load_dataset(
-                kind, data_files=[str(file) for file in own], split=wanted, streaming=data.streaming, **options
-            )
+            dataset = load_dataset(source, split=part, streaming=data.streaming, **options)
             if data.streaming:
                 next(iter(dataset), None)  # so that an unreadable file is found now
         except Exception as error:  # datasets raises what its readers raise
-            raise ValueError(reason(error, own, name, wanted)) from error
-        numbered = [] if "[" in wanted or (kind == "text" and data.sample_by != "line") else own
-        parts[number] = Rows(dataset, name if part == "train" else f"{name} (evaluation)", numbered)
-    return parts[0], parts[1]
+            raise ValueError(_reason(error, files.get(part.split("[")[0], []), name, part, data)) from error
+        numbered = "[" not in part and options.get("sample_by", "line") == "line"
+        shown = name if splits and part == split else f"{name} ({'evaluation' if splits else part})"
+        read.append(Rows(dataset, shown, files.get(part, []) if numbered and splits else []))
+    return read[0], read[1] if beside else None
 
 
-def _from_disk(path: Path, split: str):
-    from datasets import DatasetDict, load_from_disk
+def _cached(rows: list[dict[str, Any]]) -> Any:
+    """Rows as a dataset in the cache of `datasets`: what is made of rows in memory would be made in every run again."""
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+    from datasets.utils import are_progress_bars_disabled
 
-    dataset = load_from_disk(str(path))
-    if not isinstance(dataset, DatasetDict):
-        return dataset
-    if split not in dataset:
-        raise ValueError(f"data: {path} has no split {split!r}: it has {', '.join(dataset)}.")
-    return dataset[split]
-
-
-def _from_hub(data: DataSection, name: str, split: str):
-    from datasets import load_dataset
-
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
     try:
-        return load_dataset(name, data.dataset_config, split=split, streaming=data.streaming)
+        return Dataset.from_generator(_InMemory(rows))
+    finally:
+        if not silent:
+            enable_progress_bars()
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A generator function over rows, whose hash is theirs."""
+
+    rows: list[dict[str, Any]]
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+def _no_split(split: str, splits: Any, name: str) -> str:
+    return f"data: {name} has no split {split!r}: it has {', '.join(map(str, splits))}."
+
+
+def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any], dict[str, list[str]]]:
+    """What `load_dataset` is called with for a name, its options, and the files of each split."""
+    from datasets import Features, Value, load_dataset_builder
+
+    source, options = _where(name, path)
+    if data.dataset_config:
+        options["name"] = data.dataset_config
+    try:
+        config = load_dataset_builder(source, **options).config
     except Exception as error:  # the hub's client, the network and the builders raise all kinds
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"data: {name!r} (configuration {data.dataset_config or 'default'}, split {split}) is no local file and "
-            f"cannot be loaded from the hub ({first}): packaged texts are {', '.join(TEXTS)}."
-        ) from error
+        raise ValueError(_reason(error, [], name, data.split, data)) from error
+    files = {str(split): list(map(str, found)) for split, found in (config.data_files or {}).items()}
+    local = [Path(file) for found in files.values() for file in found if Path(file).is_file()]
+    if path.is_dir():
+        every = (file.relative_to(path) for file in path.rglob("*") if file.is_file() and file.suffix in KINDS)
+        seen = [file for file in every if not any(part.startswith((".", "__")) for part in file.parts)]
+        read = {file.suffix for file in local}
+        other = sorted({file.suffix for file in seen} - read - {".json", ".txt"})
+        other = other or ([".tsv"] if {".csv", ".tsv"} <= read else [])  # one separator is used for all
+        if other:
+            raise ValueError(
+                f"data: {name} has files of several kinds, and those with {', '.join(other)} would not be read: name "
+                f"the files of one kind, with a pattern like {name}/*{other[0]}."
+            )
+    if hasattr(config, "sample_by"):
+        options["sample_by"] = data.sample_by
+    if hasattr(config, "keep_default_na"):  # a CSV: words stay words, and cells stay as they are written
+        options |= {"keep_default_na": False, "na_filter": False}
+        if local:
+            with local[0].open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+                head = next(csv.reader(lines, delimiter=config.sep), [])
+            options["features"] = Features({column: Value("string") for column in head})
+    return source, options, files
 
 
-def _from_list(rows: list[dict[str, Any]], streaming: bool):
-    from datasets import Dataset
-
-    dataset = Dataset.from_list(rows)
-    return dataset.to_iterable_dataset() if streaming else dataset
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
 
 
-def _limited(rows: Rows, count: int | None) -> Rows:
-    if count is None:
-        return rows
-    if rows.streaming:
-        return replace(rows, dataset=rows.dataset.take(count))
-    return replace(rows, dataset=rows.dataset.select(range(min(count, len(rows.dataset)))))
+def check_local(data: DataSection) -> None:
+    """Check that datasets whose names are paths exist, without reading them.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name in (*data.dataset, *([data.eval_dataset] if data.eval_dataset else ())):
+        if name not in TEXTS:
+            _where(name, Path(name).expanduser())
+
+
+def _where(name: str, path: Path) -> tuple[str, dict[str, Any]]:
+    if path.is_file():
+        return str(path.parent.absolute()), {"data_files": {"train": [glob.escape(path.name)]}}
+    if path.is_dir():
+        return str(path.absolute()), {}
+    if _is_pattern(name):
+        parts = path.absolute().parts
+        first = next(number for number, part in enumerate(parts) if _is_pattern(part))
+        return str(Path(*parts[:first])), {"data_files": {"train": ["/".join(parts[first:])]}}
+    if path.suffix in KINDS or name.startswith(("/", "./", "../", "~")):
+        raise ValueError(f"data: {name} is not a file or folder: give the path of one, a packaged text, or a hub id.")
+    return name, {}
+
+
+def _reason(error: Exception, files: list[str], name: str, split: str, data: DataSection) -> str:
+    """Why rows could not be read: with the line, where there is one to blame."""
+    found = complaint(file for file in files if Path(file).is_file())
+    if found:
+        return f"data: {found}."
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    first = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
+    if _is_pattern(name) or Path(name).expanduser().exists():
+        return f"data: {name} (split {split}) cannot be read: {first}."
+    return (
+        f"data: {name!r} (configuration {data.dataset_config or 'default'}, split {split}) is no local file and cannot "
+        f"be loaded from the hub ({first}): packaged texts are {', '.join(TEXTS)}."
+    )

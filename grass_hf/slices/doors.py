@@ -16,13 +16,12 @@ A converted model's state dict of before had keys ``<parameter>_slice.active``. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .ops import sharding
-from .part import Part
 
 if TYPE_CHECKING:
     from .slice import Slice
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 KEY = "active"
 
 
-class Doors:
+class Doors(nn.Module):
     """The part of `grass_hf.slices.slice.Slice` that engines and savers meet; its attributes are described there.
 
     Attributes:
@@ -38,9 +37,6 @@ class Doors:
         unfilled: whether the slice was on the meta device and has memory without values now; `settle_unfilled`.
     """
 
-    weight: nn.Parameter
-    active: nn.Parameter
-    rank_part: Callable[[Slice, bool], Part]
     unfilled = False
     _kept: dict[str, Tensor]
 
@@ -60,40 +56,42 @@ class Doors:
     @torch.no_grad()
     def fill(self) -> None:
         """Make a slice that is on the meta device from its weight, if that is not; of a shard, this rank's part."""
-        old, weight = self.active, self.weight
+        part = cast("Slice", self)
+        old, weight = part.active, part.weight
         if not old.is_meta or weight.is_meta or sharding.is_partitioned(weight):
             return
         device = sharding.local(weight).device
         for name, values in self._kept.items():
             self._buffers[name] = values.to(device, copy=True)  # two of them may start as one
-        rows = self.rank_part(self, False).loaded(old.dtype)
+        rows = part.rank_part(part, False).loaded(old.dtype)
         if sharding.is_sharded(old):
             rows = sharding.sharded_like(old, rows)
-        self.active, self.emptied = nn.Parameter(rows, requires_grad=old.requires_grad), False
-        self.drift.note(self)
+        part.active, part.emptied = nn.Parameter(rows, requires_grad=old.requires_grad), False
+        part.drift.note(part)
 
     def settle_unfilled(self) -> None:
         """Take values from the weight for a slice that got memory and none; before the first step."""
         if self.unfilled:
             self.unfilled = False
-            self.reload()
+            cast("Slice", self).reload()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        buffers, was_meta = dict(self._buffers), self.active.is_meta
+        part = cast("Slice", self)
+        buffers, was_meta = dict(self._buffers), part.active.is_meta
         super()._apply(fn, recurse)
         for name, old in buffers.items():
             new = self._buffers[name]
-            if old is None or new is old:
+            if old is None or new is None or new is old:
                 continue
             # the numbers of rows are no tensor that may be left empty: `to_empty` would do so, and the meta device
             source = self._kept.get(name) if old.is_meta else old
-            if new.is_meta:
+            if source is not None and new.is_meta:
                 self._kept[name] = source.cpu()
             elif source is not None:
                 new.copy_(source)
-        self.unfilled |= was_meta and not self.active.is_meta
-        self._move_norms()
-        self.empty()
-        if self.low is not None:  # on the meta device the weight has lost its own bits
-            self.low = None if self.index.is_meta else self.low.to(self.index.device)
+        self.unfilled |= was_meta and not part.active.is_meta
+        part._move_norms()
+        part.empty()
+        if part.low is not None:  # on the meta device the weight has lost its own bits
+            part.low = None if part.index.is_meta else part.low.to(part.index.device)
         return self

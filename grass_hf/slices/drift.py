@@ -25,56 +25,24 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .frozen_weight import FrozenWeight, track
 from .ops import sharding
 from .ops.int8 import is_int8
 from .ops.rounding import loses_digits
 from .part import local_part
+from .parted import sentence
 
 if TYPE_CHECKING:
     from .slice import Slice
 
 logger = logging.getLogger(__name__)
-
-_REMEDY = (
-    "Make one optimizer with grass_optimizer(model, ...) and let nothing else move the parameters; or call "
-    "restore_model(model), which keeps the weights, and convert the model again."
-)
-
-
-class FrozenWeight(nn.Parameter):
-    """A weight that knows whether somebody has asked for its ``.data``, through which it changes without a mark."""
-
-    touched = False
-
-    @property
-    def data(self) -> Tensor:
-        self.touched = True
-        return Tensor.data.__get__(self)
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        self.touched = True
-        Tensor.data.__set__(self, value)
-
-
-def track(weight: nn.Parameter) -> None:
-    """Note from now on who asks for a weight's ``.data``; parameters of other classes are left as they are."""
-    if type(weight) is nn.Parameter:
-        weight.__class__ = FrozenWeight
-
-
-def untrack(weight: nn.Parameter) -> None:
-    """Undo `track`."""
-    if type(weight) is FrozenWeight:
-        vars(weight).pop("touched", None)
-        weight.__class__ = nn.Parameter
 
 
 class Drift:
@@ -109,6 +77,13 @@ class Drift:
         weight = weight_of(part)
         self.marks, self.dtype, self.near = _marks(part, weight), dtype or weight.dtype, False
         if getattr(weight, "touched", False):  # FSDP2 gives its parameters the attributes of those before
+            weight.touched = False  # type: ignore[attr-defined]  # whatever class FSDP2 gave it
+
+    def note_plain(self, active: Tensor, weight: FrozenWeight, dtype: torch.dtype) -> None:
+        """`note` for tensors that are known, of plain classes: after every step."""
+        self.marks = active._version, active.data_ptr(), weight._version
+        self.dtype, self.near = dtype, False
+        if weight.touched:
             weight.touched = False
 
 
@@ -127,6 +102,31 @@ def check_pass(part: Slice) -> None:
         confirm(part)
 
 
+def check_plain_pass(part: Slice, active: Tensor, weight: Tensor) -> None:
+    """`check_pass` in as few operations as can be, for every layer's every pass.
+
+    Args:
+        part: the slice.
+        active, weight: its parameter, and its weight.
+
+    Raises:
+        RuntimeError: as `check_pass`.
+    """
+    record = part.drift
+    if type(weight) is not FrozenWeight or type(active) is not nn.Parameter or record.sharded:
+        check_pass(part)
+        return
+    record.seen = True
+    record.passes = passes = record.passes + 1
+    if (
+        record.look
+        or not passes & (passes - 1)
+        or weight.touched
+        or record.marks != (active._version, active.data_ptr(), weight._version)
+    ):
+        confirm(part)
+
+
 def check_step(parts: Iterable[Slice]) -> None:
     """Look before an optimizer's step at slices that no forward pass could look at.
 
@@ -135,6 +135,13 @@ def check_step(parts: Iterable[Slice]) -> None:
     """
     for part in parts:
         record = part.drift
+        weight, marks = part.owner._parameters.get(part.parameter), record.marks
+        if record.seen and record.sharded is False and type(weight) is FrozenWeight and marks is not None:
+            # nearly always: `weight_changed` in as few operations as can be
+            record.seen = False
+            if weight.touched or weight._version != marks[2]:
+                confirm(part)
+            continue
         if record.sharded is None:
             record.sharded = sharding.is_sharded(part.active)
         # what has changed a slice since a forward pass is written back with it; a change of the weight would be lost
@@ -180,7 +187,7 @@ def _confirm(part: Slice) -> None:
         logger.info("%s: its weight was changed, and the slice follows it.", part.state.name)
         part.take_new_weight()
         return
-    raise RuntimeError(_parted(part, parted))
+    raise RuntimeError(sentence(part, parted))
 
 
 def check_shape(part: Slice) -> None:
@@ -218,7 +225,7 @@ def _marks(part: Slice, weight: nn.Parameter) -> tuple:
     return *_mark(active), *_mark(weight)
 
 
-def _mark(tensor: Tensor) -> tuple[int, int]:
+def _mark(tensor: Any) -> tuple[int, int]:
     tensor = getattr(tensor, "_local_tensor", tensor)  # DTensor's
     tensor = tensor.int_data if is_int8(tensor) else tensor
     if isinstance(tensor, FakeTensor) or tensor.is_inference():
@@ -278,16 +285,3 @@ def _warn_of_cast(dtype: torch.dtype, before: torch.dtype) -> None:
             before,
             dtype,
         )
-
-
-def _parted(part: Slice, moved: set[str]) -> str:
-    if moved == {"slice"}:
-        return (
-            f"the slice of {part.state.name} was changed and its weight was not, so the model does not compute with "
-            "what is trained: an optimizer that does not drive the slices took a step, or one that moves parameters "
-            f"itself (SAM, an average of parameters, local SGD). {_REMEDY}"
-        )
-    return (
-        f"the slice of {part.state.name} and its weight hold different values: something moved them on its own (an "
-        f"average of parameters, a copy, an optimizer that does not drive the slices). {_REMEDY}"
-    )

@@ -10,15 +10,19 @@ The functions are methods of `grass_hf.slices.slice.Slice`, whose class body nam
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .frozen_weight import FrozenWeight
+from .low_bits import nearest
 from .ops import sharding
 from .ops.rounding import loses_digits, round_stochastically
 from .ops.rows import along_slice, take_rows
 from .ops.selection import Selection, seeded
+from .part import local_part
 
 if TYPE_CHECKING:
     from .slice import Slice
@@ -40,8 +44,34 @@ def write_back(part: Slice, seed: str | None = None) -> None:
     if own.write is not None:
         # Padding repeats another row's number, so it must repeat its value.
         rows = take_rows(rows, Selection(own.index).first_positions(part.state.size), part.dim)
-    own.put(rows, seed)
+    if part.changes is None:
+        own.put(rows, seed)
+    else:
+        part.changes.put(own, rows, seed)
     part.drift.note(part)
+
+
+@torch.no_grad()
+def write_back_all(parts: Iterable[Slice]) -> None:
+    """`write_back` of many slices, to nearest: what every step does, so a slice that is plain has a short way."""
+    for part in parts:
+        active, weight = part._parameters["active"], part.owner._parameters.get(part.parameter)
+        buffers: dict[str, Any] = part._buffers
+        index, write = buffers["index"], buffers["write"]
+        if (
+            type(active) is not nn.Parameter
+            or type(weight) is not FrozenWeight
+            or write is not None
+            or not part.resident
+            or part.rank_part is not local_part
+            or index.dim() > 1
+            or part.changes is not None
+        ):
+            part.write_back()
+            continue
+        dtype = weight.dtype
+        weight.index_copy_(part.dim, index, active if active.dtype is dtype else nearest(active, dtype))
+        part.drift.note_plain(active, weight, dtype)
 
 
 @torch.no_grad()
@@ -54,7 +84,11 @@ def settle_decay(part: Slice, seed: str | None = None) -> None:
     if part.state.owed == 1.0:
         return
     with part.held():
-        part.rank_part(part, False).decay(part.state.owed, seed)
+        own = part.rank_part(part, False)
+        if part.changes is None:
+            own.decay(part.state.owed, seed)
+        else:
+            part.changes.decay(own, part.state.owed, seed)
         part.state.owed = 1.0
         part.write_back()
 
@@ -84,9 +118,9 @@ def _load_selection(part: Slice, selection: Selection, seed: str | None) -> Tens
     old = part.rank_part(part, True)
     kept, before = old.active.clone(), None if old.write is None else old.write.clone()
     part.index.copy_(selection.index)
-    if selection.write is not None:
-        part.rho.copy_(selection.rho)
-        part.write.copy_(selection.write)
+    for kept_values, chosen in ((part.rho, selection.rho), (part.write, selection.write)):
+        if kept_values is not None and chosen is not None:
+            kept_values.copy_(chosen)
     own = part.rank_part(part, False)
     source = own.of(source).to(kept.device)
     values = own.take().to(kept.dtype)
@@ -94,9 +128,9 @@ def _load_selection(part: Slice, selection: Selection, seed: str | None) -> Tens
     if before is not None:
         rows = rows * along_slice(before.gather(-1, source.clamp(min=0)), part.dim)
     values = torch.where(along_slice(source >= 0, part.dim), rows.to(values.dtype), values)
-    if own.write is not None:
+    if own.write is not None and own.rho is not None:
         values = values / along_slice(own.write, part.dim)
-        values = values.masked_fill(along_slice(own.rho == 0, part.dim), 0.0)
+        values = values.masked_fill(along_slice(own.rho.eq(0), part.dim), 0.0)
     own.keep(values)
     if seed is not None:
         part.write_back()  # rows that stay are kept at their nearest value

@@ -9,6 +9,7 @@ stacked, zero for those without tokens.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,14 +49,13 @@ class Matrices:
                 index = index.view(count, -1) - first[:, None]
                 multiplier, norms = (None if v is None else v.view(count, -1) for v in (multiplier, norms))
             else:
-                index, multiplier, norms = (
-                    None if v is None else v.expand(count, -1) for v in (index, multiplier, norms)
-                )
+                index = index.expand(count, -1)
+                multiplier, norms = (None if v is None else v.expand(count, -1) for v in (multiplier, norms))
         self.active, self.index, self.multiplier, self.norms = active, index, multiplier, norms
 
     def tap(self, y: Tensor, x: Tensor, matrix: Matrix) -> Tensor:
         """`ops.tap.tap` for a product ``y`` of one of the matrices, or of all of them."""
-        placed = {"side": self.side, "transposed": self.transposed}
+        placed: dict[str, Any] = {"side": self.side, "transposed": self.transposed}
         if matrix.whole:
             return batched_tap(y, x, self.active, self.index, multiplier=self.multiplier, norms=self.norms, **placed)
         active, index, multiplier, norms = self._single

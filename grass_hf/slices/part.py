@@ -9,7 +9,7 @@ Another engine may split weights up in another way: it gives `Slice.rank_part` a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from .low_bits import nearest
 from .ops import int8, sharding
 from .ops.rounding import loses_digits, round_stochastically
-from .ops.rows import along_slice, put_rows, take_rows
+from .ops.rows import along_slice, put_rows, take_columns, take_rows
 from .ops.selection import bounds, seeded
 
 if TYPE_CHECKING:
@@ -79,6 +79,12 @@ class Part:
     place: str
     rows: slice | None = None
 
+    @property
+    def _padding(self) -> Tensor:
+        """Where rows stand that only fill the slice up, of one that has multipliers."""
+        assert self.rho is not None
+        return self.rho.eq(0)
+
     def of(self, positions: Tensor) -> Tensor:
         """This part of a vector over the slice's rows that holds positions in the slice, -1 for none."""
         if self.rows is None:
@@ -90,12 +96,22 @@ class Part:
         """The weight's rows (columns) `index`, shaped like the slice and in the weight's dtype."""
         return take_rows(self.weight, self.index, self.dim)
 
+    # whether the weight holds what is put into it, rounded to its dtype
+    is_plain = True
+
+    def stored(self) -> Tensor:
+        """The rows (columns) `index` as a plain checkpoint has them, shaped like the slice; without a collective, what
+        other ranks hold of them is zero."""
+        if self.dim == -1 and self.index.dim() == 1:
+            return take_columns(self.weight, self.index)
+        return self.take()
+
     def loaded(self, dtype: torch.dtype) -> Tensor:
         """What a slice of a dtype holds that agrees with the weight: ``weight[index] / write``, zero at padding."""
         rows = self.take().to(dtype)
         if self.write is None:
             return rows
-        return (rows / along_slice(self.write, self.dim)).masked_fill(along_slice(self.rho == 0, self.dim), 0.0)
+        return (rows / along_slice(self.write, self.dim)).masked_fill(along_slice(self._padding, self.dim), 0.0)
 
     def put(self, rows: Tensor, seed: str | None = None) -> None:
         """Overwrite the weight's rows (columns) `index`; numbers that occur twice must come with equal values.
@@ -123,7 +139,7 @@ class Part:
         if self.write is not None:
             # a row that was divided by its multiplier is the row again but for rounding
             same |= (values - rows).abs() <= 4 * torch.finfo(rows.dtype).eps * rows.abs()
-            same |= along_slice(self.rho == 0, self.dim)  # nothing to agree on at padding
+            same |= along_slice(self._padding, self.dim)  # nothing to agree on at padding
         return bool(same.all())
 
     def nearly_agrees(self) -> bool:
@@ -160,15 +176,21 @@ def _rows_at_a_time(weight: Tensor) -> int:
 class Int8Part(Part):
     """A weight in eight bits, of which rows are selected; see `grass_hf.slices.ops.int8`."""
 
+    is_plain = False
+
     def take(self) -> Tensor:
         return int8.read_rows(self.weight, self.index)
+
+    def stored(self) -> Tensor:
+        return self.take().to(self.weight.dtype)
 
     def put(self, rows: Tensor, seed: str | None = None) -> None:
         int8.store_rows(self.weight, self.index, rows, None if seed is None else seeded(seed, rows.device))
 
     def agrees(self, dtype: torch.dtype | None = None) -> bool:
         # a row that is being trained may be stored as the code above or below
-        scale = self.weight.scale.index_select(0, self.index)[:, None]
+        weight: Any = self.weight
+        scale = weight.scale.index_select(0, self.index)[:, None]
         return bool(((self.active - self.take()).abs() <= scale).all())
 
     def decay(self, factor: float, seed: str | None) -> None:
@@ -189,7 +211,8 @@ def local_part(part: Slice, exact: bool = False) -> Part:
     place, rows = f".{sharding.shard_range(part.active)[0]}", shard_rows(part)
     if rows is None:
         return Part(weight, active, part.index, part.rho, part.write, part.dim, place)
-    index, rho, write = (v if v is None else v[rows] for v in (part.index, part.rho, part.write))
+    index = part.index[rows]
+    rho, write = (v if v is None else v[rows] for v in (part.rho, part.write))
     if part.index.dim() == 1:
         index = index - sharding.shard_range(part.weight)[0]
     return Part(weight, active, index, rho, write, part.dim, place, rows)

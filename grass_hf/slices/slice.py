@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import checks, drift, exchange
+from .changes import Changes
 from .doors import Doors
 from .drift import Drift
 from .evaluated import check_after_evaluation
+from .frozen_weight import FrozenWeight
 from .matrices import Matrices
 from .ops import int8, sharding, tap
 from .ops.double_backward import refuse_transforms
@@ -30,9 +34,12 @@ from .ops.row_norms import accumulation_dtype
 from .ops.rows import selected_dim, take_rows
 from .ops.selection import strided
 from .ops.shared_columns import SharedColumns
+from .ops.tapped_linear import tapped_linear
 from .part import Part, SliceState, local_part
 from .released import Released
 
+# Of which `linear` knows all that happens to them; fake ones are an estimator's.
+_PLAIN = frozenset({Tensor, nn.Parameter, FrozenWeight, FakeTensor})
 _LIVING: weakref.WeakSet[Slice] = weakref.WeakSet()
 _made = 0
 
@@ -47,7 +54,7 @@ def living_slices() -> Iterator[Slice]:
     return iter(list(_LIVING))
 
 
-class Slice(Doors, Released, nn.Module):
+class Slice(Released, Doors):
     """The trained rows or columns of one weight; a child ``<parameter>_slice`` of the module that holds the weight.
 
     Args:
@@ -75,17 +82,21 @@ class Slice(Doors, Released, nn.Module):
         drift: what it knows of the last moment when it and its weight held the same values.
         low: int16, shaped like the slice; of a released one the bits that the weight does not hold, None for zeros.
         wide: float32, its values while it is held, where ``active`` has another dtype or keeps low bits; else None.
+        changes: what was written into the weight, while somebody keeps track of it (`grass_hf.WeightDelta`).
         norms: the leaf (..., size) that collects squared norms while an observation is due, else None.
         dim: -2 or -1, the dimension of weight and slice along which rows (columns) are selected.
         before: what the weight was before, `surgery.Before`.
         rank_part: says what this rank has of the weight and the slice; `part.local_part`, or an engine's own.
     """
 
+    owner: nn.Module
+    before: Any
     index: Tensor
     rho: Tensor | None
     write: Tensor | None
 
     # what moves values
+    changes: Changes | None = None
     write_back = exchange.write_back
     settle_decay = exchange.settle_decay
     load_selection, current_selection = exchange.load_selection, exchange.current_selection
@@ -157,7 +168,8 @@ class Slice(Doors, Released, nn.Module):
         if self.norms is not None:
             # as gradients are: a copy has none yet
             self.norms = torch.zeros_like(self.norms, requires_grad=True)
-            self.active.grass_keeps_grad = self.rank_part is local_part
+            active: Any = self.active
+            active.grass_keeps_grad = self.rank_part is local_part
         self._register()
 
     def _register(self) -> None:
@@ -170,6 +182,31 @@ class Slice(Doors, Released, nn.Module):
         """The full weight, (..., m, n) or as it is stored."""
         return getattr(self.owner, self.parameter)
 
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor | None:
+        """`ops.tapped_linear.tapped_linear` of this weight, or None where product and tap cannot be one.
+
+        They are in training forward passes that nothing observes, of plain tensors.
+        """
+        active: Any = self._parameters["active"]
+        if (
+            self.norms is not None
+            or type(weight) not in _PLAIN
+            or type(x) not in _PLAIN
+            or type(active) not in _PLAIN
+            or not torch.is_grad_enabled()
+            or self.rank_part is not local_part
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        refuse_transforms()
+        drift.check_plain_pass(self, active, weight)
+        if nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+            sharding.refuse_join()
+        # of a weight that is an embedding's too, `side` is what the embedding calls it
+        buffers: dict[str, Any] = self._buffers
+        side = "output" if self.dim == -2 else "input"
+        return tapped_linear(x, weight, bias, active, buffers["index"], buffers["rho"], self.columns, side=side)
+
     def tap(self, y: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         """`ops.tap.tap` for a product ``y`` of this weight, which this use of it may see transposed."""
         if not torch.is_grad_enabled():
@@ -177,7 +214,8 @@ class Slice(Doors, Released, nn.Module):
             return y
         extras, index = self._extras(), self.index
         side = "output" if self.dim == selected_dim("output", transposed) else "input"
-        if self.columns is not None and self.norms is None and not torch.compiler.is_compiling():
+        gathers = side == "input" and self.norms is None and not torch.compiler.is_compiling()
+        if gathers and self.columns is not None:
             extras["columns"] = self.columns.gather(x, index, y.dtype)
         return tap.tap(y, x, self.active, index, side=side, transposed=transposed, **extras)
 
@@ -192,7 +230,7 @@ class Slice(Doors, Released, nn.Module):
         """`ops.grouped_linear.grouped_linear` with this weight of experts."""
         extras = self._extras()
         extras.pop("by_sequence")  # tokens come sorted by expert, their sequences are not known any more
-        placed = {"side": self.side, "transposed": self.transposed}
+        placed: dict[str, Any] = {"side": self.side, "transposed": self.transposed}
         return grouped_linear(x, self.weight, tokens, self.active, self.index, **placed, **extras)
 
     def matrices(self, layout: Layout) -> Matrices:
@@ -201,7 +239,7 @@ class Slice(Doors, Released, nn.Module):
         extras.pop("by_sequence")  # which tokens an expert sees says nothing about their sequences
         return Matrices(self.active, self.index, dim=self.dim, layout=layout, **extras)
 
-    def _extras(self) -> dict[str, Tensor | bool | None]:
+    def _extras(self) -> dict[str, Any]:
         if not torch.compiler.is_compiling():
             refuse_transforms()
             look = drift.check_pass if torch.is_grad_enabled() else check_after_evaluation
@@ -214,7 +252,8 @@ class Slice(Doors, Released, nn.Module):
     def observe(self) -> None:
         """Collect squared gradient norms during the coming backward passes, until `end_observation`."""
         # Engines that shard put other parameters in its place, or take gradients away after every backward.
-        self.active.grass_keeps_grad = self.rank_part is local_part and not sharding.is_sharded(self.active)
+        active: Any = self.active
+        active.grass_keeps_grad = self.rank_part is local_part and not sharding.is_sharded(self.active)
         dtype = accumulation_dtype(self.weight.dtype)
         shape = (*self.index.shape[:-1], self.state.size)
         self.norms = torch.zeros(shape, dtype=dtype, device=self.index.device, requires_grad=True)
@@ -222,6 +261,7 @@ class Slice(Doors, Released, nn.Module):
     def end_observation(self) -> Tensor:
         """Stop observing; the squared norms (..., size), zero if no backward reached the layer."""
         norms, self.norms = self.norms, None
+        assert norms is not None  # `observe` was called
         return torch.zeros_like(norms) if norms.grad is None else norms.grad
 
     def drop_stale_norms(self) -> None:
@@ -237,7 +277,7 @@ class Slice(Doors, Released, nn.Module):
         if norms is None or norms.device == (device := self.index.device):
             return
         self.observe()
-        if norms.grad is not None and not norms.is_meta:
+        if self.norms is not None and norms.grad is not None and not norms.is_meta:
             self.norms.grad = norms.grad.to(device)
 
     def extra_repr(self) -> str:

@@ -28,7 +28,7 @@ def test_it_finds_a_gradient_that_is_a_little_off(monkeypatch):
 
 def test_it_finds_norms_of_something_else(monkeypatch):
     norms = row_norms.squared_norms
-    monkeypatch.setattr(row_norms, "squared_norms", lambda a, b: norms(a, b) * 1.01)
+    monkeypatch.setattr(tap, "squared_norms", lambda a, b: norms(a, b) * 1.01)
     assert any("squared norms of" in sentence for sentence in check(case(LLAMA)).wrong)
 
 

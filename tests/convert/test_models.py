@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matrix_cases
 import matrix_checks
+import matrix_tools
 import pytest
 import torch
 import transformers
@@ -78,7 +79,7 @@ def test_equals_the_plain_model(name):
     # hyper-connections, positions and convolutions stay in full, and are small in a model that is not tiny
     assert max(found.coverage, found.full_size or 0) > 0.95 or OLD or name.split(":")[0] in ("wav2vec2-bert", "yolos")
     if transformers.__version__ == constrained("transformers"):
-        assert support_page.row_text(matrix_checks.as_json(found)) in DOCS.read_text(), "run make support-table"
+        assert support_page.row_text(matrix_tools.as_json(found)) in DOCS.read_text(), "run make support-table"
 
 
 @pytest.mark.slow

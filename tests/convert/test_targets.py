@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModel, BertConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, T5Config
 
 from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer, restore_model
-from grass_hf.config.presets import config_and_base
+from grass_hf.config.optim_args import config_and_base
 from grass_hf.convert.conversion import grass_slices, is_converted
 from grass_hf.convert.targets import plan
 from grass_hf.integrations.start_table import start_report

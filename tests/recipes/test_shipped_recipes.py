@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import recipe_files as files
+import recipe_tokenizers as tokenizers
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -90,7 +91,7 @@ def test_the_rank_fits_the_model_of_the_recipe(path):
     blocks = 8 if "fsdp2_8gpu" in path.read_text(encoding="utf-8") else 1
     config = dataclasses.replace(GrassConfig.from_dict(said["grass"]), row_blocks=blocks)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / said["model"]["config_name"]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(shipped_config(said["model"])))
     found = plan(model, config)
     layers = model.config.num_hidden_layers
     assert len(found.targets) == 7 * layers and not found.left_out
@@ -99,35 +100,61 @@ def test_the_rank_fits_the_model_of_the_recipe(path):
         assert config.rank in (model.config.hidden_size // 4, model.config.hidden_size // 3, 512)  # as published
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    files.tokenizer().save_pretrained(folder)
-    return folder
+QWEN = ("<|im_start|>", "<think>", "</think>", "<tool_call>")
+# What a model's tokenizer is like, with the chat template that TRL ships for it; the others have none of their own.
+KINDS = {
+    "meta-llama/Llama-2-7b-hf": tokenizers.sentencepiece,
+    "mistralai/Mistral-7B-v0.1": tokenizers.sentencepiece,
+    "mistralai/Mixtral-8x7B-v0.1": tokenizers.sentencepiece,
+    "Qwen/Qwen3-0.6B": lambda: tokenizers.byte_level(QWEN, "<|im_end|>", tokenizers.template("qwen3")),
+    "Qwen/Qwen3-8B": lambda: tokenizers.byte_level(QWEN, "<|im_end|>", tokenizers.template("qwen3")),
+    "smollm2-135m-instruct": lambda: tokenizers.byte_level(("<|im_start|>",), "<|im_end|>", tokenizers.CHATML),
+    "minilm-l6": tokenizers.word_pieces,
+}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_a_recipe_trains_as_it_says(path, tmp_path, tokenizer, monkeypatch):
+def test_a_recipe_trains_as_it_says(path, tmp_path, monkeypatch):
     said = yaml.safe_load(path.read_text(encoding="utf-8"))
     kind = model_type(said["model"])
-    flags = {**STEPS, "output_dir": tmp_path / "out", **model(said, kind, tmp_path, tokenizer), **data(said, tmp_path)}
+    flags = {**STEPS, "output_dir": tmp_path / "out", **model(said, kind, tmp_path), **data(said, tmp_path)}
     recipe = load_recipe(path, [word for key, value in flags.items() for word in (f"--{key}", str(value))])
     for name, value in said["training"].items():
         if name not in flags and isinstance(value, (bool, int, float)):
             assert getattr(recipe.training, name) == value
-    built = []
-    build = runner.build_trainer
+    if said["task"] == "grpo":  # a random model solves no problem: something must tell its replies apart
+        monkeypatch.syspath_prepend(path.parent)
+        monkeypatch.setattr("gsm8k_rewards.has_result", letters)
+    built, shown = [], []
+    build, describe = runner.build_trainer, runner.preview.describe
     monkeypatch.setattr(runner, "build_trainer", lambda *args: built.append(converted(build(*args))) or built[0][0])
+    monkeypatch.setattr(runner.preview, "describe", lambda *args: shown.append(describe(*args)) or shown[0])
     results = runner.train(recipe)
     trainer, config, ranks = built[0]
     assert trainer.model.config.model_type == kind
     assert config == GrassConfig.from_dict(said["grass"])
     assert ranks and all(rank == config.rank_for(size) for size, rank in ranks)
     assert results["steps"] == 2
+    if "Qwen" in recipe.path.read_text() and said["task"] != "pretraining":  # in Qwen's own template
+        assert "<|im_start|>user\n" in shown[0][-1] and "<|im_start|>assistant\n" in shown[0][-1]
     history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     assert len(history) == 2 and all(0 < entry["grass/coverage"] <= 1 for entry in history)
     assert all(torch.isfinite(torch.tensor(entry["loss"])) and entry["grad_norm"] > 0 for entry in history)
     assert AutoConfig.from_pretrained(tmp_path / "out").model_type == kind
+
+
+def letters(completions, **columns):
+    return [float(len(set(said[-1]["content"]))) for said in completions]
+
+
+def test_the_rewards_of_gsm8k(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "grpo")
+    import gsm8k_rewards
+
+    said = [[{"role": "assistant", "content": "So\n#### 1,072"}], "#### 1072.0 ", "1072", "#### $7 then #### 8"]
+    answers = ["It is\n#### 1072", "#### 1072", "#### 1072", "#### 7"]
+    assert gsm8k_rewards.correct(said, answer=answers, prompts=said) == [1, 1, 0, 0]
+    assert gsm8k_rewards.has_result(said, answer=answers) == [1, 1, 0, 1]
 
 
 def converted(trainer):
@@ -136,14 +163,21 @@ def converted(trainer):
     return trainer, trainer.model.grass.config, [(part.state.size, part.state.rank) for part in slices]
 
 
+def shipped_config(said: dict) -> Path:
+    return ROOT / "configs" / f"{said['config_name']}.json"
+
+
 def model_type(said: dict) -> str:
     if "config_name" in said:
-        return json.loads((ROOT / said["config_name"]).read_text())["model_type"]
+        return json.loads(shipped_config(said).read_text())["model_type"]
     return TYPES[said["model_name_or_path"]]
 
 
-def model(said: dict, kind: str, folder: Path, tokenizer: Path) -> dict:
-    """Flags that put a tiny model in place of the recipe's."""
+def model(said: dict, kind: str, folder: Path) -> dict:
+    """Flags that put a tiny model in place of the recipe's, with a tokenizer of the same kind."""
+    tokenizer = folder / "tokenizer"
+    made = KINDS.get(said["model"].get("model_name_or_path"), tokenizers.byte_level)()
+    made.save_pretrained(tokenizer)
     width = -(-(said["grass"].get("rank", 51) * 5 // 4) // 64) * 64
     shape = {
         "hidden_size": width,
@@ -151,7 +185,7 @@ def model(said: dict, kind: str, folder: Path, tokenizer: Path) -> dict:
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "max_position_embeddings": 256,
-        "vocab_size": 320,
+        "vocab_size": len(made),
         **({"n_embd": width} if kind == "gpt2" else {}),
         **({"ffn_dim": width, "word_embed_proj_dim": width} if kind == "opt" else {}),
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
@@ -161,7 +195,8 @@ def model(said: dict, kind: str, folder: Path, tokenizer: Path) -> dict:
         (folder / "model.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")
         return {"config_name": folder / "model.json", "tokenizer_name": tokenizer}
     torch.manual_seed(0)
-    auto = AutoModelForSequenceClassification if said["task"] == "classification" else AutoModelForCausalLM
+    labelled = said["task"] == "classification"  # a reward model begins as a language model
+    auto = AutoModelForSequenceClassification if labelled else AutoModelForCausalLM
     auto.from_config(config).save_pretrained(folder / "model")
     return {"model_name_or_path": folder / "model", "tokenizer_name": tokenizer}
 
@@ -175,9 +210,15 @@ def data(said: dict, folder: Path) -> dict:
         rows = [{"text": " ".join(files.sentences()[n : n + 9])} for n in range(30)]
     elif said["task"] == "classification":
         rows = [{"sentence": text, "label": "warm" if "red" in text else "cold"} for text in files.sentences(60)]
-    elif said["task"] == "dpo":
-        rows = files.pairs(30)
+    elif said["task"] in ("dpo", "reward", "kto"):
+        rows = [{k: turns(k, v) for k, v in row.items()} for row in files.pairs(30)]
+        if said["task"] == "kto":
+            rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": n % 2 == 0} for n, r in enumerate(rows)]
         replaced["sequence_length"] = 96
+    elif said["task"] == "grpo":
+        rows = [{"question": f"How much is {n} + 1?", "answer": f"It is\n#### {n + 1}"} for n in range(30)]
+        replaced |= {"columns": "prompt=question", "sequence_length": 250}
+        replaced |= {"max_completion_length": 8, "num_generations": 2}
     elif given.get("layout") == "alpaca":
         rows = [{"instruction": f"Colour of {n}?", "output": text} for n, text in enumerate(files.sentences(30))]
         replaced["sequence_length"] = 96
@@ -186,3 +227,7 @@ def data(said: dict, folder: Path) -> dict:
         replaced["sequence_length"] = 96
     files.write_lines(folder / "rows.jsonl", rows)
     return replaced
+
+
+def turns(name: str, text: str) -> list[dict]:
+    return [{"role": "user" if name == "prompt" else "assistant", "content": text}]

@@ -17,8 +17,6 @@ import random
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import matrix_cases
@@ -26,13 +24,24 @@ import numpy as np
 import tiny_inputs
 import torch
 from matrix_cases import Case
-from safetensors import safe_open
+from matrix_tools import (
+    Found,
+    NotBuilt,
+    contents,
+    counted,
+    fixed_function,
+    mask,
+    parameter,
+    plain_parameters,
+    short,
+    tensors,
+)
 from torch import Tensor, nn
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.convert.conversion import grass_slices
 from grass_hf.convert.modules import kind_of
-from grass_hf.convert.patterns import Use, uses
+from grass_hf.convert.patterns import uses
 from grass_hf.integrations.start_table import pattern_of, start_report
 from grass_hf.slices.ops.rows import take_rows
 
@@ -41,46 +50,6 @@ RATE = 1e-2
 ENOUGH = 0.95
 # Largest model that is worth its time; the rules of tiny_configs.py missed a width of a larger one.
 MOST_PARAMETERS = 5_000_000
-
-
-@dataclass
-class Found:
-    """What came of one case.
-
-    Attributes:
-        name, kind, cls, model_type: the case.
-        status: "ok", "wrong", or "not built".
-        dtype: "float64" or "float32".
-        inputs: what it was tried on.
-        targets: number of compressed weights by kind.
-        coverage: share of the trained parameters in matrices (two dimensions or more) that is compressed.
-        full_size: the same for the configuration class's default sizes, where the tiny model's is low.
-        left_out: share by reason, of what is not.
-        idle: weights that get no gradient in plain training on these inputs either.
-        wrong: what does not hold.
-        why: reason of what was not built.
-        seconds: it took.
-    """
-
-    name: str
-    kind: str
-    cls: str
-    model_type: str
-    status: str = "not built"
-    dtype: str = "float64"
-    inputs: str = ""
-    targets: dict[str, int] = field(default_factory=dict)
-    coverage: float = 0.0
-    full_size: float | None = None
-    left_out: dict[str, float] = field(default_factory=dict)
-    idle: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    why: str = ""
-    seconds: float = 0.0
-
-
-class NotBuilt(Exception):
-    """A case cannot be tried; says why."""
 
 
 def check(case: Case) -> Found:
@@ -106,10 +75,6 @@ def check(case: Case) -> Found:
     return found
 
 
-def as_json(found: Found) -> dict:
-    return asdict(found)
-
-
 class Trial:
     """A plain model, inputs that it takes, and what one plain step makes of it."""
 
@@ -121,14 +86,14 @@ class Trial:
         try:
             self.plain = matrix_cases.build(case).train()
         except Exception as error:
-            raise NotBuilt(_short(error)) from error
+            raise NotBuilt(short(error)) from error
         count = sum(p.numel() for p in self.plain.parameters())
         if count > MOST_PARAMETERS:
             raise NotBuilt(f"its smallest configuration that we know has {count:,} parameters")
         self._find_inputs(case)
         self._reference()
         self.idle = [
-            use.name for use in uses(self.plain) if use.weight.requires_grad and self.grads.get(_parameter(use)) is None
+            use.name for use in uses(self.plain) if use.weight.requires_grad and self.grads.get(parameter(use)) is None
         ]
 
     def _find_inputs(self, case: Case) -> None:
@@ -142,13 +107,13 @@ class Trial:
                 # a copy runs, for models that keep something of what they saw
                 model = copy.deepcopy(self.plain)
                 try:
-                    with _counted(model) as self.calls:
+                    with counted(model) as self.calls:
                         self.loss(model).backward()
                     if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
                         raise NotBuilt("the plain model's gradients are not finite")
                     return
                 except Exception as error:
-                    errors.append(_short(error))
+                    errors.append(short(error))
         raise NotBuilt(errors[0] if errors else "no inputs of its kind")
 
     def _reference(self) -> None:
@@ -158,7 +123,7 @@ class Trial:
             try:
                 first, second = self._gradients(), self._gradients()
             except Exception as error:
-                raise NotBuilt(_short(error)) from error
+                raise NotBuilt(short(error)) from error
             agree = all(g is None or torch.equal(g, second[name]) for name, g in first.items())
             if agree:
                 break
@@ -184,7 +149,7 @@ class Trial:
         loss = out.get("loss") if hasattr(out, "get") else None
         if loss is not None and loss.requires_grad:
             return loss.sum()
-        parts = [_fixed_function(t) for t in _tensors(out) if t.is_floating_point() and t.requires_grad]
+        parts = [fixed_function(t) for t in tensors(out) if t.is_floating_point() and t.requires_grad]
         if not parts:
             raise NotBuilt("nothing that it returns has a gradient")
         return sum(parts)
@@ -322,31 +287,31 @@ class Trial:
             steps.zero_grad()
         full, dims = dict(theirs.named_parameters()), {id(p.weight): p.dim for p in grass_slices(ours)}
         moved = False
-        for name, param in _plain_parameters(ours):
+        for name, param in plain_parameters(ours):
             expected = full[name].detach()
             if id(param) in dims:  # slices of weights that the model reads itself are gone by now
-                mask = _mask(param, selected[id(param)], dims[id(param)])
-                expected = torch.where(mask, expected, start[name])
+                inside = mask(param, selected[id(param)], dims[id(param)])
+                expected = torch.where(inside, expected, start[name])
             moved |= not torch.equal(param, start[name])
             if not (param - expected).abs().max().item() <= self.tolerance:
                 wrong.append(f"a step at density 1/4 does not move {name} as the plain step moves the same rows")
-            elif id(param) in dims and not torch.equal(param[~mask], start[name][~mask]):
+            elif id(param) in dims and not torch.equal(param[~inside], start[name][~inside]):
                 wrong.append(f"a step at density 1/4 moves {name} outside of its slice")
         if not moved:
             wrong.append("nothing moved")
         return wrong + self._second_step(ours, optimizer) + self._files(ours, theirs)
 
     def _second_step(self, ours: nn.Module, optimizer) -> list[str]:
-        before = {name: p.detach().clone() for name, p in _plain_parameters(ours)}
+        before = {name: p.detach().clone() for name, p in plain_parameters(ours)}
         selected = {id(part.weight): (part.index.clone(), part.dim) for part in grass_slices(ours)}
         self.loss(ours).backward()
         optimizer.step()
         optimizer.zero_grad()
         wrong = []
-        for name, param in _plain_parameters(ours):
+        for name, param in plain_parameters(ours):
             if id(param) in selected:
-                mask = _mask(param, *selected[id(param)])
-                if not torch.equal(param[~mask], before[name][~mask]):
+                inside = mask(param, *selected[id(param)])
+                if not torch.equal(param[~inside], before[name][~inside]):
                     wrong.append(f"the second step at density 1/4 moves {name} outside of its slice")
         return wrong
 
@@ -358,7 +323,7 @@ class Trial:
                     # a tiny model's special tokens are not its defaults', and saving checks them
                     model.generation_config = type(model.generation_config)()
                 model.save_pretrained(place)
-            expected, got = _contents(theirs), _contents(mine)
+            expected, got = contents(theirs), contents(mine)
             if expected != got:
                 odd = sorted({*expected.items()} ^ {*got.items()})
                 return [f"the checkpoint differs from the plain one in {odd[:4]}"]
@@ -373,64 +338,3 @@ class Trial:
         loaded = type(model).from_pretrained(folder, dtype=self.dtype).state_dict()
         values = model.state_dict()
         return [k for k, v in values.items() if k not in loaded or not torch.equal(v.to(loaded[k].dtype), loaded[k])]
-
-
-@contextmanager
-def _counted(model: nn.Module):
-    """How often each module is called, by name."""
-    calls: Counter = Counter()
-    hooks = [
-        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-        for name, module in model.named_modules()
-    ]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _contents(folder: Path) -> dict[str, tuple]:
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
-                found[key] = (tuple(part.get_shape()), part.get_dtype())
-    return found
-
-
-def _plain_parameters(model: nn.Module):
-    slices = {id(part.active) for part in grass_slices(model)}
-    return [(name, p) for name, p in model.named_parameters() if id(p) not in slices]
-
-
-def _mask(param: Tensor, index: Tensor, dim: int) -> Tensor:
-    chosen = torch.zeros(*param.shape[:-2], param.shape[dim], dtype=torch.bool).scatter_(-1, index, True)
-    return chosen.unsqueeze(-1 if dim == -2 else -2).expand(param.shape)
-
-
-def _fixed_function(values: Tensor) -> Tensor:
-    values = values.reshape(-1)
-    values = values[values.detach().isfinite()]
-    return (values * torch.arange(values.numel(), dtype=values.dtype).cos()).sum() / max(values.numel(), 1) ** 0.5
-
-
-def _tensors(out: object) -> list[Tensor]:
-    if isinstance(out, Tensor):
-        return [out]
-    if isinstance(out, dict):
-        return [t for key, value in out.items() if "key_values" not in key for t in _tensors(value)]
-    if isinstance(out, list | tuple):
-        return [t for value in out for t in _tensors(value)]
-    return []
-
-
-def _parameter(use: Use) -> str:
-    return use.name if use.parameter != "weight" else f"{use.name}.weight"
-
-
-def _short(error: Exception) -> str:
-    if isinstance(error, NotBuilt):
-        return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

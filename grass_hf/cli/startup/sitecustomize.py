@@ -23,6 +23,7 @@ def register(package):
     spec = util.spec_from_file_location(
         "grass_hf", os.path.join(package, "__init__.py"), submodule_search_locations=[package]
     )
+    assert spec is not None and spec.loader is not None  # the file's name ends in .py
     module = util.module_from_spec(spec)
     sys.modules["grass_hf"] = module
     try:
@@ -34,7 +35,7 @@ def register(package):
 
 def is_our_environment():
     """Whether this Python is the one that `grass-hf run` was called with."""
-    prefix = os.environ.get(VARIABLE)
+    prefix = os.environ.get(VARIABLE, "")
     return bool(prefix) and sys.version_info >= (3, 10) and os.path.realpath(prefix) == os.path.realpath(sys.prefix)
 
 
@@ -43,7 +44,7 @@ def call_next(here):
     sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder or os.curdir) != here]
     own = sys.modules.pop("sitecustomize", None)
     try:
-        import sitecustomize  # noqa: F401
+        import sitecustomize  # type: ignore[import-not-found]  # noqa: F401 - there may be none
     except ImportError:
         if sys.modules.get("sitecustomize") is None and own is not None:
             sys.modules["sitecustomize"] = own

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...slices.slice import Slice
 from ..modules import GrassModule
+from ..record import conversion_of
 from ..surgery import all_or_nothing, detach_slice
 from .exclusion import summary
 
@@ -42,7 +43,7 @@ def free(model: nn.Module, slices: Iterable[Slice], reason: str = READ) -> list[
                     detach_slice(module, part, undo)
             part.weight.requires_grad_(True)
             pairs.append((part.active, part.weight))
-    model.grass.left_out.update((part.state.name, reason) for part in gone)
+    conversion_of(model).left_out.update((part.state.name, reason) for part in gone)
     _hand_on_leadership(model, {part.state.name for part in gone})
     return pairs
 
@@ -50,7 +51,7 @@ def free(model: nn.Module, slices: Iterable[Slice], reason: str = READ) -> list[
 def freed(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that were freed because their model reads them without calling their modules, by name."""
     weights = dict(model.named_parameters(remove_duplicate=False))
-    names = sorted(name for name, reason in model.grass.left_out.items() if reason == READ)
+    names = sorted(name for name, reason in conversion_of(model).left_out.items() if reason == READ)
     return {name: weights[name if name in weights else f"{name}.weight"] for name in names}
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ...slices.ops.sharding import is_partitioned, is_sharded, world_size
 from ...slices.slice import Slice
 from ..modules import GrassModule
 from ..patterns import uses
+from ..record import conversion_of
 from .exclusion import exclusion, summary
 from .freeing import free, say
 from .rerun import NotPlainError
@@ -168,8 +170,9 @@ def _mend(model: nn.Module, audit: Audit, args: tuple, kwargs: dict[str, Any], o
     slices = [part for part in _slices(model) if part in audit.found and not (refused and part.vocabulary)]
     if not slices:
         return output
-    link = model.grass.driver and model.grass.driver()
-    driver = link and link.optimizer.grass
+    conversion = conversion_of(model)
+    link = None if conversion.driver is None else conversion.driver()
+    driver = None if link is None else link.optimizer.grass
     try:
         _check_alone(model, slices)
         if driver is not None:
@@ -206,7 +209,7 @@ def read_behind(model: nn.Module, slices: list[Slice], why: str) -> RuntimeError
         f"the model reads {len(names)} weight(s) without calling the module that has them, so their slices would be "
         f"trained by a part of their gradient, or not at all: {summary(names)}. They cannot be trained in full from "
         f"here on ({why}), and training stopped before any weight was changed. Train just these in full with "
-        f"{exclusion(names, others, model.grass.config)}."
+        f"{exclusion(names, others, conversion_of(model).config)}."
     )
 
 
@@ -222,7 +225,8 @@ def _root(module: nn.Module) -> nn.Module | None:
 
 def _is_called(module: nn.Module) -> bool:
     """Whether its forward runs, around the call that is about to begin."""
-    frame, calls = sys._getframe(2), 0
+    calls = 0
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code is _CALL:
             calls += 1

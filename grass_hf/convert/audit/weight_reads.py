@@ -17,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from ...slices.slice import Slice
 from ..modules import GrassModule
 from .rerun import Rerun
 
-_APPLY = Function.apply.__func__.__code__
+_APPLY = cast(Any, Function.apply).__func__.__code__
 
 
 class Audit(TorchDispatchMode):
@@ -109,7 +110,8 @@ class Audit(TorchDispatchMode):
 
     def _caller(self, users: set[int]) -> tuple[bool, bool]:
         """Whether one of these modules makes its tapped product, and whether an autograd function runs."""
-        in_function, frame = False, sys._getframe(3)
+        in_function = False
+        frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code
             if code is _APPLY:
@@ -132,7 +134,7 @@ def _tapped() -> set[Any]:
     return found
 
 
-def _plain(tensor: Tensor) -> list[Tensor]:
+def _plain(tensor: Any) -> list[Tensor]:
     """The tensors that hold the memory of one."""
     if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
@@ -152,7 +154,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     return a < d and c < b
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def _span(tensor: Any) -> tuple[int, int]:
     """First and last (exclusive) byte of a tensor in its memory."""
     if not tensor.numel():
         return 0, 0

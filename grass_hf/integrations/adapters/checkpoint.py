@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,8 @@ from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What a training run leaves beside the weights.
+_OF_A_RUN = ("training_args.bin", "trainer_state.json", "training.jsonl")
 # Elements that are compared at a time: temporaries stay near 100 MB whatever the size of a tensor.
 _BLOCK = 2**22
 
@@ -38,7 +41,7 @@ class Checkpoint:
     def __init__(self, folder: str | os.PathLike, role: str):
         self.folder, self.role = Path(folder), role
         self.files = self._files()
-        self._homes = {}
+        self._homes: dict[str, Any] = {}
         for path in self.files:
             try:
                 opened = safe_open(path, framework="pt")
@@ -94,6 +97,20 @@ class Checkpoint:
                 "which writes safetensors."
             )
         raise ValueError(f"{role}={folder} has neither {WEIGHTS} nor {INDEX}: give a checkpoint of save_pretrained.")
+
+
+def check_order(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Refuse folders that look swapped: the base is what a run has written, and the tuned one is not.
+
+    Raises:
+        ValueError: it is so.
+    """
+    left = [name for name in _OF_A_RUN if (base.folder / name).is_file()]
+    if left and not any((tuned.folder / name).is_file() for name in _OF_A_RUN):
+        raise ValueError(
+            f"BASE={base.folder} holds files of a training run ({', '.join(left)}), TUNED={tuned.folder} none: "
+            "they look swapped: give the base first, or, if they are right, take those files out of BASE."
+        )
 
 
 @dataclass(frozen=True)

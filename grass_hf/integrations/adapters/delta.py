@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import Checkpoint, appearing, as_matrices, pair, touched
+from .checkpoint import Checkpoint, appearing, as_matrices, check_order, pair, touched
 from .stored import Entry, bits, digest, read_header, write, write_entries
 
 _FORMAT = "grass-hf delta 1"
@@ -70,6 +70,7 @@ def save(
         ValueError: a folder is no checkpoint, they are of different models, or `output` exists.
     """
     sides = {"base": Checkpoint(base, "BASE"), "tuned": Checkpoint(tuned, "TUNED")}
+    check_order(**sides)
     with appearing(output, overwrite=overwrite, inputs=[Path(base), Path(tuned)]) as path:
         manifest: dict[str, Any] = {"pairs": []} | {side: {} for side in SIDES}
         entries: dict[str, Entry] = {}
@@ -159,7 +160,7 @@ def _compare(sides: dict[str, Checkpoint], names: dict[str, str], key: str, entr
     index = {axis: lines.flatten().nonzero().squeeze(1).int() for axis, lines in (("rows", rows), ("columns", columns))}
     size = {"rows": n, "columns": m}
     nbytes = {axis: len(kept) * (size[axis] * old.element_size() + 4) for axis, kept in index.items()}
-    axis = min(nbytes, key=nbytes.get)
+    axis = min(nbytes, key=lambda axis: nbytes[axis])
     if nbytes[axis] >= old.nbytes:
         axis, shape = "all", tuple(old.shape)
     else:

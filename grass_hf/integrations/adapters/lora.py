@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .checkpoint import Checkpoint, appearing, pair
+from .checkpoint import Checkpoint, appearing, check_order, pair
 from .difference import wide
 from .factor import factor
 from .named import NamedWeights
@@ -88,6 +88,7 @@ def export_adapter(
     if rank < 1:
         raise ValueError(f"rank={rank} is not a positive rank: give 1 or more, 64 say.")
     old, new = Checkpoint(base, "BASE"), Checkpoint(tuned, "TUNED")
+    check_order(old, new)
     with appearing(output, overwrite=overwrite, inputs=[old.folder, new.folder]) as folder:
         pair(old, new)  # refuses checkpoints of different models
         model = skeleton(new)
@@ -95,9 +96,11 @@ def export_adapter(
         files, result = AdapterFiles(rank), Exported()
         for name in after.names:
             progress(name)
+            value = after.get(name)
+            assert value is not None  # it is one of its names
             place = known.get(name, Place(reason="the model has no parameter of that name"))
             contents = partial(_contents, model, after=after, known=known)
-            _add(name, place, before.get(name), after.get(name), contents, files, result)
+            _add(name, place, before.get(name), value, contents, files, result)
         if files.empty:
             raise ValueError(
                 f"no matrix differs between BASE={base} and TUNED={tuned} where LoRA could hold it: there is nothing "
@@ -118,10 +121,11 @@ def _add(
     result: Exported,
 ) -> None:
     """Take in one weight; base is None if base lacks it, and `contents` gives what to store of a whole module."""
-    alike = base is not None and base.shape == tuned.shape
-    if alike and torch.equal(wide(base), wide(tuned)):
+    before = base if base is not None and base.shape == tuned.shape else None
+    if before is not None and torch.equal(wide(before), wide(tuned)):
         return
-    difference = wide(tuned) - wide(base) if alike else wide(tuned)
+    alike = before is not None
+    difference = wide(tuned) if before is None else wide(tuned) - wide(before)
     change = torch.linalg.vector_norm(difference).item()
     rank, error, reason = None, 0.0, place.reason
     if place.kind == "product" and alike:
@@ -132,7 +136,8 @@ def _add(
     elif place.kind == "experts" and alike:
         each = [factor(matrix, files.rank) for matrix in difference]
         rank, error = max(found.rank for found in each), math.sqrt(math.fsum(found.error**2 for found in each))
-        files.add_experts(name, *place.products.values(), each)
+        (kind,) = place.products.values()
+        files.add_experts(name, kind, each)
     elif place.kind == "bias":
         reason = ""
         for module in place.modules:

@@ -59,16 +59,20 @@ def _converted(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Call
     def convert(name: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         entry = copy.deepcopy(by_pattern[joined[name][0][1]])
         for stored, pattern in joined[name]:
-            entry.add_tensor(name, stored, pattern, partial(read, stored))
+            later = partial(read, stored)
+            entry.add_tensor(name, stored, pattern, later)  # type: ignore[arg-type]  # it may be any callable
         made = entry.convert(name, model=model, config=model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def shape_of(stored: str) -> Tensor:
         return torch.empty(checkpoint.shape(stored), device="meta")
 
+    def converted(name: str, target: str) -> Tensor:
+        return convert(name, checkpoint.tensor)[target]
+
     for name in joined:
         for target in convert(name, shape_of):  # one stored tensor may become several
-            makers[target] = lambda name=name, target=target: convert(name, checkpoint.tensor)[target]
+            makers[target] = partial(converted, name, target)
     return makers
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -91,6 +92,7 @@ class AdapterFiles:
         from peft import LoraConfig
 
         odd = {name: rank for name, rank in self.ranks.items() if rank != self.rank}
+        experts: dict[str, Any] = {"target_parameters": sorted(self.experts)} if self.experts else {}
         return LoraConfig(
             base_model_name_or_path=str(base),
             task_type=_task(model),
@@ -100,7 +102,7 @@ class AdapterFiles:
             alpha_pattern=dict(odd),
             lora_dropout=0.0,
             target_modules=sorted(set(self.ranks) - set(self.experts)),
-            **({"target_parameters": sorted(self.experts)} if self.experts else {}),
+            **experts,
             modules_to_save=sorted(self.whole) or None,
             bias="all" if biases else "none",
             fan_in_fan_out=self.transposed,
@@ -137,10 +139,10 @@ def _check_loads(model: PreTrainedModel, folder: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are for people who train
-        shell = PeftModel(model, PeftConfig.from_pretrained(folder), low_cpu_mem_usage=True)
+        shell = PeftModel(model, PeftConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
         weights = load_peft_weights(str(folder), device="cpu")
         try:
-            loaded = set_peft_model_state_dict(shell, weights, low_cpu_mem_usage=True)
+            loaded: Any = set_peft_model_state_dict(shell, weights, low_cpu_mem_usage=True)
             missing = [key for key in loaded.missing_keys if ".lora_" in key or ".modules_to_save.default." in key]
             unexpected = list(loaded.unexpected_keys)
         except KeyError as error:

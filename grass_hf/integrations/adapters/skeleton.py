@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ...convert.experts import is_experts
+from ...convert.kind import Kind
 from ...convert.modules import kind_of
 from .checkpoint import Checkpoint
 
@@ -78,9 +80,10 @@ def _place(uses: list[tuple[str, nn.Module, str, nn.Parameter]]) -> Place:
     place = Place(leaves=[f"{name}.{leaf}".lstrip(".") for name, _, leaf, _ in uses], modules=[use[0] for use in uses])
     kinds = {name: _product(module) for name, module, leaf, _ in uses}
     leaves = {leaf for _, _, leaf, _ in uses}
-    if leaves == {"weight"} and all(kinds.values()):
-        place.kind, place.products = "product", kinds
-    elif leaves == {"bias"} and all(kinds.values()):
+    products = {name: kind for name, kind in kinds.items() if kind}
+    if leaves == {"weight"} and products == kinds:
+        place.kind, place.products = "product", products
+    elif leaves == {"bias"} and products == kinds:
         place.kind = "bias"
     elif len(uses) == 1 and is_experts(uses[0][1]) and uses[0][3].dim() == 3 and _peft_knows_parameters():
         place.kind, place.products = "experts", {uses[0][0]: "Conv1D" if uses[0][1].is_transposed else "linear"}
@@ -103,14 +106,15 @@ def _product(module: nn.Module) -> str | None:
     if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
         # learned positions are computed from a mask (OPT); PEFT knows the constant of scaled embeddings (Gemma)
         return kind.name if hasattr(module, "embed_scale") else None
-    return kind.name if type(module).forward is kind.base.forward or _returns_product(module) else None
+    return kind.name if type(module).forward is kind.base.forward or _returns_product(module, kind) else None
 
 
-def _returns_product(module: nn.Module) -> bool:
+def _returns_product(module: nn.Module, kind: Kind) -> bool:
     """Whether a subclass gives one output per row of its weight, and nothing beside (Phi-MoE's router does)."""
-    inputs, outputs = module.weight.shape if kind_of(module).transposed else module.weight.shape[::-1]
+    weight: Any = module.weight
+    inputs, outputs = weight.shape if kind.transposed else weight.shape[::-1]
     try:
-        output = module(torch.empty(1, 2, inputs, device="meta", dtype=module.weight.dtype))
+        output = module(torch.empty(1, 2, inputs, device="meta", dtype=weight.dtype))
     except Exception:  # it wants something else than one input
         return False
     return isinstance(output, Tensor) and output.shape == (1, 2, outputs)

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,8 @@ def write_entries(path: Path, entries: dict[str, Entry], metadata: dict[str, str
     """Write a safetensors file of entries, one in memory at a time."""
     # wide dtypes first, so that every tensor starts at a multiple of its element size
     names = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
-    header, start = {"__metadata__": metadata}, 0
+    header: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
     for name in names:
         entry = entries[name]
         end = start + torch.Size(entry.shape).numel() * entry.dtype.itemsize
@@ -92,4 +94,5 @@ def write_entries(path: Path, entries: dict[str, Entry], metadata: dict[str, str
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(bits(tensor).reshape(-1).numpy()).cast("B") if tensor.numel() else memoryview(b"")
+    values: Any = bits(tensor).reshape(-1).numpy()  # a buffer, which numpy tells to Python from 3.12 on only
+    return memoryview(values).cast("B") if tensor.numel() else memoryview(b"")

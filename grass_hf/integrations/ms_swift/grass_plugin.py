@@ -11,7 +11,7 @@ from swift.optimizers import OptimizerCallback, optimizers_map
 import grass_hf
 
 from ..base import with_base
-from ..registration import NAME
+from ..optimizer_name import NAME
 
 
 class GrassOptimizerCallback(OptimizerCallback):

@@ -62,7 +62,7 @@ def measure(
         dtype: of the weights.
         batch, sequence: sequences of a rank's step, and their tokens.
     """
-    shape = {"model": model, "dtype": dtype, "batch": batch, "sequence": sequence}
+    shape: dict[str, Any] = {"model": model, "dtype": dtype, "batch": batch, "sequence": sequence}
     with Ranks(ranks) as running:
         joined = running.ask("join", each=[{"rank": rank} for rank in range(ranks)], ranks=ranks, **local())
         if joined != [ranks] * ranks:

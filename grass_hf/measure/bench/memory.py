@@ -37,8 +37,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...config.settings import GrassConfig
 from ...convert.conversion import convert_to_grass
+from ...convert.sharded import for_shards
+from ...optim.driving import controller_of
 from ...optim.factory import grass_optimizer
-from ..estimate.fake_ranks import for_shards, shard
+from ..estimate.fake_ranks import shard
 from ..estimate.live_bytes import plain_tensors
 from ..estimate.memory import MemoryEstimate, estimate_memory
 from ..estimate.simulate import enable_checkpointing
@@ -108,7 +110,8 @@ class PlainCounter(TorchDispatchMode):
 
     def __init__(self, *known: torch.Tensor):
         super().__init__()
-        self.storages, self.peak = weakref.WeakSet(), 0
+        self.storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.peak = 0
         for tensor in known:
             self._see(tensor)
 
@@ -175,8 +178,8 @@ def launch(case: Case, mode: str, device: str) -> int:
         if case.ranks > 1:
             env["OMP_NUM_THREADS"] = "1"
         command = [sys.executable, "-m", __spec__.name, json.dumps(dataclasses.asdict(case)), mode, device]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        workers.append(subprocess.Popen(command, env=env, **pipes))
+        pipe = subprocess.PIPE
+        workers.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True))
     try:
         said = [worker.communicate(timeout=900) for worker in workers]
     finally:
@@ -238,7 +241,7 @@ def train(case: Case, device: str, counting: bool = False) -> list[int]:
 def _known(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     """What is there before the first step."""
     yield from (*model.parameters(), *model.buffers())
-    for part in optimizer.grass.slices:
+    for part in controller_of(optimizer).slices:
         yield part.state.trained
         if part.norms is not None:
             yield part.norms

@@ -155,7 +155,8 @@ class _Run:
 
     def _compute(self) -> None:
         """Parts of a step that every worker takes for itself at the same time: the slowest's."""
-        setting, found = self.setting, {name: [] for name in self.names}
+        setting = self.setting
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in self.names}
         for name in self.names:
             self.ranks.ask("drop", name=name)
         for name, grass in setting.methods.items():
@@ -185,8 +186,9 @@ def rows(setting: Setting, measured: Measured, sent: dict[str, Traffic]) -> list
     for bits in setting.speeds:
         for name in setting.methods:
             model = predict(setting, measured, sent, name, bits)
-            row = {"bits": bits, "method": name, "step": measured.median(name, bits), "model": model.step}
-            row |= {"speed_up": measured.median(ADAMW, bits) / row["step"]}
+            step = measured.median(name, bits)
+            row = {"bits": bits, "method": name, "step": step, "model": model.step}
+            row |= {"speed_up": measured.median(ADAMW, bits) / step}
             row |= {"model_speed_up": predict(setting, measured, sent, ADAMW, bits).step / model.step}
             # no measured step selects
             per_step = dataclasses.replace(sent[name], norms=0).sent(setting.engine, setting.workers)

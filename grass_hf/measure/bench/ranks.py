@@ -36,12 +36,13 @@ class Ranks:
         command = [*self.prefix, sys.executable, "-m", "grass_hf.measure.bench.worker"]
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0, "env": environment}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        pipes |= {"env": environment, "start_new_session": True}
         try:
             for _ in range(self.count):
                 self._errors.append(tempfile.TemporaryFile())
                 # a session of its own: Ctrl-C reaches this process alone, which then ends them
-                started = subprocess.Popen(command, stderr=self._errors[-1], start_new_session=True, **pipes)
+                started = subprocess.Popen(command, stderr=self._errors[-1], **pipes)
                 self.processes.append(started)
         except BaseException:
             self._end()
@@ -67,6 +68,7 @@ class Ranks:
         """
         for rank, process in enumerate(self.processes):
             told = {command: {**arguments, **(each[rank] if each else {})}}
+            assert process.stdin is not None  # a pipe
             try:
                 process.stdin.write(json.dumps(told).encode() + b"\n")
             except BrokenPipeError:
@@ -78,17 +80,19 @@ class Ranks:
         answers: list[Any] = [None] * self.count
         with selectors.DefaultSelector() as waiting:
             for rank, process in enumerate(self.processes):
-                waiting.register(process.stdout, selectors.EVENT_READ, rank)
+                assert process.stdout is not None  # a pipe
+                waiting.register(process.stdout, selectors.EVENT_READ, (rank, process.stdout))
             while waiting.get_map():
                 ready = waiting.select(timeout=max(0.0, until - time.monotonic()))
                 if not ready:
-                    rank = next(iter(waiting.get_map().values())).data
+                    rank, _ = next(iter(waiting.get_map().values())).data
                     self._report(rank, command, f"has not answered within {self.timeout:.0f} s")
                 for key, _ in ready:
-                    line = key.fileobj.readline()
+                    rank, stdout = key.data
+                    line = stdout.readline()
                     if not line:
-                        self._report(key.data, command, "has ended")
-                    answers[key.data] = json.loads(line)
+                        self._report(rank, command, "has ended")
+                    answers[rank] = json.loads(line)
                     waiting.unregister(key.fileobj)
         return answers
 
@@ -103,7 +107,8 @@ class Ranks:
             process.kill()
         for process in self.processes:
             process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
         for error in self._errors:
             error.close()

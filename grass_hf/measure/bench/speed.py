@@ -22,17 +22,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from ...config.fields import unknown_key
 from ...config.settings import GrassConfig
 from ...convert.conversion import convert_to_grass
 from ...integrations.base import base_class_and_kwargs, check_base
 from ...optim.factory import grass_optimizer
-from ...recipes.study.methods import KINDS, check_installed, make_ready, resolve, target_names, trainer_flags
+from .methods import KINDS, check_installed, make_ready, resolve, target_names, trainer_flags
 
 METHODS = ("adamw", "grass", "frozen")
 # LLaMA's own rounding of 8/3 of the width: a GPU multiplies odd sizes many times slower.
@@ -44,7 +45,7 @@ class Setting:
     """What is timed: a LLaMA, a batch and a rank. Defaults are the acceptance setting.
 
     Attributes:
-        methods: names of `quality_methods.KINDS`.
+        methods: names of `measure.bench.methods.KINDS`.
         base: Grass's base optimizer, a Trainer name or "muon".
         compiled: forward and backward by torch.compile, of every method.
     """
@@ -206,7 +207,7 @@ def _make_step(method: str, setting: Setting, dtype: torch.dtype, device: str) -
     return step
 
 
-def _make_ready(method: str, model: nn.Module, setting: Setting) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _make_ready(method: str, model: PreTrainedModel, setting: Setting) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model as a method trains it, and the optimizer; of peers the one that the Trainer makes."""
     options = {"lr": 1e-4, "weight_decay": 0.1}
     if method == "grass":
@@ -214,31 +215,32 @@ def _make_ready(method: str, model: nn.Module, setting: Setting) -> tuple[nn.Mod
         grass = GrassConfig(
             rank=setting.rank, side=setting.side, selection="top_r", update_interval=setting.gap, stagger=1
         )
-        model = convert_to_grass(model, grass)
+        convert_to_grass(model, grass)
         factory = Trainer.get_optimizer_cls_and_kwargs
         made, more = base_class_and_kwargs(_arguments(), setting.base, {}, factory)
         return model, grass_optimizer(model, made, **{**more, **options})
-    gap = {KINDS[method].gap: setting.gap} if KINDS[method].gap else {}
-    settings = resolve(method, gap, setting.rank, "all-linear")
+    gap = KINDS[method].gap
+    settings = resolve(method, {} if gap is None else {gap: setting.gap}, setting.rank, "all-linear")
     names = target_names(model, "all-linear")
     dtype = model.dtype
-    model, _ = make_ready(method, model, settings, names)
-    for name, param in model.named_parameters():
+    ready, _ = make_ready(method, model, settings, names)
+    for name, param in ready.named_parameters():
         if "lora_" in name:
             # PEFT makes float32 adapters, which take twice as long over half-precision weights
             param.data = param.data.to(dtype)
     words = trainer_flags(method, settings, names)
-    flags = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
-    made, more = Trainer.get_optimizer_cls_and_kwargs(_arguments(**flags), model)
-    trained = more.pop("params", [param for param in model.parameters() if param.requires_grad])
-    return model, made(trained, **{**more, **options})
+    pairs = zip(words[::2], words[1::2], strict=True)
+    flags: dict[str, Any] = {name.removeprefix("--"): value for name, value in pairs}
+    made, more = Trainer.get_optimizer_cls_and_kwargs(_arguments(**flags), cast(PreTrainedModel, ready))
+    trained = more.pop("params", [param for param in ready.parameters() if param.requires_grad])
+    return ready, made(trained, **{**more, **options})
 
 
-def _arguments(**flags: str) -> TrainingArguments:
+def _arguments(**flags: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=tempfile.gettempdir(), report_to="none", **flags)
 
 
-def _timed(step: Callable[[], None], device: str) -> float:
+def _timed(step: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

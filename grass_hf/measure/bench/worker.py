@@ -49,8 +49,8 @@ class Rank:
     def join(self, rank: int, ranks: int, address: str, port: int, interface: str, timeout: int) -> int:
         """Join the process group, over gloo; the number of ranks in it."""
         os.environ["GLOO_SOCKET_IFNAME"] = interface
-        where = {"init_method": f"tcp://{address}:{port}", "rank": rank, "world_size": ranks}
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout), **where)
+        where = f"tcp://{address}:{port}"
+        dist.init_process_group("gloo", where, timedelta(seconds=timeout), ranks, rank)
         return dist.get_world_size()
 
     def make(
@@ -80,12 +80,13 @@ class Rank:
         if grass is not None:
             convert_to_grass(plain, GrassConfig.from_dict(grass))
         if engine in ("fsdp2", "quiet"):
-            options = {"mesh": _quiet_mesh()} if engine == "quiet" else {}
+            mesh = _quiet_mesh() if engine == "quiet" else None  # None: all ranks
             for layer in wrapped:
-                fully_shard(layer, **options)
-            fully_shard(plain, **options)
+                fully_shard(layer, mesh=mesh)
+            fully_shard(plain, mesh=mesh)
         run = DistributedDataParallel(plain) if engine == "ddp" else plain
-        settings = {"lr": 1e-4, "weight_decay": 0.1, "fused": True}
+        optimizer: torch.optim.Optimizer
+        settings: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1, "fused": True}
         if grass is None:
             optimizer = torch.optim.AdamW(plain.parameters(), **settings)
         else:

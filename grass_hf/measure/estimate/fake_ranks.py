@@ -7,18 +7,16 @@ DeepSpeed does not run under fake tensors: what ZeRO holds is computed, in `gras
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from ...config.fields import unknown_key
 from ...config.settings import GrassConfig
-from ...optim import controller
+from ...convert.sharded import for_shards
+from ...integrations.simulation import ddp_of_one_rank
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 # Methods whose optimizers or stand-ins take whole gradients and parameters, or run no operation that is simulated.
@@ -75,9 +73,7 @@ class Engine:
         try:
             if self.name == "fsdp2":
                 self.mesh = dist.device_mesh.init_device_mesh("cpu", (self.world_size,))
-            # the other ranks, which are not there, have nothing to say
-            with mock.patch.object(controller, "check_agreement", lambda *_, **__: None):
-                yield self
+            yield self
         finally:
             dist.destroy_process_group()
 
@@ -98,40 +94,9 @@ class Engine:
         if self.world_size == 1 or self.zero_stage:
             return model
         if self.name == "ddp":
-            # ranks cannot compare parameters that have no values
-            wrapped = nn.parallel.DistributedDataParallel(model, init_sync=False)
-            wrapped.register_comm_hook(None, _reduce)
-            wrapped.reducer = _FirstBuckets(wrapped.reducer)
-            return wrapped
+            return ddp_of_one_rank(model)
         shard(model, self.mesh)
         return model
-
-
-class _FirstBuckets:
-    """DDP's reducer, but for what it does once, in its second forward: other buckets of the same bytes.
-
-    In which order gradients came the ranks tell each other, in real numbers.
-    """
-
-    def __init__(self, reducer: dist.Reducer):
-        self._reducer = reducer
-
-    def _rebuild_buckets(self) -> bool:
-        return False
-
-    def __getattr__(self, name: str):
-        return getattr(self._reducer, name)
-
-
-def _reduce(_, bucket):
-    """What DDP does with a full bucket, in place; the fake process group's own future has no result.
-
-    Not annotated, because DDP reads annotations and takes no strings for them.
-    """
-    dist.all_reduce(bucket.buffer())
-    done = torch.futures.Future()
-    done.set_result(bucket.buffer())
-    return done
 
 
 def shard(model: nn.Module, mesh) -> None:
@@ -143,23 +108,3 @@ def shard(model: nn.Module, mesh) -> None:
         if type(module).__name__ in names:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def for_shards(config: GrassConfig, model: nn.Module, ranks: int, *, one_dtype: bool = True) -> GrassConfig:
-    """The settings as FSDP2 needs them.
-
-    Every rank trains rows of its own shard, so rows are chosen by as many blocks as there are ranks; and the
-    trainable parameters of one shard must have one dtype, so half-precision weights get slices of their own dtype.
-
-    Args:
-        config: as given.
-        model: not converted yet.
-        ranks: number of shards.
-        one_dtype: False under mixed precision, where accelerate casts what is trained to float32.
-    """
-    if config.row_blocks % ranks:
-        config = dataclasses.replace(config, row_blocks=ranks)
-    half = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
-    if one_dtype and config.slice_dtype is None and half:
-        config = dataclasses.replace(config, slice_dtype=str(half.pop()).removeprefix("torch."))
-    return config

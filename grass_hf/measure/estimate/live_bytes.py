@@ -20,12 +20,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
+
+from ...integrations.simulation import resizes_told
 
 ACTIVATIONS, LOGITS, TEMPORARIES, COMMUNICATION = "activations", "logits", "temporaries", "communication"
 _COLLECTIVES = ("c10d", "_c10d_functional")
@@ -132,21 +133,12 @@ class LiveBytes(TorchDispatchMode):
         return found
 
     def __enter__(self):
-        # FSDP2 frees a gathered layer by setting the size of its storages to zero, which no operation tells of
-        resize = torch.UntypedStorage.resize_
-
-        @functools.wraps(resize)
-        def resize_(storage: torch.UntypedStorage, *args: Any) -> Any:
-            out = resize(storage, *args)
-            self._resized(storage)
-            return out
-
-        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_)
-        self._patch.start()
+        self._told = resizes_told(self._resized)
+        self._told.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
-        self._patch.stop()
+        self._told.__exit__(*error)
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -212,7 +204,8 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     if not _is_made_of_tensors(type(tensor)):
         yield tensor
         return
-    for inner in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+    flattened: Any = tensor
+    for inner in (getattr(tensor, name) for name in flattened.__tensor_flatten__()[0]):
         if isinstance(inner, Tensor):  # a DTensor counts its mesh in
             yield from plain_tensors(inner)
 

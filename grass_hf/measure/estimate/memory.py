@@ -11,12 +11,9 @@ allocate inside themselves, and the driver's context.
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -28,6 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ...config.settings import GrassConfig
+from ...integrations.simulation import as_in_training
 from .fake_ranks import Engine, check_engine
 from .live_bytes import LiveBytes
 from .methods import COMPUTED, check_method, default_optimizer_args
@@ -116,11 +114,11 @@ def estimate_memory(
         raise ValueError(f"dtype={dtype!r} is not known: choose one of {', '.join(_DTYPES)}.")
     if optimizer_args is None:
         optimizer_args = default_optimizer_args(optimizer)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode, model = FakeTensorMode(allow_non_fake_inputs=True), None
     try:
         with Engine(engine, world_size).rank() as one, mode:
             model = _fake_model(model_or_factory, mode, dtype)
-            with _as_in_training(), LiveBytes(vocabulary_of(model)) as live:
+            with as_in_training(), LiveBytes(vocabulary_of(model)) as live:
                 loss = loss or causal_loss(model, batch, sequence)
                 simulated = Simulation(live, model, loss, gradient_checkpointing, one)
                 step, observing = simulated.run(method, config, optimizer, optimizer_args)
@@ -128,34 +126,13 @@ def estimate_memory(
                     step = on_one_rank(one.zero_stage, world_size, step, simulated.transient, simulated.model)
                     observing = None
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        what = "the model" if model is None else type(model).__name__
         raise ValueError(
-            f"{type(model).__name__} decides by the values of tensors ({error.func}), which a simulation does not "
-            "have: its memory cannot be estimated."
+            f"{what} decides by the values of tensors ({error.func}), which a simulation does not have: its memory "
+            "cannot be estimated."
         ) from error
     computed = method in COMPUTED or bool(one.zero_stage)
     return MemoryEstimate(method, step, observing, computed)
-
-
-@contextmanager
-def _as_in_training() -> Iterator[None]:
-    """Let transformers do under fake tensors what it does in training.
-
-    It takes them for the capture of a graph, and then builds attention masks, and repeats keys and values for them,
-    that training on unpadded sequences skips. And torch knows the shapes of experts' grouped products in bfloat16 only,
-    those of transformers' own in every dtype.
-    """
-    with ExitStack() as patches:
-        utilities = sys.modules.get("transformers.utils.import_utils")
-        if hasattr(utilities, "is_fake_tensor"):
-            patches.enter_context(mock.patch.object(utilities, "is_fake_tensor", lambda _: False))
-        experts = sys.modules.get("transformers.integrations.moe")
-        if can_use := getattr(experts, "_can_use_grouped_mm", None):
-
-            def known(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> bool:
-                return weight.dtype == torch.bfloat16 and can_use(x, weight, *rest)
-
-            patches.enter_context(mock.patch.object(experts, "_can_use_grouped_mm", known))
-        yield
 
 
 def _fake_model(

@@ -33,7 +33,7 @@ METHODS = ("grass", "adamw", "frozen", "lora", "adamw8bit", "galore", "apollo")
 # Methods whose optimizer state is allocated by formula, without running their optimizer.
 COMPUTED = ("galore", "apollo")
 
-_ADAMW = {"lr": 1e-4, "fused": True}
+_ADAMW: dict[str, Any] = {"lr": 1e-4, "fused": True}
 
 
 def check_method(method: str) -> None:
@@ -112,7 +112,8 @@ def _with_adapters(model: nn.Module, config: GrassConfig) -> nn.Module:
     ranks = {target.name: target.rank for target in targets}
     settings = LoraConfig(r=max(ranks.values()), target_modules=list(ranks), rank_pattern=ranks)
     # PEFT casts adapters by swapping tensors, which fake ones refuse: they are made without memory and filled here
-    dtype = slice_dtype(targets[0].module.weight.dtype, config)
+    first: nn.Parameter = getattr(targets[0].module, targets[0].parameter)
+    dtype = slice_dtype(first.dtype, config)
     with unset_fake_temporarily():
         model = get_peft_model(model, settings, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
     for module in model.modules():
@@ -139,7 +140,7 @@ class _StandIn(torch.optim.Optimizer):
         self.shapes = shapes
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no loss, whatever is given
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None and not self.state[param]:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from ...config.settings import GrassConfig
 from ...convert.conversion import grass_slices, is_converted
-from ...slices.ops import int8, row_norms, selection
+from ...optim.driving import controller_of
+from ...slices.ops import row_norms, selection
 from .fake_ranks import Engine
 from .live_bytes import ACTIVATIONS, LOGITS, TEMPORARIES, LiveBytes
 from .methods import make_optimizer, make_ready
@@ -121,9 +121,7 @@ class Simulation:
         """The ordinary step, and of the observing ones that which takes most."""
         self.live.mark([*self.model.parameters(), *self.model.buffers()], "weights")
         config = self.engine.adapt(config, self.model)
-        # codes have no values here, and looking for them would be thousands of small operations
-        with mock.patch.object(int8, "fill", lambda codes, scale, weight: None):
-            self.model = make_ready(method, self.model, config)
+        self.model = make_ready(method, self.model, config)
         self.called = self.engine.wrap(self.model)
         self.optimizer = make_optimizer(method, self.model, config, optimizer, args)
         self._mark_model()
@@ -159,12 +157,12 @@ class Simulation:
         """Steps of the interval on which slices select; of many those whose layers have the widest inputs, which an
         observation of columns keeps whole. What lives anyway, and when, only a simulation tells."""
         due: Counter[int] = Counter()
-        for part in {part.state.leader: part for part in self.optimizer.grass.slices}.values():
+        for part in {part.state.leader: part for part in controller_of(self.optimizer).slices}.values():
             due[part.state.phase] += part.state.size if part.side == "input" else 0
         return sorted(due, key=lambda phase: (due[phase], phase))[-MOST_TURNS:]
 
     def _observing_step(self, turn: int) -> Breakdown:
-        controller = self.optimizer.grass
+        controller = controller_of(self.optimizer)
         controller.step = controller.config.update_interval + turn
         controller.due.clear()
         controller.look_ahead()
@@ -178,10 +176,10 @@ class Simulation:
         what lives meanwhile is the same for every weight of a shape.
         """
         seen = set()
-        for part in self.optimizer.grass.slices:
+        for part in controller_of(self.optimizer).slices:
             kind = (part.weight.shape, part.weight.dtype, part.active.dtype)
             if kind in seen:
-                part.settle_decay = lambda seed=None: None
+                part.settle_decay = lambda seed=None: None  # type: ignore[method-assign]  # of this one slice
             seen.add(kind)
 
     def _step(self) -> Breakdown:
@@ -190,7 +188,7 @@ class Simulation:
         self.live.start()
         with self.live.forward():
             loss = self.loss(self.called)
-        with mock.patch.object(row_norms, "squared_norms", _norms_of_the_last_blocks):
+        with row_norms.norms_by(_norms_of_the_last_blocks):
             loss.backward()
         del loss
         self.live.mark((param.grad for param in self._trainable()), "gradients")
@@ -238,20 +236,21 @@ def causal_loss(model: nn.Module, batch: int, sequence: int) -> Loss:
             f"{type(model).__name__} has no config.vocab_size, so it is no language model of transformers: give "
             "loss=, a function of the model that returns its loss."
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = model.config
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sequence > longest:
         raise ValueError(
             f"sequence={sequence} is longer than the model's max_position_embeddings={longest}: give fewer tokens, or "
             "a config with more positions."
         )
-    model.config.use_cache = False
+    config.use_cache = False
     tokens = torch.randint(vocabulary, (batch, sequence))
     return lambda model: model(input_ids=tokens, labels=tokens).loss
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
     """Size of a language model's vocabulary, None if it has none."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
 

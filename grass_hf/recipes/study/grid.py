@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ...config.fields import unknown_key
+from ...measure.bench.methods import resolve
 from ..parse import build_recipe, read_document
-from .methods import resolve
 from .rows import deciding
 
 # Fields of the section ``study``: those of `Study` that have a default, and what every method is made of.
@@ -38,7 +38,7 @@ class Method:
 
     Attributes:
         name: in the study.
-        kind: a name of `quality_methods.KINDS`.
+        kind: a name of `measure.bench.methods.KINDS`.
         settings: all of them.
         learning_rates: of everything but the targets.
         multipliers: of the targets' learning rate; (1.0,) for a method that does not train them.
@@ -150,7 +150,8 @@ class Study:
             for points in itertools.zip_longest(*(method.points() for method in self.methods)):
                 for method, point in zip(self.methods, points, strict=True):
                     if point is not None:
-                        yield Run(self, method, *point, seed)
+                        rate, multiplier = point
+                        yield Run(self, method, rate, multiplier, seed)
 
     def _best(self, method: Method, done: Mapping[str, Mapping[str, Any]]) -> list[tuple[float, float]]:
         def loss(point: tuple[float, float]) -> float:
@@ -203,7 +204,7 @@ def _method(path: Path, name: str, said: Any, section: Mapping[str, Any]) -> Met
         raise ValueError(f"{where} holds {said!r}: write `field: value` lines under it.")
     _known(said, _METHOD, where)
     kind = said.get("method", name)
-    grid = {axis: said.get(axis, (section.get("grid") or {}).get(axis)) for axis in _GRID}
+    grid: dict[str, Any] = {axis: said.get(axis, (section.get("grid") or {}).get(axis)) for axis in _GRID}
     if kind == "frozen":
         grid["multipliers"] = [1.0]
     for axis, values in grid.items():
@@ -218,7 +219,8 @@ def _method(path: Path, name: str, said: Any, section: Mapping[str, Any]) -> Met
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return Method(str(name), kind, settings, *(tuple(map(float, grid[axis])) for axis in _GRID))
+    rates, multipliers = (tuple(map(float, grid[axis])) for axis in _GRID)
+    return Method(str(name), kind, settings, rates, multipliers)
 
 
 def _check_sizes(path: Path, methods: tuple[Method, ...]) -> None:

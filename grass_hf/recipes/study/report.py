@@ -109,8 +109,8 @@ def write_report(rows: Sequence[Row], folder: Path, name: str, command: str, tit
 
 def best_table(found: list[Entry]) -> list[str]:
     """Markdown lines: one per method, at its best point."""
-    heads = ("method", "perplexity", "over seeds", "seeds", "rate", "multiplier", "at the edge", "points")
-    heads += ("trained", "peak MiB", "s a step", "tokens/s")
+    heads = ["method", "perplexity", "over seeds", "seeds", "rate", "multiplier", "at the edge", "points"]
+    heads += ["trained", "peak MiB", "s a step", "tokens/s"]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for entry in found:
         rows, (rate, multiplier) = entry.rows, entry.best

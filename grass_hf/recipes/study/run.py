@@ -23,27 +23,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, default_data_collator, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from ...integrations.base import base_class_and_kwargs
 from ...integrations.trainer import GrassCallback
 from ...measure.bench import record
+from ...measure.bench.methods import KINDS, PACKAGES, check_installed, make_ready, target_names, trainer_flags
 from ...measure.estimate.live_bytes import LiveBytes
+from ..encode import block_collator
 from ..models import empty_model, load_model
 from ..parse import build_recipe
 from ..schema import Recipe
 from ..tasks import Prepared, prepare
 from .grid import Method, Run, Study
-from .methods import (
-    KINDS,
-    PACKAGES,
-    TwoRateTrainer,
-    check_installed,
-    grass_config,
-    make_ready,
-    target_names,
-    trainer_flags,
-)
+from .two_rates import TwoRateTrainer, grass_config
 
 _COUNTED_GAP, _COUNTED_RATE = 2, 1e-4
 _LOGGED_POINTS = 20
@@ -76,7 +69,8 @@ def shared_text(study: Study) -> Text:
         prepared = prepare(recipe)
         if prepared.evaluation is None or prepared.train.streaming:
             raise ValueError(f"{study.path}: a study needs held-out documents, and rows that are not streamed.")
-        blocks = torch.tensor(prepared.evaluation.dataset["input_ids"])
+        whole = recipe.data.sequence_length
+        blocks = torch.tensor([ids for ids in prepared.evaluation.dataset["input_ids"] if len(ids) == whole])
         count = min(study.eval_blocks, len(blocks))
         held_out = blocks[torch.arange(count) * len(blocks) // count]
         digest = hashlib.sha256(repr(prepared.train.dataset["input_ids"][:]).encode())
@@ -106,7 +100,8 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
     peak = _counted_bytes(run, text, folder)
     follow = _Follow(run, text)
     trainer, recipe = _trainer(run, text, [follow], folder)
-    started = held_out_loss(trainer.model, text.held_out, recipe.training.per_device_eval_batch_size)
+    model: Any = trainer.model
+    started = held_out_loss(model, text.held_out, recipe.training.per_device_eval_batch_size)
     try:
         trainer.train()
     except FloatingPointError:  # Grass refuses gradients that are not finite; the others go on with them
@@ -142,7 +137,7 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         "loss_before": started,
         "train": history,
         "validation": follow.validation,
-        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_bytes": peak,
         "seconds": seconds,
         "tokens_per_second": len(follow.seconds) * tokens_a_step / seconds if seconds else None,
@@ -192,7 +187,7 @@ def _trainer(
         model=model,
         args=recipe.training,
         train_dataset=text.prepared.train.dataset,
-        data_collator=default_data_collator,
+        data_collator=block_collator(text.prepared.tokenizer),
         callbacks=callbacks,
         targets=targets,
         multiplier=run.multiplier,

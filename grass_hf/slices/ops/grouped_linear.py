@@ -98,8 +98,9 @@ class _BatchedTap(torch.autograd.Function):
     ) -> Tensor:
         ctx.side, ctx.transposed, ctx.observe, ctx.active_dtype = side, transposed, norms is not None, active.dtype
         if side == "input" and not ctx.observe:
-            x, index = _columns(x, index).to(y.dtype), None
-        ctx.save_for_backward(x, index, multiplier)
+            ctx.save_for_backward(_columns(x, index).to(y.dtype), None, multiplier)
+        else:
+            ctx.save_for_backward(x, index, multiplier)
         return alias(y)
 
     @staticmethod
@@ -179,8 +180,8 @@ class _GroupedLinear(torch.autograd.Function):
                 grad[expert] = torch.mm(left.t(), right)
             if multiplier is not None:
                 grad = grad * along_slice(multiplier.to(grad.dtype), selected_dim(ctx.side, ctx.transposed))
-        norms2 = _stacked(norms2) if ctx.observe else None
-        return dx if dx is None else once(dx), None, once(grad), None, None, norms2, None, None, None
+        observed = _stacked(norms2) if ctx.observe else None
+        return dx if dx is None else once(dx), None, once(grad), None, None, observed, None, None, None
 
 
 def _segments(tokens: list[int]):

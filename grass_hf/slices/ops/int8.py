@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .rounding import round_stochastically
 
@@ -54,7 +55,8 @@ def quantize(weight: Tensor) -> nn.Parameter:
     weight = weight.detach()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
-    fill(codes, scale, weight)
+    if not isinstance(weight, FakeTensor):  # an estimator's has no values, and to look for them takes long
+        fill(codes, scale, weight)
     return nn.Parameter(Int8QuantizedTrainingLinearWeight(codes, scale), requires_grad=False)
 
 
@@ -71,14 +73,14 @@ def dequantize(weight: Tensor) -> Tensor:
     return read_rows(weight, None).to(weight.dtype)
 
 
-def read_rows(weight: Tensor, index: Tensor | None) -> Tensor:
+def read_rows(weight: Any, index: Tensor | None) -> Tensor:
     """float32 (r, n): rows of an int8 weight; all of them for None."""
     codes = weight.int_data if index is None else weight.int_data.index_select(0, index)
     scale = weight.scale if index is None else weight.scale.index_select(0, index)
     return codes * scale.float()[:, None]
 
 
-def store_rows(weight: Tensor, index: Tensor, rows: Tensor, draws: torch.Generator | None = None) -> None:
+def store_rows(weight: Any, index: Tensor, rows: Tensor, draws: torch.Generator | None = None) -> None:
     """Overwrite rows of an int8 weight, each with a new scale.
 
     Args:
@@ -93,7 +95,7 @@ def store_rows(weight: Tensor, index: Tensor, rows: Tensor, draws: torch.Generat
     weight.scale.index_copy_(0, index, scale)
 
 
-def multiply(weight: Tensor, factor: float, draws: torch.Generator | None = None) -> None:
+def multiply(weight: Any, factor: float, draws: torch.Generator | None = None) -> None:
     """Multiply an int8 weight by a factor: its scales, rounded at random where they would lose it."""
     scale = weight.scale.float() * factor
     if draws is not None and weight.scale.dtype != torch.float32:
@@ -101,7 +103,7 @@ def multiply(weight: Tensor, factor: float, draws: torch.Generator | None = None
     weight.scale.copy_(scale)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """``x W^T + bias`` for a frozen int8 weight: (..., n) to (..., m), in the dtype of autocast or of `x`."""
     device = x.device.type
     if torch.is_autocast_enabled(device):

@@ -162,7 +162,7 @@ def _candidates(module: nn.Module, cls: type[nn.Module]) -> dict[str, nn.Paramet
 
 def _try(module: nn.Module, cls: type[nn.Module]) -> dict[str, Layout]:
     """What a trial of the plain forward finds, {} if no made-up input suits it or one of its uses is not understood."""
-    weights = _candidates(module, cls)
+    weights: dict[str, Tensor] = {**_candidates(module, cls)}
     if not all(w.is_contiguous() for w in weights.values()):
         return {}
     devices = {w.device for w in weights.values() if w.is_cuda}
@@ -191,8 +191,8 @@ def _try(module: nn.Module, cls: type[nn.Module]) -> dict[str, Layout]:
 
 def _guesses(module: nn.Module, cls: type[nn.Module], weights: dict[str, Tensor]) -> Iterator[list[Any]]:
     """Inputs that a forward may want, made up from its signature and the shapes of its weights."""
-    wanted = list(inspect.signature(cls.forward).parameters.values())[1:]
-    wanted = [p.name for p in wanted if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    arguments = list(inspect.signature(cls.forward).parameters.values())[1:]
+    wanted = [p.name for p in arguments if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     numbers = sorted({v for v in vars(module).values() if type(v) is int and v > 1})
     first = next(iter(weights.values()))
     counts = [first.shape[0]] if first.dim() == 3 else [n for n in numbers if first.shape[0] % n == 0]

@@ -5,11 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_FULL = (torch.float32, torch.float64)
+
 
 def take_columns(values: Tensor, index: Tensor) -> Tensor:
     """``values[..., index]`` of (..., d): a gather, which reads any strides without a copy of them all and is several
-    times faster than `index_select` along a last dimension of half precision on a CPU."""
-    index = index.expand(*values.shape[:-1], index.shape[0])
+    times faster than `index_select` along a last dimension of half precision on a CPU; see `selects_faster`."""
+    if selects_faster(values) and values.dim() == 2 and values.is_contiguous():
+        return values.index_select(-1, index)
+    return gathered_columns(values, index.expand(*values.shape[:-1], index.shape[0]))
+
+
+def selects_faster(values: Tensor) -> bool:
+    """Whether `index_select` along the last of two dimensions is faster than a gather: by a third, for float32 and
+    float64 on a CPU."""
+    return values.dtype in _FULL and values.device.type == "cpu"
+
+
+def gathered_columns(values: Tensor, index: Tensor) -> Tensor:
+    """`take_columns` with an index that has been expanded, (..., r)."""
     if values.element_size() == 2 and values.device.type == "cpu":
         # as bits, because of floating-point halves a CPU makes a float32 copy on the way
         return values.view(torch.int16).gather(-1, index).view(values.dtype)

@@ -60,7 +60,8 @@ class Selection:
         return self.index.shape[-1] if self.rho is None else int((self.rho != 0).sum())
 
     def __getitem__(self, expert: int) -> Selection:
-        return Selection(*(None if v is None else v[expert] for v in (self.index, self.rho, self.write)))
+        rho, write = (None if v is None else v[expert] for v in (self.rho, self.write))
+        return Selection(self.index[expert], rho, write)
 
     @staticmethod
     def stack(selections: list[Selection]) -> Selection:
@@ -74,8 +75,12 @@ class Selection:
 
     @staticmethod
     def _joined(selections: list[Selection], join: Callable[[list[Tensor]], Tensor]) -> Selection:
-        columns = zip(*((s.index, s.rho, s.write) for s in selections), strict=True)
-        return Selection(*(None if values[0] is None else join(values) for values in columns))
+        def joined(values: list[Tensor | None]) -> Tensor | None:
+            given = [value for value in values if value is not None]  # all of them or none
+            return join(given) if given else None
+
+        index = join([each.index for each in selections])
+        return Selection(index, joined([s.rho for s in selections]), joined([s.write for s in selections]))
 
     def first_positions(self, size: int) -> Tensor:
         """int64 (..., r): where each row stands first; padding stands at the row that it repeats."""
@@ -192,6 +197,7 @@ def select(
 
 def _select(rule: str, scores: Tensor | None, size: int, rank: int, draws: torch.Generator, turn: int) -> Selection:
     if rule == "top_r":
+        assert scores is not None  # the rule needs them
         # stable: among equal norms the first rows win, on every device and rank
         order = torch.sort(scores.double().cpu(), descending=True, stable=True).indices
         return Selection(index=order[:rank].sort().values)
@@ -215,6 +221,7 @@ def probabilities(rule: str, scores: Tensor | None, size: int) -> Tensor:
     """float64 (size,), the probability q of each row; uniform where every norm is zero."""
     if not needs_scores(rule):
         return torch.full((size,), 1.0 / size, dtype=torch.float64)
+    assert scores is not None
     weights = scores.double().cpu()
     if not rule.startswith("multinomial_norm2"):
         weights = weights.sqrt()

@@ -29,7 +29,7 @@ if dist.is_available():
     from torch.distributed.tensor import DTensor, Shard
 else:  # a torch that was built without: nothing is ever sharded
 
-    class DTensor: ...
+    class DTensor: ...  # type: ignore[no-redef]  # nothing is one
 
 
 # How long a rank waits for the others before it says that they are missing.
@@ -71,7 +71,7 @@ def check_agreement(
     Raises:
         RuntimeError: a rank says something else, or nothing; on every rank that takes part.
     """
-    if world_size(group) == 1:
+    if world_size(group) == 1 or dist.get_backend(group) == "fake":  # an estimator's: the other ranks are not there
         return
     store, own = dist.distributed_c10d._get_default_store(), dist.get_rank()
     ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)  # None is not for torch 2.6
@@ -144,7 +144,7 @@ def forget_residuals() -> None:
 
 
 # the DDP modules that have run a converted model
-_wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_wrappers: weakref.WeakSet[nn.parallel.DistributedDataParallel] = weakref.WeakSet()
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -154,7 +154,7 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 def shape_of(tensor: Tensor) -> torch.Size:
     """Shape of a tensor, also of one that ZeRO-3 has left empty."""
-    return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 @contextmanager
@@ -187,6 +187,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def sharded_like(tensor: Tensor, own: Tensor) -> Tensor:
     """A tensor sharded as another is, which may be on the meta device, of this rank's part of it; no collective."""
+    assert isinstance(tensor, DTensor)
     place = (tensor.device_mesh, tensor.placements)
     return DTensor.from_local(own, *place, run_check=False, shape=tensor.shape, stride=tensor.stride())
 

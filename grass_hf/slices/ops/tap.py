@@ -146,8 +146,10 @@ class _Tap(torch.autograd.Function):
         ctx.active_dtype = active.dtype
         if side == "input" and not ctx.observe:
             # all that backward needs: activation memory falls to r/n
-            x, index = take_columns(x, index).to(y.dtype) if columns is None else columns, None
-        ctx.save_for_backward(x, index, multiplier)
+            kept = take_columns(x, index).to(y.dtype) if columns is None else columns
+            ctx.save_for_backward(kept, None, multiplier)
+        else:
+            ctx.save_for_backward(x, index, multiplier)
         return alias(y)
 
     @staticmethod
@@ -163,7 +165,7 @@ def _slice_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     """The gradient of the active slice and, when they are observed, the squared norms of all rows (columns)."""
     x, index, multiplier = ctx.saved_tensors
     x = x.to(dy.dtype)
-    norms2 = None
+    norms2: Any = None
     if ctx.observe:
         pairs = _pairs(dy, x, ctx.by_sequence)
         if ctx.side == "input":

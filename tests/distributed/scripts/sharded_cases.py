@@ -5,135 +5,29 @@ sharded_cases.py RANKS CASE...
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
-import model_matrix
 import torch
 import torch.distributed as dist
-from helpers import VOCABULARY, leave, tiny_llama
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
+from helpers import leave
+from sharded_resume_cases import (  # noqa: F401  (main finds them by name)
+    goes_on_on_one_rank_and_comes_back,
+    resumes_from_full_state,
+    resumes_from_sharded_state,
+    rows_that_do_not_fit_the_shards_start_anew,
 )
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
+from sharded_setup import SETTINGS, Traffic, assert_equals_ddp, batch, full_state, llama, mixtral, prepare, shard, train
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer, restore_model
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.convert.conversion import grass_slices
 from grass_hf.slices import drift
-
-# so that eight ranks divide the rows of every slice
-SETTINGS = {"density": 0.5, "update_interval": 3, "selection": "top_r", "side": "output", "state_policy": "carry"}
-
-
-class Traffic(TorchDispatchMode):
-    """(operator, bytes) of every collective."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
-            tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
-            self.seen.append((func._opname, max((t.nbytes for t in tensors), default=0)))
-        return func(*args, **(kwargs or {}))
-
-
-def batch(step: int, ranks: int | None = None) -> torch.Tensor:
-    """This rank's two sequences of a step."""
-    number = dist.get_rank() if ranks is None else ranks
-    draws = torch.Generator().manual_seed(step * 64 + number)
-    return torch.randint(VOCABULARY, (2, 10), generator=draws)
-
-
-def shard(model: nn.Module, layers=(), **options) -> nn.Module:
-    """fully_shard as people do it: every layer, then the rest."""
-    for layer in layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
-    assert all(isinstance(p, DTensor) for p in model.parameters())
-    return model
-
-
-def llama(dtype=torch.float32, **options) -> nn.Module:
-    return tiny_llama(**options).to(dtype)
-
-
-def train(model, optimizer, steps, accumulate=1, wrapped=None) -> list[float]:
-    """Losses, averaged over the ranks."""
-    losses = []
-    for step in steps:
-        total = torch.zeros(())
-        for micro in range(accumulate):
-            tokens = batch(step * accumulate + micro)
-            last = micro == accumulate - 1
-            if wrapped is not None:
-                wait = contextlib.nullcontext() if last else wrapped.no_sync()
-            else:
-                model.set_requires_gradient_sync(last)
-                wait = contextlib.nullcontext()
-            with wait:
-                loss = (wrapped or model)(input_ids=tokens, labels=tokens).loss / accumulate
-                loss.backward()
-            total += loss.detach().float()
-        optimizer.step()
-        optimizer.zero_grad()
-        dist.all_reduce(total)
-        losses.append(total.item() / dist.get_world_size())
-    return losses
-
-
-def mixtral(dtype=torch.float32, tie_word_embeddings=False) -> nn.Module:
-    assert not tie_word_embeddings
-    return model_matrix.build("mixtral").to(dtype)
-
-
-def prepare(sharded: bool, dtype=torch.float32, tied=False, options=None, muon=None, build=llama, **settings):
-    model = build(dtype, tie_word_embeddings=tied)
-    convert_to_grass(model, GrassConfig(**{**SETTINGS, **settings}))
-    wrapped = None
-    if sharded:
-        shard(model, model.model.layers, **(options or {}))
-    else:
-        wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW if muon is None else MuonAdamW
-    return model, grass_optimizer(model, optimizer, lr=1e-2, weight_decay=0.1, **(muon or {})), wrapped
-
-
-def full_state(model) -> dict[str, torch.Tensor]:
-    full = {}
-    for name, value in model.state_dict().items():
-        full[name] = value.full_tensor() if isinstance(value, DTensor) else value.clone()
-    return full
-
-
-def assert_equals_ddp(accumulate=1, tied=False, atol=1e-6, steps=8, options=None, **settings):
-    results = []
-    for sharded in (True, False):
-        # float64, because engines add gradients up in other orders and AdamW's first steps are little but their signs
-        model, optimizer, wrapped = prepare(
-            sharded, torch.float64, tied=tied, options=options if sharded else None, **settings
-        )
-        losses = train(model, optimizer, range(steps), accumulate, wrapped)
-        results.append((losses, [part.index.clone() for part in grass_slices(model)], full_state(model)))
-    for ours, theirs in zip(results[0][0], results[1][0], strict=True):
-        assert abs(ours - theirs) <= atol, f"losses {results[0][0]} sharded, {results[1][0]} under DDP"
-    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
-        assert torch.equal(ours, theirs)
-    for name, value in results[1][2].items():
-        torch.testing.assert_close(results[0][2][name], value, rtol=0, atol=max(atol, 2e-5), msg=name)
-    assert results[0][0][-1] < results[0][0][0] + 0.1
-
 
 # -- cases -----------------------------------------------------------------------------------------------------------
 
@@ -314,84 +208,6 @@ def bytes_reduced_in_backward():
     plain = llama()
     shard(plain, plain.model.layers)
     assert reduced(plain) > 2 * expected
-
-
-def _resumed(full: bool):
-    options = StateDictOptions(full_state_dict=full, cpu_offload=full, broadcast_from_rank0=full)
-    model, optimizer, _ = prepare(True, target_modules="all-matrices")
-    train(model, optimizer, range(4))
-    state = copy.deepcopy(get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=full)))
-    expected = train(model, optimizer, range(4, 9))
-    again, its_optimizer, _ = prepare(True, target_modules="all-matrices")
-    weights, moments = state
-    set_state_dict(again, its_optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
-    assert its_optimizer.grass.step == 4
-    assert train(again, its_optimizer, range(4, 9)) == expected
-    ours, theirs = full_state(again), full_state(model)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def resumes_from_sharded_state():
-    _resumed(full=False)
-
-
-def resumes_from_full_state():
-    _resumed(full=True)
-
-
-def goes_on_on_one_rank_and_comes_back():
-    """FSDP2 state, gathered, continues in one ordinary process with the same rows; and the other way round."""
-    ranks = dist.get_world_size()
-    model, optimizer, _ = prepare(True, row_blocks=ranks)
-    train(model, optimizer, range(4))
-    options = StateDictOptions(full_state_dict=True)
-    # copied as a file would: torch hands the counters of steps on by reference
-    weights, moments = copy.deepcopy(get_state_dict(model, optimizer, options=options))
-    alone = llama()
-    convert_to_grass(alone, GrassConfig(**SETTINGS, row_blocks=ranks))
-    its_optimizer = grass_optimizer(alone, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
-    set_state_dict(alone, its_optimizer, model_state_dict=weights, optim_state_dict=moments)
-    for ours, theirs in zip(grass_slices(alone), grass_slices(model), strict=True):
-        assert torch.equal(ours.index, theirs.index)
-        assert torch.equal(ours.active, theirs.active.full_tensor())
-        moment = optimizer.state[theirs.active]["exp_avg"].full_tensor()
-        assert torch.equal(its_optimizer.state[ours.active]["exp_avg"], moment)
-    back, back_optimizer, _ = prepare(True, row_blocks=ranks)
-    weights, moments = copy.deepcopy(get_state_dict(alone, its_optimizer))
-    set_state_dict(
-        back,
-        back_optimizer,
-        model_state_dict=weights,
-        optim_state_dict=moments,
-        options=StateDictOptions(full_state_dict=True),
-    )
-    expected = train(model, optimizer, range(4, 8))
-    assert train(back, back_optimizer, range(4, 8)) == expected
-
-
-def rows_that_do_not_fit_the_shards_start_anew():
-    """State of rows chosen over the whole side, on one process: said, strided again, training goes on."""
-    alone = llama()
-    convert_to_grass(alone, GrassConfig(**SETTINGS))
-    its_optimizer = grass_optimizer(alone, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
-    for step in range(2):
-        tokens = batch(step, ranks=0)
-        alone(input_ids=tokens, labels=tokens).loss.backward()
-        its_optimizer.step()
-        its_optimizer.zero_grad()
-    weights, moments = get_state_dict(alone, its_optimizer)
-    model, optimizer, _ = prepare(True)
-    said = []
-    from grass_hf.optim import resume
-
-    resume.logger.warning = lambda text, *values: said.append(text % values)
-    options = StateDictOptions(full_state_dict=True)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
-    assert any("start from evenly strided rows again" in text for text in said), said
-    for part in grass_slices(model):
-        held = part.weight.full_tensor()[part.index]
-        assert torch.equal(held, part.active.full_tensor())
-    assert train(model, optimizer, range(2, 5))[-1] < 4.2
 
 
 def a_sharded_model_is_not_put_back():

@@ -1,4 +1,4 @@
-"""What `grass-hf bench quality` compares, each through its own published integration.
+"""What `grass-hf bench quality` and `speed` compare, each through its own published integration.
 
 | method | comes through | settings, and who recommends them |
 |---|---|---|
@@ -19,24 +19,17 @@ to slices. With ``target_warmup`` that multiplier rises linearly from zero in so
 
 from __future__ import annotations
 
-import functools
-import itertools
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
-from transformers import Trainer
 
 from ...config.fields import unknown_key
-from ...config.presets import config_and_base
+from ...config.optim_args import config_and_base
 from ...config.settings import GrassConfig
 from ...convert.targets import plan
 from ...integrations.base import check_base
-from ...optim import rate_warmup
-from ...optim.controller import GROUP_KEY
 
 
 @dataclass(frozen=True)
@@ -58,10 +51,10 @@ class Kind:
     install: str = ""
 
 
-_GALORE = {"rank": None, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-_APOLLO = {"rank": None, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"}
+_GALORE: dict[str, Any] = {"rank": None, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+_APOLLO: dict[str, Any] = {"rank": None, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"}
 _APOLLO |= {"proj": "random", "scale_type": "channel"}
-_LORA = {"rank": None, "lora_alpha": None, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
+_LORA: dict[str, Any] = {"rank": None, "lora_alpha": None, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
 _LORA |= {"rank_pattern": {}}
 
 KINDS = {
@@ -124,12 +117,6 @@ def check_installed(kind: str) -> None:
         )
 
 
-def grass_config(settings: Mapping[str, Any], multiplier: float, target_warmup: int = 0) -> GrassConfig:
-    """The settings of a Grass run; see [Note: two rates]."""
-    rates = {"scale": float(multiplier)} | ({"scale_warmup": target_warmup} if target_warmup else {})
-    return config_and_base({**settings, **rates})[0]
-
-
 def target_names(model: nn.Module, targets: Any) -> list[str]:
     """Names of the matrices that methods differ in."""
     return [target.name for target in plan(model, GrassConfig(density=0.25, target_modules=targets)).targets]
@@ -151,7 +138,7 @@ def make_ready(
 ) -> tuple[nn.Module, set[int]]:
     """A model ready for a method's Trainer, and the ids of the parameters that train its targets.
 
-    Grass is not made ready here: its callback converts, and `two_rates` knows its slices.
+    Grass is not made ready here: its callback converts, and `recipes.study.two_rates` knows its slices.
     """
     targets = {id(model.get_submodule(name).weight) for name in names}
     if kind == "frozen":
@@ -168,59 +155,3 @@ def make_ready(
     for param in model.parameters():
         param.requires_grad_(id(param) not in targets)
     return model, adapters
-
-
-def two_rates(optimizer: Optimizer, targets: set[int], multiplier: float, target_warmup: int = 0) -> None:
-    """Give the parameters of targets a rate of their own; see [Note: two rates]. Slices have theirs already.
-
-    Raises:
-        ValueError: the optimizer trains none of them.
-    """
-    if any(GROUP_KEY in group for group in optimizer.param_groups) or (multiplier == 1.0 and not target_warmup):
-        return
-    found = []
-    for place, group in enumerate(list(optimizer.param_groups)):
-        own = [param for param in group["params"] if id(param) in targets]
-        if not own:
-            continue
-        others = [param for param in group["params"] if id(param) not in targets]
-        if others:
-            group["params"] = others
-            optimizer.add_param_group({**{k: v for k, v in group.items() if k != "params"}, "params": own})
-            group = optimizer.param_groups[-1]
-        group["lr"] *= multiplier
-        if group.get("weight_decay"):
-            group["weight_decay"] /= multiplier
-        found.append(len(optimizer.param_groups) - 1 if others else place)
-    if not found:
-        raise ValueError(f"multiplier={multiplier}: the method trains no target matrix, so it has no rate: use 1.")
-    if target_warmup:
-        _warm_up(optimizer, found, target_warmup)
-
-
-def _warm_up(optimizer: Optimizer, groups: list[int], steps: int) -> None:
-    """Have an optimizer step those of its groups with the rate that slices would have."""
-    original, done = optimizer.step, itertools.count()
-
-    @functools.wraps(original)
-    def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        own = [optimizer.param_groups[place] for place in groups]
-        with rate_warmup.changed(rate_warmup.after_start(steps, next(done), own)):
-            return original(*args, **kwargs)
-
-    optimizer.step = types.MethodType(step, optimizer)  # a bound method: schedulers look for one
-
-
-class TwoRateTrainer(Trainer):
-    """The Trainer with a rate for the targets: `targets`, `multiplier` and `target_warmup` as of `two_rates`."""
-
-    def __init__(self, *args: Any, targets: set[int], multiplier: float, target_warmup: int = 0, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.rates = targets, multiplier, target_warmup
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        made = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if made:
-            two_rates(optimizer, *self.rates)
-        return optimizer

@@ -1,0 +1,1 @@
+"""How a `WeightDelta` travels to rollout engines: files, vLLM."""

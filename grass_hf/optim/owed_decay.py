@@ -1,0 +1,35 @@
+"""Weight decay of the rows outside a slice: noted at every step, multiplied in when other rows are chosen.
+
+owed *= 1 - lr * weight_decay        each step, for the rows not trained
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..slices.slice import Slice
+
+
+def owe(layers: list[Slice], groups: dict[int, dict[str, Any]], everywhere: bool) -> None:
+    """Note a step that has been taken.
+
+    Args:
+        layers: the slices.
+        groups: the parameter group of each slice, by the id of its parameter.
+        everywhere: whether rows outside the slices decay too, ``decay="all"``.
+    """
+    factors = {id(group): _factor(group) for group in _distinct(groups)} if everywhere else {}
+    for layer in layers:
+        state = layer.state
+        state.recalled = False
+        if factors and (state.rank < state.size or layer.rho is not None):
+            state.owed *= factors[id(groups[id(layer._parameters["active"])])]
+
+
+def _distinct(groups: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({id(group): group for group in groups.values()}.values())
+
+
+def _factor(group: dict[str, Any]) -> float:
+    decay = group.get("weight_decay") or 0.0
+    return 1.0 - float(group["lr"]) * float(decay) if decay else 1.0

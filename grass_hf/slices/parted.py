@@ -1,0 +1,27 @@
+"""What is said where a slice and its weight have parted; see `grass_hf.slices.drift`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .slice import Slice
+
+_REMEDY = (
+    "Make one optimizer with grass_optimizer(model, ...) and let nothing else move the parameters; or call "
+    "restore_model(model), which keeps the weights, and convert the model again."
+)
+
+
+def sentence(part: Slice, moved: set[str]) -> str:
+    """The error for a slice, by which of the two was moved."""
+    if moved == {"slice"}:
+        return (
+            f"the slice of {part.state.name} was changed and its weight was not, so the model does not compute with "
+            "what is trained: an optimizer that does not drive the slices took a step, or one that moves parameters "
+            f"itself (SAM, an average of parameters, local SGD). {_REMEDY}"
+        )
+    return (
+        f"the slice of {part.state.name} and its weight hold different values: something moved them on its own (an "
+        f"average of parameters, a copy, an optimizer that does not drive the slices). {_REMEDY}"
+    )
