@@ -102,8 +102,10 @@ def _step_chunk(
         for part, param in stand_ins:
             if param in state:
                 state[part.active] = state.pop(param)
+    group["params"] = []
     for part, param in stand_ins:
-        part.wide = param.detach()
+        part.wide, param.grad = param.detach(), None
+    del stand_ins
     for part in chunk:
         part.write_back()
         part.release()

@@ -8,7 +8,7 @@ import torch
 from forks import ranks
 from helpers import assert_same_weights, plain_state, tiny_llama, trainer
 
-from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
+from grass_hf import GrassConfig, convert_to_grass, estimate_memory, grass_optimizer, restore_model
 from grass_hf.convert.conversion import grass_slices
 from grass_hf.slices.low_bits import joined, low_bits, nearest
 
@@ -179,3 +179,57 @@ def test_what_cannot_be_kept_stops_with_a_sentence():
     with pytest.raises(ValueError, match="gradient_dtype='float16' is neither the dtype of the weights"):
         convert(torch.bfloat16, resident=False, gradient_dtype="float16")
     convert(torch.bfloat16, resident=False, slice_dtype="float32", gradient_dtype="bfloat16")
+
+
+def test_eight_bit_state_over_released_slices(monkeypatch):
+    optimizers = pytest.importorskip("torchao.optim")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # which its step would wait for
+
+    def run(**settings):
+        model = tiny_llama(hidden_size=128, intermediate_size=256).bfloat16()
+        convert_to_grass(model, GrassConfig(density=0.5, update_interval=2, **settings))
+        optimizer = grass_optimizer(model, optimizers.AdamW8bit, lr=1e-3)
+        train(model, optimizer, 5)
+        return model, {type(value).__name__ for state in optimizer.state.values() for value in state.values()}
+
+    kept, kinds = run(resident=False)
+    assert "OptimState8bit" in kinds
+    assert_same_slices(kept, run()[0])
+    # state is quantised some at a time, and comes out the same
+    monkeypatch.setattr("grass_hf.optim.state_remap._QUANTISED", 512)
+    assert_same_slices(kept, run()[0])
+
+
+def test_the_estimate_of_eight_bit_state_counts_no_compiled_step():
+    optimizers = pytest.importorskip("torchao.optim")
+    config = GrassConfig(density=0.5, resident=False)
+    options = {"optimizer": optimizers.AdamW8bit, "optimizer_args": {"lr": 1e-3}, "sequence": 8}
+    made = tiny_llama(hidden_size=128, intermediate_size=256, vocab_size=4096).bfloat16()
+    step = estimate_memory(made, config, **options).step
+    plain = estimate_memory(made, config, sequence=8).step
+    assert step.optimizer_state < 0.5 * plain.optimizer_state and step.total < plain.total
+
+
+def test_released_slices_of_int8_weights():
+    pytest.importorskip("torchao")
+    settings = {"weight_dtype": "int8", "side": "output"}
+    model, optimizer = made({**settings, **KEPT})
+    whole, _ = run({**settings, "stagger": 1}, steps=1)
+    train(model, optimizer, 1)
+    for ours, theirs in zip(grass_slices(model), grass_slices(whole), strict=True):
+        if not torch.equal(ours.index, theirs.index):
+            continue  # they have other turns
+        with ours.held():
+            assert ours.active.dtype == torch.bfloat16 and ours.wide.dtype == torch.float32
+            scale = ours.weight.scale[ours.index].float()[:, None]
+            assert ((ours.wide - theirs.active).abs() <= scale * 2**-16).all()
+            # far closer than codes are
+            assert ((ours.wide - ours.rank_part(ours, False).take()).abs() > scale * 2**-8).any()
+    losses = []
+    for _ in range(12):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

@@ -142,7 +142,8 @@ class Simulation:
         self._observe_nothing()
         for param in self._trainable():
             param.grad = torch.zeros_like(param)
-        self.optimizer.step()
+        with self.live.compiled():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self._observe_nothing()
         self._mark_state()
@@ -192,7 +193,8 @@ class Simulation:
             loss.backward()
         del loss
         self.live.mark((param.grad for param in self._trainable()), "gradients")
-        self.optimizer.step()
+        with self.live.compiled():
+            self.optimizer.step()
         self._mark_state()
         self.optimizer.zero_grad()
         most = self.live.most_of((ACTIVATIONS, LOGITS, TEMPORARIES))
