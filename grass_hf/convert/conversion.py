@@ -118,21 +118,21 @@ def restore_model(model: nn.Module) -> nn.Module:
     """
     if not any(isinstance(module, GrassModule) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} holds no Grass slices: convert_to_grass(model, config) makes them.")
-    if any(is_sharded(part.active) or is_partitioned(part.active) for part in grass_slices(model)):
+    if any(is_sharded(slice_.active) or is_partitioned(slice_.active) for slice_ in grass_slices(model)):
         raise ValueError(
             f"{type(model).__name__} is sharded, and its modules cannot be put back in place: save it "
             "(save_pretrained, get_model_state_dict) and load the checkpoint, which is plain."
         )
     slices = list(grass_slices(model))
-    if alone := [part.state.name for part in slices if follow_weight(part)]:
+    if alone := [slice_.state.name for slice_ in slices if follow_weight(slice_)]:
         logger.warning(
             "%d slices (%s, ...) were changed by something that does not drive them, and never reached their weights: "
             "what they held is dropped.",
             len(alone),
             alone[0],
         )
-    for part in slices:
-        part.settle_decay()
+    for slice_ in slices:
+        slice_.settle_decay()
     with all_or_nothing() as undo:
         for module in list(model.modules()):
             if isinstance(module, GrassModule):
@@ -170,8 +170,8 @@ def converted_part(model: nn.Module) -> nn.Module | None:
 
 def describe(model: nn.Module) -> str:
     """Settings and slices of a converted model in one line, equal on ranks that can train together."""
-    shapes = [(tuple(shape_of(part.active)), tuple(shape_of(part.weight))) for part in grass_slices(model)]
-    names = [part.state.name for part in grass_slices(model)]
+    shapes = [(tuple(shape_of(slice_.active)), tuple(shape_of(slice_.weight))) for slice_ in grass_slices(model)]
+    names = [slice_.state.name for slice_ in grass_slices(model)]
     slices = [f"{name} {active} of {weight}" for name, (active, weight) in zip(names, shapes, strict=True)]
     return "; ".join([describe_settings(conversion_of(model).config), *slices])
 

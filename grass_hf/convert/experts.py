@@ -67,9 +67,9 @@ def trial_input(module: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _product(module: Any, name: str, x: Tensor, expert: Tensor, tokens: list[int]) -> Tensor:
-    weight, part = getattr(module, name), getattr(module, f"{name}_slice", None)
-    if part is not None:
-        y = part.grouped_linear(x, tokens)
+    weight, slice_ = getattr(module, name), getattr(module, f"{name}_slice", None)
+    if slice_ is not None:
+        y = slice_.grouped_linear(x, tokens)
     else:
         matrices = weight.unbind(0)  # one node in the graph, so one gradient of full size and not one per expert
         turned = (lambda w: w) if module.is_transposed else torch.t

@@ -44,15 +44,15 @@ class GrassModule(nn.Module):
         return {name: member for name, member in members.items() if isinstance(member, Slice)}
 
     def _save_to_state_dict(self, *args, **kwargs):
-        for part in self.own_slices().values():
-            warn_of_parting(part)
+        for slice_ in self.own_slices().values():
+            warn_of_parting(slice_)
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for part in self.own_slices().values():
-            if prefix + part.parameter in state_dict:
-                part.take_new_weight()
+        for slice_ in self.own_slices().values():
+            if prefix + slice_.parameter in state_dict:
+                slice_.take_new_weight()
 
 
 def _keep_frozen(weight: nn.Parameter | None) -> None:
@@ -85,10 +85,10 @@ class TappedLinear(GrassModule):
         if weight is not None and weight.requires_grad:
             _keep_frozen(weight)
         # past the look-up of attributes, which takes a module longer
-        part: Any = self._modules.get("weight_slice") or self.weight_slice
-        if self.is_plain and (y := part.linear(input, weight, self._parameters["bias"])) is not None:
+        slice_: Any = self._modules.get("weight_slice") or self.weight_slice
+        if self.is_plain and (y := slice_.linear(input, weight, self._parameters["bias"])) is not None:
             return y
-        return part.tap(super().forward(input), input, transposed=self.transposed)
+        return slice_.tap(super().forward(input), input, transposed=self.transposed)
 
 
 class TappedConv1D(TappedLinear):
@@ -144,8 +144,8 @@ class TappedExperts(GrassModule):
     """Gives the 3-D parameters of a module behind transformers' experts interface a slice each."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        for part in self.own_slices().values():
-            _keep_frozen(part.weight)
+        for slice_ in self.own_slices().values():
+            _keep_frozen(slice_.weight)
         return experts.forward(self, hidden_states, top_k_index, top_k_weights)
 
 
@@ -157,16 +157,16 @@ class TappedProducts(GrassModule):
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         layouts = products.layouts(self)
-        parts = {part.parameter: part for part in self.own_slices().values()}
-        for part in parts.values():
-            _keep_frozen(part.weight)
-        views = {name: part.matrices(layouts[name]) for name, part in parts.items()}
-        weights: dict[str, Tensor] = {name: part.weight for name, part in parts.items()}
+        parts = {slice_.parameter: slice_ for slice_ in self.own_slices().values()}
+        for slice_ in parts.values():
+            _keep_frozen(slice_.weight)
+        views = {name: slice_.matrices(layouts[name]) for name, slice_ in parts.items()}
+        weights: dict[str, Tensor] = {name: slice_.weight for name, slice_ in parts.items()}
         try:
             with products.Products(weights, lambda name, y, x, matrix: views[name].tap(y, x, matrix)):
                 return super().forward(*args, **kwargs)
         except products.NotUnderstood as use:
-            names = [part.state.name for part in parts.values()]
+            names = [slice_.state.name for slice_ in parts.values()]
             raise RuntimeError(
                 f"{type(self).__name__} uses a weight in another way than the trial before its conversion showed "
                 f"({use}), which no slice can follow: train it in full with exclude_modules={names}."

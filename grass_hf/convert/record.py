@@ -92,10 +92,10 @@ def conversion_over(slices: Iterable[Slice]) -> Conversion | None:
     return next((each for each in current if wanted and wanted <= set(grass_slices(each.model))), None)
 
 
-def is_stepped(part: Slice) -> bool:
+def is_stepped(slice_: Slice) -> bool:
     """Whether the optimizer that drives a slice takes a step now."""
     links = [each.driver() for each in list(_CONVERSIONS) if each.driver is not None]
-    return any(link is not None and link.is_stepping and part in link.slices for link in links)
+    return any(link is not None and link.is_stepping and slice_ in link.slices for link in links)
 
 
 def grass_slices(model: nn.Module) -> Iterator[Slice]:

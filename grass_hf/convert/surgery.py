@@ -117,29 +117,29 @@ def store_as_int8(weights: Iterable[tuple[nn.Module, str]], undo: ExitStack) -> 
 
 def detach_slices(module: GrassModule, undo: ExitStack) -> None:
     """Turn a module back into what it was, in place; its weights must be up to date."""
-    for part in list(module.own_slices().values()):
-        detach_slice(module, part, undo)
+    for slice_ in list(module.own_slices().values()):
+        detach_slice(module, slice_, undo)
 
 
-def detach_slice(module: GrassModule, part: Slice, undo: ExitStack) -> None:
+def detach_slice(module: GrassModule, slice_: Slice, undo: ExitStack) -> None:
     """Take one slice off a module, if it has it, in place; with its last slice gone, the module is of its own class."""
-    names = [name for name, own in module.own_slices().items() if own is part]
+    names = [name for name, own in module.own_slices().items() if own is slice_]
     if not names:
         return
     for name in names:
         if name in module._modules:
             undo.callback(_put_members, module._modules, dict(module._modules))
         else:
-            undo.callback(vars(module).__setitem__, name, part)
+            undo.callback(vars(module).__setitem__, name, slice_)
         delattr(module, name)
-    weight: nn.Parameter = getattr(module, part.parameter)
+    weight: nn.Parameter = getattr(module, slice_.parameter)
     undo.callback(track, weight)
     untrack(weight)
-    if int8.is_int8(weight) and not part.before.int8:
-        undo.callback(_put_int8, module, part.parameter)
-        setattr(module, part.parameter, nn.Parameter(int8.dequantize(weight)))
-    undo.callback(_set_gradient, module, part.parameter, weight.requires_grad, weight.grad)
-    getattr(module, part.parameter).requires_grad_(part.before.requires_grad)
+    if int8.is_int8(weight) and not slice_.before.int8:
+        undo.callback(_put_int8, module, slice_.parameter)
+        setattr(module, slice_.parameter, nn.Parameter(int8.dequantize(weight)))
+    undo.callback(_set_gradient, module, slice_.parameter, weight.requires_grad, weight.grad)
+    getattr(module, slice_.parameter).requires_grad_(slice_.before.requires_grad)
     if not module.own_slices():
         _set_class(module, plain_class(module), undo)
 

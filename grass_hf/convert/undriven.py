@@ -36,12 +36,12 @@ def _refuse_undriven(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     known = (slices_made(), len(held))
     if _harmless.get(optimizer) == known:
         return
-    slices = {id(part.active): part for part in living_slices()}
+    slices = {id(slice_.active): slice_ for slice_ in living_slices()}
     found = [slices[number] for number in held if number in slices]
     if found and not _belongs_to_driving(optimizer, found[0]):
         raise RuntimeError(_undriven(optimizer, found[0], "holds the slice of {}, and does not drive it"))
     if not found:
-        weights = {id(part.owner._parameters.get(part.parameter)): part for part in slices.values()}
+        weights = {id(slice_.owner._parameters.get(slice_.parameter)): slice_ for slice_ in slices.values()}
         found = [weights[number] for number in held if number in weights]
         conversion = conversion_over(found[:1])
         if conversion is not None and conversion.driver is None:
@@ -54,14 +54,14 @@ def _refuse_undriven(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 _harmless: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
 
 
-def _belongs_to_driving(optimizer: torch.optim.Optimizer, part: Slice) -> bool:
+def _belongs_to_driving(optimizer: torch.optim.Optimizer, slice_: Slice) -> bool:
     """Whether an optimizer steps within one that drives the slice, or has such a one inside."""
-    return is_stepped(part) or any(_drives(value) for value in vars(optimizer).values())
+    return is_stepped(slice_) or any(_drives(value) for value in vars(optimizer).values())
 
 
-def _undriven(optimizer: torch.optim.Optimizer, part: Slice, what: str) -> str:
+def _undriven(optimizer: torch.optim.Optimizer, slice_: Slice, what: str) -> str:
     kind = type(optimizer).__name__
     return (
-        f"this {kind} {what.format(part.state.name)}: its steps would not reach the weights. Make it with "
+        f"this {kind} {what.format(slice_.state.name)}: its steps would not reach the weights. Make it with "
         f"grass_optimizer(model, {kind}, lr=...) after convert_to_grass, or let the Trainer make it."
     )

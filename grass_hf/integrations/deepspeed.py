@@ -66,9 +66,9 @@ def take_over(arguments: dict[str, Any], initialize: Callable) -> tuple:
     check_agreement("deepspeed.initialize", describe(controller.model), group=controller.replicas)
     from .zero import ZeroController
 
-    for part in controller.slices:
+    for slice_ in controller.slices:
         # DeepSpeed wants parameters of one dtype, and keeps float32 masters of its own
-        part.active.data = part.active.data.to(part.weight.dtype)
+        slice_.active.data = slice_.active.data.to(slice_.weight.dtype)
     controller.following = False
     with undriven(optimizer):
         engine, *others = initialize(**arguments)

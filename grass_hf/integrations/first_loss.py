@@ -57,9 +57,9 @@ class WeightReads:
         self.model = model
         self.found: list[Slice] = []
         self._slices = list(grass_slices(model))
-        moving = any(is_sharded(part.active) or is_partitioned(part.active) for part in self._slices)
+        moving = any(is_sharded(slice_.active) or is_partitioned(slice_.active) for slice_ in self._slices)
         # Weights that an engine gathers come and go; only a tensor as large as one is a reason to look where they are.
-        self._sizes = {math.prod(shape_of(part.weight)) for part in self._slices} if moving else set()
+        self._sizes = {math.prod(shape_of(slice_.weight)) for slice_ in self._slices} if moving else set()
         self._owners: dict[int, list[tuple[int, int, Slice]]] = {}
         self._running: list[int] = []
         self._grad_wanted: list[bool] = []
@@ -72,8 +72,8 @@ class WeightReads:
         self._follow(self.model, self._grad_wanted, torch.is_grad_enabled)
         for module in self.model.modules():
             if isinstance(module, GrassModule):
-                for part in module.own_slices().values():
-                    self._follow(module, self._running, functools.partial(id, part))
+                for slice_ in module.own_slices().values():
+                    self._follow(module, self._running, functools.partial(id, slice_))
         self._find_weights()
         self._context.enter_context(_Pointers(self))
         self._context.enter_context(_Operations(self))
@@ -97,15 +97,15 @@ class WeightReads:
     def _find_weights(self) -> None:
         """Note where weights lie at this moment; shards are skipped, engines read them at any time."""
         self._owners = {}
-        for part in self._slices:
-            for storage, first, last in _places(part.weight):
-                self._owners.setdefault(storage, []).append((first, last, part))
+        for slice_ in self._slices:
+            for storage, first, last in _places(slice_.weight):
+                self._owners.setdefault(storage, []).append((first, last, slice_))
 
     def _slices_at(self, tensor: Tensor) -> Iterator[Slice]:
         for storage, first, last in _places(tensor):
-            for own_first, own_last, part in self._owners.get(storage, ()):
+            for own_first, own_last, slice_ in self._owners.get(storage, ()):
                 if first < own_last and own_first < last:
-                    yield part
+                    yield slice_
 
     def look(self, inputs: Any, outputs: Any) -> None:
         """Note an operation that made `outputs` of `inputs`; one that gives a view has read nothing."""
@@ -114,15 +114,15 @@ class WeightReads:
             if not any(tensor.numel() in self._sizes for tensor in given):
                 return  # what lies where a weight has been says nothing
             self._find_weights()
-        read = {part for tensor in given for part in self._slices_at(tensor) if id(part) not in self._running}
+        read = {slice_ for tensor in given for slice_ in self._slices_at(tensor) if id(slice_) not in self._running}
         if not read - set(self.found):
             return
         made = [tensor for tensor in tree_leaves(outputs) if isinstance(tensor, Tensor)]
         if not made and outputs is not None:  # a number, an answer: no gradient comes back from it
             return
-        read -= {part for tensor in made for part in self._slices_at(tensor)}
+        read -= {slice_ for tensor in made for slice_ in self._slices_at(tensor)}
         if read and self._is_wanted():
-            self.found += [part for part in self._slices if part in read and part not in self.found]
+            self.found += [slice_ for slice_ in self._slices if slice_ in read and slice_ not in self.found]
 
     def _is_wanted(self) -> bool:
         """Whether a gradient is wanted of what is computed just now."""
@@ -195,12 +195,14 @@ def refuse_reads(model: nn.Module, found: list[Slice]) -> None:
             full.
     """
     own = set(grass_slices(model))
-    found = [part for part in found if part in own]
+    found = [slice_ for slice_ in found if slice_ in own]
     if not found:
         return
-    names = [part.state.name for part in found]
+    names = [slice_.state.name for slice_ in found]
     heads = getattr(model, "get_output_embeddings", lambda: None)()
-    head = " (the output head's)" if heads is not None and any(part.weight is heads.weight for part in found) else ""
+    head = (
+        " (the output head's)" if heads is not None and any(slice_.weight is heads.weight for slice_ in found) else ""
+    )
     raise ValueError(
         f"the loss reads the weights of {', '.join(names)}{head} without calling the modules that hold them, as fused "
         "losses and kernels do, so their slices would get a part of the gradient or none: train these in full, "

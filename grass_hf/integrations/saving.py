@@ -97,7 +97,7 @@ def _check(model: Any) -> None:
     kind = type(model).__name__
     if not all(hasattr(model, name) for name in ("config", "can_generate", "_keys_to_ignore_on_save")):
         raise ValueError(f"{kind} is no model of transformers: save its state_dict() instead.")
-    if any(is_sharded(part.active) or is_partitioned(part.active) for part in grass_slices(model)):
+    if any(is_sharded(slice_.active) or is_partitioned(slice_.active) for slice_ in grass_slices(model)):
         raise ValueError(f"{kind} is sharded, and a rank has only its part of it: use save_pretrained.")
     try:
         from transformers.core_model_loading import revert_weight_conversion

@@ -104,27 +104,27 @@ def summary(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int | Non
 def start_report(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int | None = None) -> StartReport:
     """Describe a converted model and the optimizer that drives it (an engine's, say), for a run of `steps`."""
     targets: Counter = Counter()
-    for layer in grass_slices(model):
-        state = layer.state
-        shape = tuple(shape_of(layer.weight))
-        targets[pattern_of(state.name), shape, layer.side, state.rank, state.rank / state.size] += 1
-    slices = {id(layer.active) for layer in grass_slices(model)}
+    for slice_ in grass_slices(model):
+        state = slice_.state
+        shape = tuple(shape_of(slice_.weight))
+        targets[pattern_of(state.name), shape, slice_.side, state.rank, state.rank / state.size] += 1
+    slices = {id(slice_.active) for slice_ in grass_slices(model)}
     ordinary: dict[tuple[str, str], list[int]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad and id(param) not in slices:
             ordinary.setdefault((pattern_of(name), _reason(model, name, param)), []).append(shape_of(param).numel())
     controller = controller_of(optimizer)
-    layers = list(grass_slices(model))
+    slices = list(grass_slices(model))
     others = sum(sum(sizes) for sizes in ordinary.values())
-    weights = {id(layer.weight): shape_of(layer.weight).numel() for layer in layers}
+    weights = {id(slice_.weight): shape_of(slice_.weight).numel() for slice_ in slices}
     beside = {id(p): shape_of(p).numel() for p in model.parameters() if id(p) not in slices}
-    sizes = [(layer.state.rank, layer.state.size, weights[id(layer.weight)]) for layer in layers]
+    sizes = [(slice_.state.rank, slice_.state.size, weights[id(slice_.weight)]) for slice_ in slices]
     return StartReport(
         plain_class(controller.base).__name__,
         controller.config,
         _rates(optimizer, slices=True),
         _rates(optimizer, slices=False),
-        others + sum(shape_of(layer.active).numel() for layer in layers),
+        others + sum(shape_of(slice_.active).numel() for slice_ in slices),
         others + sum(weights.values()),
         sum((beside | weights).values()),
         coverage_of(sizes, controller.config, steps) if steps else None,
@@ -167,14 +167,14 @@ def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
 
 def _grass_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Bytes:
     trainable = [p for p in model.parameters() if p.requires_grad]
-    slices = sum(_bytes(layer.active) for layer in grass_slices(model) if layer.resident)
+    slices = sum(_bytes(slice_.active) for slice_ in grass_slices(model) if slice_.resident)
     return Bytes(slices, sum(map(_bytes, trainable)), _state_bytes(optimizer))
 
 
 def _adamw_bytes(model: nn.Module) -> Bytes:
     converted = list(grass_slices(model))
-    slices = {id(layer.active) for layer in converted}
-    weights = sum(_bytes(layer.weight) for layer in converted)
+    slices = {id(slice_.active) for slice_ in converted}
+    weights = sum(_bytes(slice_.weight) for slice_ in converted)
     full = weights + sum(_bytes(p) for p in model.parameters() if p.requires_grad and id(p) not in slices)
     return Bytes(0, full, 2 * full)
 

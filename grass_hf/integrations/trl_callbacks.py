@@ -48,8 +48,8 @@ def _plain_class(cls: Any) -> Any:
 
         def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
             slices = list(grass_slices(self))
-            actives = {id(part.active) for part in slices}
-            weights = {id(part.weight) for part in slices}
+            actives = {id(slice_.active) for slice_ in slices}
+            weights = {id(slice_.weight) for slice_ in slices}
             for name, param in super().named_parameters(*args, **kwargs):
                 if id(param) not in actives:
                     yield name, _trainable(param) if id(param) in weights else param
@@ -88,8 +88,8 @@ def _sync(original):
     def _sync_target_model(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
         with plain_parameters(model), plain_parameters(target_model):
             original(model, target_model, alpha)
-        for part in grass_slices(target_model):  # a reference that was copied from a converted model
-            part.reload()
+        for slice_ in grass_slices(target_model):  # a reference that was copied from a converted model
+            slice_.reload()
 
     return marked(_sync_target_model)
 
@@ -99,7 +99,9 @@ def _begin_average(original):
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs: Any):
         inner = self._unwrap_model(model)
         for name, module in inner.named_modules():
-            if isinstance(module, GrassModule) and any(is_int8(part.weight) for part in module.own_slices().values()):
+            if isinstance(module, GrassModule) and any(
+                is_int8(slice_.weight) for slice_ in module.own_slices().values()
+            ):
                 raise ValueError(
                     f"{type(self).__name__} keeps the trained weights at hand, and {name} is stored as int8: leave "
                     "weight_dtype='int8' out, or the callback."

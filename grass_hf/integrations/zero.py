@@ -75,11 +75,11 @@ class ZeroController(GrassController):
         for module in model.modules():
             if isinstance(module, GrassModule):
                 _fetch_slices_with(module)
-        for part in grass_slices(model):
-            part.rank_part = rank_part
-            if part.rho is not None and part.write is not None:  # DeepSpeed casts all buffers to the weights' dtype
-                dtype = accumulation_dtype(part.active.dtype)
-                part.rho, part.write = part.rho.to(dtype), part.write.to(dtype)
+        for slice_ in grass_slices(model):
+            slice_.rank_part = rank_part
+            if slice_.rho is not None and slice_.write is not None:  # DeepSpeed casts all buffers to the weights' dtype
+                dtype = accumulation_dtype(slice_.active.dtype)
+                slice_.rho, slice_.write = slice_.rho.to(dtype), slice_.write.to(dtype)
         super().__init__(model, engine.optimizer, previous.replicas, replace=True)
         self._follow_checkpoints()
         self.base, self.asked = base, previous.asked
@@ -102,19 +102,19 @@ class ZeroController(GrassController):
     def groups(self) -> dict[int, dict[str, Any]]:
         # looked up every time, because loading a state puts other dicts in the groups' places
         groups = self.base.param_groups
-        return {id(part.active): groups[self._place[id(part.active)].group] for part in self.slices}
+        return {id(slice_.active): groups[self._place[id(slice_.active)].group] for slice_ in self.slices}
 
-    def _was_real(self, layers: list[Slice]) -> bool:
-        return not getattr(self.optimizer, "overflow", False) and any(self._reached(part.active) for part in layers)
+    def _was_real(self, slices: list[Slice]) -> bool:
+        return not getattr(self.optimizer, "overflow", False) and any(self._reached(slice_.active) for slice_ in slices)
 
     def _after_step(self) -> None:
         super()._after_step()
         self._seen.clear()
 
-    def _check_finite(self, layers: list[Slice]) -> None:
+    def _check_finite(self, slices: list[Slice]) -> None:
         if getattr(self.optimizer, "check_grad_overflow", False) or self.engine.fp16_enabled():
             return  # DeepSpeed skips the step
-        numbers = {self._place[id(part.active)].number for part in layers}
+        numbers = {self._place[id(slice_.active)].number for slice_ in slices}
         grads = [grad for number in numbers for grad in _gradients(self.optimizer, number)]
         bad = torch.zeros(1, device=self.engine.device)
         if grads and not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
@@ -122,27 +122,27 @@ class ZeroController(GrassController):
         dist.all_reduce(bad)
         if not bool(bad):
             return
-        for part in layers:
-            grad = masters.safe_get_full_grad(part.active)
+        for slice_ in slices:
+            grad = masters.safe_get_full_grad(slice_.active)
             if grad is not None and not bool(grad.isfinite().all()):
-                raise guards.not_finite(part.state.name, self.step)
+                raise guards.not_finite(slice_.state.name, self.step)
 
-    def _write_back(self, layers: list[Slice]) -> None:
-        for chunk in _chunks(layers):
-            with zero.GatheredParameters([part.active for part in chunk if is_partitioned(part.active)]):
+    def _write_back(self, slices: list[Slice]) -> None:
+        for chunk in _chunks(slices):
+            with zero.GatheredParameters([slice_.active for slice_ in chunk if is_partitioned(slice_.active)]):
                 super()._write_back(chunk)
 
     # -- optimizer state ----------------------------------------------------------------------------------------
 
-    def _state_keys(self, part: Slice) -> list[str]:
+    def _state_keys(self, slice_: Slice) -> list[str]:
         """Names of the optimizer state that is stored per element of the slice.
 
         Raises:
             ValueError: some is stored in another way.
         """
-        flat = self._place[id(part.active)]
+        flat = self._place[id(slice_.active)]
         state = self.base.state.get(flat.values, {})
-        if not is_partitioned(part.active):
+        if not is_partitioned(slice_.active):
             # DeepSpeed looks it up once, after the step of the first group, before the others have any
             masters.lazy_init_hp_params_optimizer_state(flat.params, flat.values, self.base.state)
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
@@ -155,14 +155,14 @@ class ZeroController(GrassController):
                 )
         return list(tensors)
 
-    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any], seed: Seed | None) -> None:
-        for key in self._state_keys(part):
-            values = masters.safe_get_full_optimizer_state(part.active, key)
-            carry_rows({key: values}, values.shape, part.dim, source, group, part.state.name, seed)
-            set_master(part.active, values, key)
+    def _carry_state(self, slice_: Slice, source: Tensor, group: dict[str, Any], seed: Seed | None) -> None:
+        for key in self._state_keys(slice_):
+            values = masters.safe_get_full_optimizer_state(slice_.active, key)
+            carry_rows({key: values}, values.shape, slice_.dim, source, group, slice_.state.name, seed)
+            set_master(slice_.active, values, key)
 
-    def _drop_state(self, part: Slice, group: dict[str, Any]) -> None:
-        self._carry_state(part, torch.full(part.index.shape, -1), group, None)
+    def _drop_state(self, slice_: Slice, group: dict[str, Any]) -> None:
+        self._carry_state(slice_, torch.full(slice_.index.shape, -1), group, None)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -190,8 +190,8 @@ class ZeroController(GrassController):
             path, client_state = load(load_dir, tag, *args, **kwargs)
             if path is not None:
                 resume.recall(client_state.pop(CLIENT_KEY, None), self)
-                for part in self.slices:
-                    held = rank_part(part, True)
+                for slice_ in self.slices:
+                    held = rank_part(slice_, True)
                     held.keep(held.active)
             return path, client_state
 
@@ -221,7 +221,7 @@ class ZeroController(GrassController):
 def _names(model: nn.Module) -> dict[str, str]:
     """What each parameter is: "slice", "frozen" by the user, or "trained", by its slice or itself."""
     parts = list(grass_slices(model))
-    slices, weights = ({id(getattr(part, name)) for part in parts} for name in ("active", "weight"))
+    slices, weights = ({id(getattr(slice_, name)) for slice_ in parts} for name in ("active", "weight"))
     named = model.named_parameters(remove_duplicate=False)
     kinds = {True: "trained", False: "frozen"}
     return {
@@ -269,20 +269,20 @@ def _gradients(optimizer, number: int) -> list[Tensor]:
 
 def _fetch_slices_with(module: GrassModule) -> None:
     """ZeRO-3 gathers a module's own parameters before its forward: let slices be among them."""
-    for part in module.own_slices().values():
-        if is_partitioned(part.active):
-            zero.register_external_parameter(module, part.active)
+    for slice_ in module.own_slices().values():
+        if is_partitioned(slice_.active):
+            zero.register_external_parameter(module, slice_.active)
 
 
-def _chunks(layers: list[Slice]) -> Iterator[list[Slice]]:
+def _chunks(slices: list[Slice]) -> Iterator[list[Slice]]:
     chunk: list[Slice] = []
     elements = 0
-    for part in layers:
-        size = shape_of(part.active).numel()
+    for slice_ in slices:
+        size = shape_of(slice_.active).numel()
         if chunk and elements + size > _GATHERED_AT_A_TIME:
             yield chunk
             chunk, elements = [], 0
-        chunk.append(part)
+        chunk.append(slice_)
         elements += size
     if chunk:
         yield chunk

@@ -30,24 +30,24 @@ ZeroParameter: TypeAlias = Any
 _DECAYED_AT_A_TIME = 2**20
 
 
-def rank_part(part: Slice, exact: bool = False) -> Part:
-    """What this rank holds of a slice and its weight; as `part.local_part`.
+def rank_part(slice_: Slice, exact: bool = False) -> Part:
+    """What this rank holds of a slice and its weight; as `slice_.local_part`.
 
     Args:
-        part: the slice.
+        slice_: the slice.
         exact: want the values of its float32 master; every rank must ask for the same.
     """
-    weight: ZeroParameter = part.weight
-    active: ZeroParameter = part.active
+    weight: ZeroParameter = slice_.weight
+    active: ZeroParameter = slice_.active
     values = masters.safe_get_full_fp32_param(active) if exact else active.data
-    rest = (part.index, part.rho, part.write, part.dim, "")
+    rest = (slice_.index, slice_.rho, slice_.write, slice_.dim, "")
     if not is_partitioned(weight):
-        return _Replicated(weight.data, values, *rest, owner=part)
+        return _Replicated(weight.data, values, *rest, owner=slice_)
     if not exact:
         values = _whole(active)
     own = weight.ds_tensor.data.view(-1)
     run = Run(own, dist.get_rank(weight.ds_process_group) * own.numel(), weight.ds_shape)
-    return _Partitioned(own, values, *rest, owner=part, run=run)
+    return _Partitioned(own, values, *rest, owner=slice_, run=run)
 
 
 @dataclass

@@ -42,12 +42,12 @@ def asked(controller: Controller) -> dict[str, dict[str, Any]]:
     """Settings of every slice by its name, as plain types: those of its parameter group, as they are now."""
     settings = {}
     groups = controller.groups()
-    for part in controller.slices:
-        group = groups[id(part.active)]
+    for slice_ in controller.slices:
+        group = groups[id(slice_.active)]
         own = {key: _plain(value) for key, value in group.items() if not _is_ours(key) and key not in _NOT_COMPARED}
         if own.get("weight_decay") and "grass_vocabulary" not in group:
             own["weight_decay"] *= controller.config.scale  # it was divided by it
-        settings[part.state.name] = own
+        settings[slice_.state.name] = own
     return settings
 
 

@@ -47,13 +47,13 @@ def step_in_chunks(
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    parts = {id(part.active): part for part in slices}
+    slices = {id(slice_.active): slice_ for slice_ in slices}
     groups = optimizer.param_groups
     members = [group["params"] for group in groups]
     counters = _numbers(groups)
     try:
         for group, params in zip(groups, members, strict=True):
-            group["params"] = [param for param in params if id(param) not in parts]
+            group["params"] = [param for param in params if id(param) not in slices]
         original()
         if _numbers(groups) != counters:
             raise ValueError(
@@ -63,7 +63,7 @@ def step_in_chunks(
         for group, params in zip(groups, members, strict=True):
             for other in groups:
                 other["params"] = []
-            for chunk in _chunks([parts[id(param)] for param in params if id(param) in parts]):
+            for chunk in _chunks([slices[id(param)] for param in params if id(param) in slices]):
                 _step_chunk(optimizer, group, original, chunk)
     finally:
         for group, params in zip(groups, members, strict=True):
@@ -73,61 +73,66 @@ def step_in_chunks(
 
 def stepped_dtype(param: nn.Parameter, slices: list[Slice]) -> torch.dtype:
     """The dtype of what the optimizer is given for a parameter."""
-    return next((part.stepped for part in slices if part.active is param), param.dtype)
+    return next((slice_.stepped for slice_ in slices if slice_.active is param), param.dtype)
 
 
 def widen_state(optimizer: torch.optim.Optimizer, slices: list[Slice]) -> None:
     """Give state that an optimizer made with itself (Adagrad's) the dtype in which its slices are stepped."""
-    for part in slices:
-        state = optimizer.state.get(part.active, {}) if part.keeps_low else {}
+    for slice_ in slices:
+        state = optimizer.state.get(slice_.active, {}) if slice_.keeps_low else {}
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (part.active.shape, part.active.dtype):
-                state[key] = value.to(part.stepped)
+            if isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (
+                slice_.active.shape,
+                slice_.active.dtype,
+            ):
+                state[key] = value.to(slice_.stepped)
 
 
 def _step_chunk(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], original: Callable, chunk: list[Slice]
 ) -> None:
-    for part in chunk:
-        part.widen()
-    group["params"] = [part.active if part.wide is None else _stand_in(part) for part in chunk]
-    stand_ins = [(part, param) for part, param in zip(chunk, group["params"], strict=True) if part.wide is not None]
+    for slice_ in chunk:
+        slice_.widen()
+    group["params"] = [slice_.active if slice_.wide is None else _stand_in(slice_) for slice_ in chunk]
+    stand_ins = [
+        (slice_, param) for slice_, param in zip(chunk, group["params"], strict=True) if slice_.wide is not None
+    ]
     state = optimizer.state
-    for part, param in stand_ins:
-        if part.active in state:
-            state[param] = state.pop(part.active)
+    for slice_, param in stand_ins:
+        if slice_.active in state:
+            state[param] = state.pop(slice_.active)
     try:
         original()
     finally:
-        for part, param in stand_ins:
+        for slice_, param in stand_ins:
             if param in state:
-                state[part.active] = state.pop(param)
+                state[slice_.active] = state.pop(param)
     group["params"] = []
-    for part, param in stand_ins:
-        part.wide, param.grad = param.detach(), None
+    for slice_, param in stand_ins:
+        slice_.wide, param.grad = param.detach(), None
     del stand_ins
-    for part in chunk:
-        part.write_back()
-        part.release()
+    for slice_ in chunk:
+        slice_.write_back()
+        slice_.release()
 
 
-def _stand_in(part: Slice) -> nn.Parameter:
+def _stand_in(slice_: Slice) -> nn.Parameter:
     """See [Note: stand-ins]."""
-    param = nn.Parameter(part.wide)
-    if part.active.grad is not None:
-        param.grad = part.active.grad.to(param.dtype)
+    param = nn.Parameter(slice_.wide)
+    if slice_.active.grad is not None:
+        param.grad = slice_.active.grad.to(param.dtype)
     return param
 
 
-def _chunks(parts: list[Slice]) -> Iterator[list[Slice]]:
+def _chunks(slices: list[Slice]) -> Iterator[list[Slice]]:
     chunk: list[Slice] = []
     size = 0
-    for part in parts:
-        nbytes = part.active.numel() * part.stepped.itemsize
+    for slice_ in slices:
+        nbytes = slice_.active.numel() * slice_.stepped.itemsize
         if chunk and size + nbytes > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
-        chunk.append(part)
+        chunk.append(slice_)
         size += nbytes
     if chunk:
         yield chunk

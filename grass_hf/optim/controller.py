@@ -121,7 +121,7 @@ class GrassController(LettingGo):
         Raises:
             RuntimeError: the optimizer does not drive the slices any more, or never did.
         """
-        layers = self.slices
+        slices = self.slices
         self.link.require()
         with contextlib.ExitStack() as rates:
 
@@ -140,7 +140,7 @@ class GrassController(LettingGo):
                 if self.config.resident:
                     result = original(*args, **kwargs)
                 else:
-                    result = step_in_chunks(self.optimizer, original, layers, *args, **kwargs)
+                    result = step_in_chunks(self.optimizer, original, slices, *args, **kwargs)
             finally:
                 self.is_stepping = False
         self._after_step()
@@ -163,9 +163,9 @@ class GrassController(LettingGo):
 
     def forget_norms(self) -> None:
         """Drop the norms observed so far in this step, with the gradients that they belong to."""
-        for part in self.slices:
-            if part.norms is not None:
-                part.norms.grad = None
+        for slice_ in self.slices:
+            if slice_.norms is not None:
+                slice_.norms.grad = None
 
     def metrics(self) -> dict[str, float]:
         """``grass/coverage`` and ``grass/energy``, see `reselection.metrics`."""
@@ -173,75 +173,75 @@ class GrassController(LettingGo):
 
     def settle(self) -> None:
         """Multiply in all weight decay that rows are owed: the end of training."""
-        for layer in self.slices:
-            evaluated.follow_edited(layer)
-            layer.settle_decay(self._rounding_seed(layer))
+        for slice_ in self.slices:
+            evaluated.follow_edited(slice_)
+            slice_.settle_decay(self._rounding_seed(slice_))
 
     # -- before the step ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _before_step(self) -> None:
-        layers = self.slices
-        for part in () if self._has_stepped else layers:
-            part.settle_unfilled()
-            part.check_alignment()
-            part.check_sharding()
-        drift.check_step(layers)
-        guards.check_any_reached(layers, self.parameters(), self.step, self._reached)
+        slices = self.slices
+        for slice_ in () if self._has_stepped else slices:
+            slice_.settle_unfilled()
+            slice_.check_alignment()
+            slice_.check_sharding()
+        drift.check_step(slices)
+        guards.check_any_reached(slices, self.parameters(), self.step, self._reached)
         if not self._has_stepped:
             guards.check_replicas(self.link.driven, self.replicas)
-            weights = guards.int8_weights(layers) if world_size(self.replicas) > 1 else ""
+            weights = guards.int8_weights(slices) if world_size(self.replicas) > 1 else ""
             said = f"step={self.step}; {describe(self.link.driven)}; {weights}"
             check_agreement("the first step", said, group=self.replicas)
-            guards.check_each_reached(layers, self.step, self._reached, self.model)
-        if layers and self.step < 2 and not self._rates_known:
+            guards.check_each_reached(slices, self.step, self._reached, self.model)
+        if slices and self.step < 2 and not self._rates_known:
             self._rates_known = guards.check_rates(self.optimizer.param_groups, self.config.scale, self.asked)
-        self._check_finite(layers)
+        self._check_finite(slices)
 
     # -- after the step ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        layers = self.slices
-        if not self._was_real(layers):
+        slices = self.slices
+        if not self._was_real(slices):
             self.look_ahead()  # forget what a skipped step observed
             return
         if not self._has_stepped:
             self._has_stepped = True
             watching.watched(self.link.driven)
         groups = self.groups()
-        self._has_moved = self._has_moved or guards.check_moved(self.optimizer, layers, self.step)
-        self._write_back(layers)
-        owe(layers, groups, self.config.decay == "all")
-        self._select([layer for layer in layers if layer.state.name in self.due], groups)
+        self._has_moved = self._has_moved or guards.check_moved(self.optimizer, slices, self.step)
+        self._write_back(slices)
+        owe(slices, groups, self.config.decay == "all")
+        self._select([slice_ for slice_ in slices if slice_.state.name in self.due], groups)
         self.step += 1
         self.look_ahead()
 
-    def _was_real(self, layers: list[Slice]) -> bool:
+    def _was_real(self, slices: list[Slice]) -> bool:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return False
         if any(group["lr"] is None or group["lr"] > 0 for group in self.optimizer.param_groups):
-            return any(layer.active.grad is not None for layer in layers)
-        return any(bool(local(layer.active.grad).any()) for layer in layers if layer.active.grad is not None)
+            return any(slice_.active.grad is not None for slice_ in slices)
+        return any(bool(local(slice_.active.grad).any()) for slice_ in slices if slice_.active.grad is not None)
 
     def _select(self, due: list[Slice], groups: dict[int, dict]) -> None:
         """Load new rows into the slices that are due; one that could not be observed stays due."""
         if due:
             watching.watch_again_if_changed(self.link.driven)
-        for part in due:
-            part.mark_trained(reselection.turn_of(self.config, self.step))
+        for slice_ in due:
+            slice_.mark_trained(reselection.turn_of(self.config, self.step))
         moved = False
-        for part, chosen, norms2 in reselection.choose(due, self.config, self.step, self.replicas):
-            seed = seed_for(part, chosen, norms2) if self.config.state_policy == "carry_seeded" else None
-            source = part.load_selection(chosen, self._rounding_seed(part))
+        for slice_, chosen, norms2 in reselection.choose(due, self.config, self.step, self.replicas):
+            seed = seed_for(slice_, chosen, norms2) if self.config.state_policy == "carry_seeded" else None
+            source = slice_.load_selection(chosen, self._rounding_seed(slice_))
             moved |= bool((source < 0).any())
             if self.config.state_policy.startswith("carry"):
-                self._carry_state(part, source, groups[id(part.active)], seed)
+                self._carry_state(slice_, source, groups[id(slice_.active)], seed)
             else:
-                self._drop_state(part, groups[id(part.active)])
-                part.state.reset_step = self.step
-            self.due.discard(part.state.name)
+                self._drop_state(slice_, groups[id(slice_.active)])
+                slice_.state.reset_step = self.step
+            self.due.discard(slice_.state.name)
         if moved:
             forget_residuals()
 
@@ -250,14 +250,14 @@ class GrassController(LettingGo):
         until = math.inf if self.config.select_until is None else self.config.select_until
         scored = selection.needs_scores(self.config.selection)
         phase = self.step % self.config.update_interval if self.step < until else None
-        for layer in self.slices:
-            state = layer.state
+        for slice_ in self.slices:
+            state = slice_.state
             if state.phase == phase:
                 self.due.add(state.name)
             if scored and state.name in self.due:
-                layer.observe()
-            elif layer.norms is not None:
-                layer.norms = None
+                slice_.observe()
+            elif slice_.norms is not None:
+                slice_.norms = None
 
     # -- what an engine with a step of its own does in its own way ----------------------------------------------
 
@@ -276,16 +276,16 @@ class GrassController(LettingGo):
     def _reached(self, param: nn.Parameter) -> bool:
         return guards.has_gradient(param)
 
-    def _check_finite(self, layers: list[Slice]) -> None:
+    def _check_finite(self, slices: list[Slice]) -> None:
         if not hasattr(self.optimizer, "found_inf"):  # else GradScaler decides, inside the fused step
-            guards.check_finite(layers, self.step)
+            guards.check_finite(slices, self.step)
 
-    def _write_back(self, layers: list[Slice]) -> None:
-        write_back_all(layers)
+    def _write_back(self, slices: list[Slice]) -> None:
+        write_back_all(slices)
 
-    def _carry_state(self, part: Slice, source: Tensor, group: dict[str, Any], seed: Seed | None) -> None:
-        state = self.optimizer.state.get(part.active, {})
-        carry_rows(state, local(part.active).shape, part.dim, source, group, part.state.name, seed)
+    def _carry_state(self, slice_: Slice, source: Tensor, group: dict[str, Any], seed: Seed | None) -> None:
+        state = self.optimizer.state.get(slice_.active, {})
+        carry_rows(state, local(slice_.active).shape, slice_.dim, source, group, slice_.state.name, seed)
 
-    def _drop_state(self, part: Slice, group: dict[str, Any]) -> None:
-        self.optimizer.state.pop(part.active, None)
+    def _drop_state(self, slice_: Slice, group: dict[str, Any]) -> None:
+        self.optimizer.state.pop(slice_.active, None)

@@ -106,9 +106,9 @@ def of_copy(name: str, own: OwnValues, copy: Tensor, columns: bool | None) -> It
     yield Patch(name, own.shape, values[flat], (flat + own.start).to(dtype), bound=own.count)
 
 
-def of_slice(name: str, part: Slice, own: OwnValues, columns: bool | None) -> Iterator[Patch]:
+def of_slice(name: str, slice_: Slice, own: OwnValues, columns: bool | None) -> Iterator[Patch]:
     """What was written into the weight of a slice."""
-    entries = changes_of(part).entries
+    entries = changes_of(slice_).entries
     selected = [entry for entry in entries if not entry.settling]
     if not selected:
         return
@@ -118,25 +118,25 @@ def of_slice(name: str, part: Slice, own: OwnValues, columns: bool | None) -> It
             raise ValueError(
                 f"{name} is sharded, and this rank has parts of its columns: use patches(), which gives their elements."
             )
-        yield _columns(name, part, own, selected, bound)
+        yield _columns(name, slice_, own, selected, bound)
         return
     bound = min(bound, own.count)
     dtype = index_dtype(own.shape)
-    flat = _flat(part, own, entries)
+    flat = _flat(slice_, own, entries)
     if columns is None and own.is_whole:
         lines = sum(entry.index.numel() for entry in selected)
         if flat.numel() * (own.dtype.itemsize + dtype.itemsize) > bound * own.dtype.itemsize + lines * 4:
-            yield _columns(name, part, own, selected, bound)
+            yield _columns(name, slice_, own, selected, bound)
             return
     if flat.numel():
         yield Patch(name, own.shape, own.at(flat), (flat + own.start).to(dtype), bound=bound)
 
 
-def _flat(part: Slice, own: OwnValues, entries: list[Entry]) -> Tensor:
+def _flat(slice_: Slice, own: OwnValues, entries: list[Entry]) -> Tensor:
     """int64, ascending: the changed elements, counted from this rank's first."""
     shape = own.tensor.shape if own.tensor.dim() > 1 else own.shape  # a run of ZeRO-3 is numbered over the whole
     first = 0 if own.tensor.dim() > 1 else own.start
-    found = [flat_positions(entry, part.dim, shape) - first for entry in entries]
+    found = [flat_positions(entry, slice_.dim, shape) - first for entry in entries]
     flat = torch.cat(found) if found[1:] else found[0]
     if found[1:] or not _ascends(entries[0].index):
         flat = flat.unique()
@@ -149,11 +149,11 @@ def _ascends(index: Tensor) -> bool:
     return bool((index.diff(dim=-1) > 0).all())
 
 
-def _columns(name: str, part: Slice, own: OwnValues, entries: list[Entry], bound: int) -> Patch:
+def _columns(name: str, slice_: Slice, own: OwnValues, entries: list[Entry], bound: int) -> Patch:
     if any(entry.is_all for entry in entries):
         return whole(name, own)
     index = entries[0].index if not entries[1:] else torch.cat([entry.index for entry in entries], dim=-1)
-    if index.dim() == 1 and (entries[1:] or part.rho is not None):
+    if index.dim() == 1 and (entries[1:] or slice_.rho is not None):
         index = index.unique()
     plain = own.all().view(own.shape)
-    return Patch(name, own.shape, take_rows(plain, index, part.dim), index.int(), part.dim, bound=bound)
+    return Patch(name, own.shape, take_rows(plain, index, slice_.dim), index.int(), slice_.dim, bound=bound)

@@ -35,14 +35,14 @@ def saved(conversion: Conversion) -> dict[str, Any] | None:
         return conversion.delta_saved
     state: dict[str, Any] = {"key": delta.key, "number": delta.number, "step": delta.step, "columns": {}}
     state["whole"] = delta.unknown()
-    for part in grass_slices(conversion.model):
-        entries = [entry for entry in changes_of(part).entries if not entry.settling]
-        if entries and changes_of(part).whole is None:
-            size = (*part.index.shape[:-1], part.state.size)
+    for slice_ in grass_slices(conversion.model):
+        entries = [entry for entry in changes_of(slice_).entries if not entry.settling]
+        if entries and changes_of(slice_).whole is None:
+            size = (*slice_.index.shape[:-1], slice_.state.size)
             held = torch.zeros(size, dtype=torch.uint8)
             for entry in entries:
                 held.scatter_(-1, entry.columns.cpu(), 1)
-            state["columns"][part.state.name] = _encoded(held)
+            state["columns"][slice_.state.name] = _encoded(held)
     return state
 
 
@@ -75,29 +75,29 @@ def take_up_saved(delta: WeightDelta) -> None:
 def _adopt(delta: WeightDelta, state: dict[str, Any]) -> None:
     delta.key, delta.number = state["key"], state["number"]
     delta.forget_others(state["whole"])
-    for part in grass_slices(delta.model):
-        changes = changes_of(part)
-        if part.state.name in state["whole"]:
+    for slice_ in grass_slices(delta.model):
+        changes = changes_of(slice_)
+        if slice_.state.name in state["whole"]:
             changes.whole = changes.whole or "not sent before an optimizer's state was saved"
-        elif (text := state["columns"].get(part.state.name)) is not None:
-            columns = _decoded(text, (*part.index.shape[:-1], part.state.size)).to(part.index.device)
-            changes.entries.append(_entry(part, columns))
+        elif (text := state["columns"].get(slice_.state.name)) is not None:
+            columns = _decoded(text, (*slice_.index.shape[:-1], slice_.state.size)).to(slice_.index.device)
+            changes.entries.append(_entry(slice_, columns))
 
 
-def _entry(part: Slice, columns: Tensor) -> Entry:
+def _entry(slice_: Slice, columns: Tensor) -> Entry:
     """All elements of some columns (..., k), as this rank numbers them."""
-    if is_partitioned(part.weight):
-        shape = list(shape_of(part.weight))
-        shape[part.dim] = columns.shape[-1]
+    if is_partitioned(slice_.weight):
+        shape = list(shape_of(slice_.weight))
+        shape[slice_.dim] = columns.shape[-1]
         return Entry(columns, columns, (-1, -1), torch.Size(shape))
-    held, own = local_part(part), columns
+    held, own = local_part(slice_), columns
     if held.rows is not None and columns.dim() > 1:
         own = columns[held.rows]
     elif held.rows is not None:
-        own = columns - shard_range(part.weight)[0]
+        own = columns - shard_range(slice_.weight)[0]
         own = own[(own >= 0) & (own < held.weight.shape[0])]
     shape = list(held.weight.shape)
-    shape[part.dim] = own.shape[-1]
+    shape[slice_.dim] = own.shape[-1]
     return Entry(columns, own, (-1, -1), torch.Size(shape))
 
 

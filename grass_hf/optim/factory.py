@@ -97,21 +97,21 @@ def attach(
 def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Check that an optimizer holds every slice, and every weight that was freed."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in grass_slices(model):
-        check_shape(layer)
-        if not layer.active.requires_grad:
+    for slice_ in grass_slices(model):
+        check_shape(slice_)
+        if not slice_.active.requires_grad:
             raise ValueError(
-                f"{layer.state.name} was frozen after the conversion, and its slice with it: freeze what is not to be "
+                f"{slice_.state.name} was frozen after the conversion, and its slice with it: freeze what is not to be "
                 "trained before convert_to_grass (before the Trainer is made), which leaves it out then; or name it in "
                 "exclude_modules, and freeze it."
             )
-        if id(layer.active) not in held:
+        if id(slice_.active) not in held:
             raise ValueError(
-                f"the optimizer does not hold the slice of {layer.state.name}: make it after convert_to_grass, "
+                f"the optimizer does not hold the slice of {slice_.state.name}: make it after convert_to_grass, "
                 "over the model's trainable parameters."
             )
-        layer.check_sharding()
-        layer.check_rows()
+        slice_.check_sharding()
+        slice_.check_rows()
     for name, weight in freed(model).items():
         if id(weight) not in held:
             raise ValueError(
@@ -126,10 +126,10 @@ def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     per_phase = config.stagger > 1 and config.state_policy == "reset_warmup"
     apart = getattr(optimizer, "vocabulary_apart", False)
     kinds = {
-        id(layer.active): (apart and layer.vocabulary, layer.state.phase if per_phase else -1)
-        for layer in grass_slices(model)
+        id(slice_.active): (apart and slice_.vocabulary, slice_.state.phase if per_phase else -1)
+        for slice_ in grass_slices(model)
     }
-    frozen = {id(layer.weight) for layer in grass_slices(model)}
+    frozen = {id(slice_.weight) for slice_ in grass_slices(model)}
     for group in list(optimizer.param_groups):
         # model.parameters() has the weights of slices too, and so do tools that ask for it (skorch)
         _take_out(group, frozen)

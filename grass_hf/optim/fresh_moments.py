@@ -50,23 +50,23 @@ class Seed:
         return mean * along(self.ratio.to(value.device, value.dtype), value, axis)
 
 
-def seed_for(part: Slice, chosen: Selection, norms2: Tensor | None) -> Seed:
+def seed_for(slice_: Slice, chosen: Selection, norms2: Tensor | None) -> Seed:
     """The seed for a slice that is about to load other rows.
 
     Args:
-        part: the slice, with the rows that it has now.
+        slice_: the slice, with the rows that it has now.
         chosen: the rows that it gets.
         norms2: (size,) or (E, size), squared norms that were observed, the same on all ranks; None without them.
     """
-    now, rows = part.current_selection(), shard_rows(part)
+    now, rows = slice_.current_selection(), shard_rows(slice_)
     real = None if now.rho is None else now.rho != 0
     ratio = None
     if norms2 is not None:
         held, got = (norms2.gather(-1, s.index) * (1.0 if s.rho is None else s.rho**2) for s in (now, chosen))
-        mean = _means(held, real, -1, bounds(part.state.rank, part.blocks()))
+        mean = _means(held, real, -1, bounds(slice_.state.rank, slice_.blocks()))
         ratio = torch.where(mean > 0, got / mean, 1.0).clamp(min=_LEAST)
     real, ratio = (v if v is None or rows is None else v[rows] for v in (real, ratio))
-    return Seed(real, ratio, block_bounds(part))
+    return Seed(real, ratio, block_bounds(slice_))
 
 
 def along(rows: Tensor, value: Tensor, axis: int) -> Tensor:

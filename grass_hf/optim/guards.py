@@ -31,14 +31,14 @@ def check_finite(slices: list[Slice], step: int) -> None:
     Raises:
         FloatingPointError: naming the first such slice.
     """
-    params: list[Any] = [part._parameters["active"] for part in slices]  # past the look-up of attributes
+    params: list[Any] = [slice_._parameters["active"] for slice_ in slices]  # past the look-up of attributes
     grads = [grad for param in params if (grad := param.grad) is not None]
     if not grads or _are_finite(grads):
         return
-    for part in slices:
-        grad = part.active.grad
+    for slice_ in slices:
+        grad = slice_.active.grad
         if grad is not None and not bool(whole(grad.isfinite().all())):
-            raise not_finite(part.state.name, step)
+            raise not_finite(slice_.state.name, step)
     # else only the norm overflowed, in half precision
 
 
@@ -91,7 +91,7 @@ def check_observed(observed: dict[Slice, Tensor | None], step: int) -> None:
     """
     if not observed or any(vector is None or bool(vector.any()) for vector in observed.values()):
         return
-    if any(part.active.grad is not None and bool(local(part.active.grad).any()) for part in observed):
+    if any(slice_.active.grad is not None and bool(local(slice_.active.grad).any()) for slice_ in observed):
         raise RuntimeError(
             f"no norms of gradients were observed at optimizer step {step}, though there are gradients: "
             "torch.autograd.grad, backward(inputs=...) and pipeline schedules that split backward (zero bubble) pass "
@@ -136,7 +136,7 @@ def check_rates(groups: list[dict[str, Any]], scale: float, asked: dict[str, dic
 
 def int8_weights(slices: Iterable[Slice]) -> str:
     """Sums over the int8 weights, equal on ranks that have the same: DDP does not broadcast these."""
-    weights: list[tuple[str, Any]] = [(part.state.name, part.weight) for part in slices if is_int8(part.weight)]
+    weights: list[tuple[str, Any]] = [(slice_.state.name, slice_.weight) for slice_ in slices if is_int8(slice_.weight)]
     return "; ".join(f"int8 {name} {int(w.int_data.sum())} {float(w.scale.double().sum())}" for name, w in weights)
 
 
@@ -162,7 +162,7 @@ def check_any_reached(
     Raises:
         RuntimeError: no slice has a gradient though other parameters have.
     """
-    if any(reached(part.active) for part in slices):
+    if any(reached(slice_.active) for slice_ in slices):
         return
     if any(reached(param) for param in params):
         raise RuntimeError(
@@ -196,13 +196,13 @@ def check_each_reached(
     Raises:
         RuntimeError: slices have no gradient among neighbours that have one; all of them are named.
     """
-    parents = {parent for part in slices if reached(part.active) for parent in _parents(part.state.name)}
+    parents = {parent for slice_ in slices if reached(slice_.active) for parent in _parents(slice_.state.name)}
     lacking = []
-    for part in slices:
-        name = part.state.name
-        if reached(part.active) or _parents(name)[0] not in parents:
+    for slice_ in slices:
+        name = slice_.state.name
+        if reached(slice_.active) or _parents(name)[0] not in parents:
             continue
-        if isinstance(part.owner, nn.Embedding):
+        if isinstance(slice_.owner, nn.Embedding):
             logger.warning("%s received no gradient: the model was given inputs_embeds, perhaps.", name)
             continue
         lacking.append(name)
@@ -230,17 +230,17 @@ def check_moved(optimizer: torch.optim.Optimizer, slices: list[Slice], step: int
     """
     if any(group["lr"] is not None and group["lr"] <= 0 for group in optimizer.param_groups):
         return False
-    if any(not part.resident or is_sharded(part.active) for part in slices):
+    if any(not slice_.resident or is_sharded(slice_.active) for slice_ in slices):
         return True  # stepped in parts, or by an engine
-    stepped = [part for part in slices if has_gradient(part.active)]
-    for part in stepped:
-        marks = part.drift.marks
-        if optimizer.state.get(part.active) or marks is None or part.active._version != marks[0]:
+    stepped = [slice_ for slice_ in slices if has_gradient(slice_.active)]
+    for slice_ in stepped:
+        marks = slice_.drift.marks
+        if optimizer.state.get(slice_.active) or marks is None or slice_.active._version != marks[0]:
             return True
     if any(group.get("fused") for group in optimizer.param_groups):  # counts no versions
         return True
-    gradients = [part.active.grad for part in stepped if part.active.grad is not None]
-    if any(bool(gradient.any()) for gradient in gradients) and all(local_part(part).agrees() for part in stepped):
+    gradients = [slice_.active.grad for slice_ in stepped if slice_.active.grad is not None]
+    if any(bool(gradient.any()) for gradient in gradients) and all(local_part(slice_).agrees() for slice_ in stepped):
         kind = plain_class(optimizer).__name__
         raise RuntimeError(
             f"{kind} took optimizer step {step} and moved none of the {len(stepped)} slices that have gradients: it "

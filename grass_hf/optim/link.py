@@ -52,7 +52,7 @@ class Link:
     def _find(self) -> None:
         """Let a copy look for its model."""
         held = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
-        own = [part for part in living_slices() if id(part.active) in held]
+        own = [slice_ for slice_ in living_slices() if id(slice_.active) in held]
         conversion = conversion_over(own) if len(own) == self._count else None
         if conversion is not None and conversion.driver is None:
             self._take(conversion)

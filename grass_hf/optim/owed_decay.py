@@ -10,20 +10,20 @@ from typing import Any
 from ..slices.slice import Slice
 
 
-def owe(layers: list[Slice], groups: dict[int, dict[str, Any]], everywhere: bool) -> None:
+def owe(slices: list[Slice], groups: dict[int, dict[str, Any]], everywhere: bool) -> None:
     """Note a step that has been taken.
 
     Args:
-        layers: the slices.
+        slices: the slices.
         groups: the parameter group of each slice, by the id of its parameter.
         everywhere: whether rows outside the slices decay too, ``decay="all"``.
     """
     factors = {id(group): _factor(group) for group in _distinct(groups)} if everywhere else {}
-    for layer in layers:
-        state = layer.state
+    for slice_ in slices:
+        state = slice_.state
         state.recalled = False
-        if factors and (state.rank < state.size or layer.rho is not None):
-            state.owed *= factors[id(groups[id(layer._parameters["active"])])]
+        if factors and (state.rank < state.size or slice_.rho is not None):
+            state.owed *= factors[id(groups[id(slice_._parameters["active"])])]
 
 
 def _distinct(groups: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:

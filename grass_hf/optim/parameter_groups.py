@@ -145,12 +145,12 @@ class LettingGo:
     due: set[str]
     link: Link
 
-    def _rounding_seed(self, part: Slice) -> str | None:
+    def _rounding_seed(self, slice_: Slice) -> str | None:
         if self.config.rounding == "nearest":
             return None
-        return f"{self.config.seed}:{self.step}:{part.state.name}:rounding"
+        return f"{self.config.seed}:{self.step}:{slice_.state.name}:rounding"
 
-    def check_let_go(self, parts: list[Slice]) -> None:
+    def check_let_go(self, slices: list[Slice]) -> None:
         """Check that the weights of these slices can be trained in full from here on.
 
         Raises:
@@ -158,20 +158,20 @@ class LettingGo:
         """
         if self.optimizer is not self.base:
             raise ValueError("an engine steps its own copies of the parameters")
-        check(self.optimizer, self.config, {part.active for part in parts})
+        check(self.optimizer, self.config, {slice_.active for slice_ in slices})
 
-    def let_go(self, parts: list[Slice]) -> None:
+    def let_go(self, slices: list[Slice]) -> None:
         """Train the weights of these slices in full from here on, as ordinary parameters.
 
         Raises:
             ValueError: as `check_let_go`.
         """
-        self.check_let_go(parts)
+        self.check_let_go(slices)
         assert self.link.model is not None  # whose slices they are
-        for part in parts:
-            part.settle_decay(self._rounding_seed(part))
-        replace(self.optimizer, self.config, dict(free(self.link.model, parts)))
-        self.due -= {part.state.name for part in parts}
+        for slice_ in slices:
+            slice_.settle_decay(self._rounding_seed(slice_))
+        replace(self.optimizer, self.config, dict(free(self.link.model, slices)))
+        self.due -= {slice_.state.name for slice_ in slices}
         self.link.refresh()
 
 
@@ -185,16 +185,16 @@ def free_as(meta: dict[str, Any] | None, controller: Controller) -> None:
     wanted = set(meta.get("freed", ()) if meta else ()) - own.keys()
     if not wanted:
         return
-    parts = [part for part in controller.slices if part.state.name in wanted]
-    if lacking := sorted(wanted - {part.state.name for part in parts}):
+    slices = [slice_ for slice_ in controller.slices if slice_.state.name in wanted]
+    if lacking := sorted(wanted - {slice_.state.name for slice_ in slices}):
         raise ValueError(
             f"{lacking[0]} was a Grass layer when the checkpoint's run began, and it was trained in full because its "
             "model reads it without calling it: resume with the target_modules and exclude_modules of that run."
         )
     try:
-        controller.let_go(parts)
+        controller.let_go(slices)
     except ValueError as error:
         raise ValueError(
-            f"the checkpoint's run has trained {parts[0].state.name} in full, because its model reads it without "
+            f"the checkpoint's run has trained {slices[0].state.name} in full, because its model reads it without "
             f"calling it, and this run cannot ({error}): resume as that run was, or start anew from its weights."
         ) from error

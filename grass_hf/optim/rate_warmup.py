@@ -30,22 +30,22 @@ class Factor(NamedTuple):
 
 
 def factors(
-    config: GrassConfig, step: int, layers: list[Slice], groups: Callable[[], dict[int, dict[str, Any]]]
+    config: GrassConfig, step: int, slices: list[Slice], groups: Callable[[], dict[int, dict[str, Any]]]
 ) -> list[Factor]:
     """What the coming step's learning rates are multiplied with.
 
     Args:
         config: of the run.
         step: number of the optimizer step.
-        layers: the slices.
+        slices: the slices.
         groups: gives the parameter group of each slice, by the id of its parameter.
     """
     found: list[Factor] = []
-    if layers and step < config.scale_warmup:
+    if slices and step < config.scale_warmup:
         scaled = [group for group in groups().values() if VOCABULARY_KEY not in group]
         found += after_start(config.scale_warmup, step, scaled)
     if config.state_policy == "reset_warmup":
-        found += after_reset(config, step, layers, groups())
+        found += after_reset(config, step, slices, groups())
     return found
 
 
@@ -60,14 +60,14 @@ def after_start(steps: int, step: int, groups: Iterable[dict[str, Any]]) -> list
     return [Factor(group, share, 1 / share) for group in _distinct(groups)] if share < 1 else []
 
 
-def after_reset(config: GrassConfig, step: int, layers: list[Slice], groups: dict[int, dict[str, Any]]) -> list[Factor]:
+def after_reset(config: GrassConfig, step: int, slices: list[Slice], groups: dict[int, dict[str, Any]]) -> list[Factor]:
     """Factors of ``state_policy="reset_warmup"``; a group's last reset counts."""
     steps = max(1, round(RESET_SHARE * config.update_interval))
     last: dict[int, tuple[int, dict[str, Any]]] = {}
-    for part in layers:
-        if part.state.reset_step is not None:
-            group = groups[id(part.active)]
-            last[id(group)] = (max(part.state.reset_step, last.get(id(group), (0,))[0]), group)
+    for slice_ in slices:
+        if slice_.state.reset_step is not None:
+            group = groups[id(slice_.active)]
+            last[id(group)] = (max(slice_.state.reset_step, last.get(id(group), (0,))[0]), group)
     since = [(step - reset_step, group) for reset_step, group in last.values()]
     return [Factor(group, age / (steps + 1)) for age, group in since if age <= steps]
 

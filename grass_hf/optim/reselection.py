@@ -41,11 +41,11 @@ def choose(
     else:
         observed = dict.fromkeys(due)
     groups: dict[str, list[Slice]] = {}
-    for part in due:
-        groups.setdefault(part.state.leader, []).append(part)
+    for slice_ in due:
+        groups.setdefault(slice_.state.leader, []).append(slice_)
     chosen = []
     for name, parts in groups.items():
-        norms2 = [observed[part] for part in parts]
+        norms2 = [observed[slice_] for slice_ in parts]
         scores = None
         if selection.needs_scores(config.selection):
             known = [vector for vector in norms2 if vector is not None]
@@ -56,25 +56,27 @@ def choose(
             if not bool(scores.any()):
                 continue  # no token reached it (an unused branch): nothing to choose by
         rows = _rows(parts[0], name, scores, config, step)
-        for part, own in zip(parts, norms2, strict=True):
+        for slice_, own in zip(parts, norms2, strict=True):
             if own is not None:
-                part.state.energy = (float(rows.energy(own)), float(own.sum()))
-            chosen.append((part, rows, own))
+                slice_.state.energy = (float(rows.energy(own)), float(own.sum()))
+            chosen.append((slice_, rows, own))
     return chosen
 
 
-def _rows(part: Slice, name: str, scores: Tensor | None, config: GrassConfig, step: int) -> selection.Selection:
+def _rows(slice_: Slice, name: str, scores: Tensor | None, config: GrassConfig, step: int) -> selection.Selection:
     def select(scores: Tensor | None, trained: Tensor, name: str) -> selection.Selection:
         rule, turn = config.selection, turn_of(config, step)
         draws = selection.draws_of(rule, config.seed, step, name)
-        return selection.select(rule, scores, part.state.size, part.state.rank, draws, part.blocks(), turn, trained)
+        return selection.select(
+            rule, scores, slice_.state.size, slice_.state.rank, draws, slice_.blocks(), turn, trained
+        )
 
-    trained = part.state.trained
-    if part.index.dim() == 1:
+    trained = slice_.state.trained
+    if slice_.index.dim() == 1:
         return select(scores, trained, name)
-    now = part.current_selection()
+    now = slice_.current_selection()
     each = []
-    for expert in range(part.index.shape[0]):
+    for expert in range(slice_.index.shape[0]):
         own = None if scores is None else scores[expert]
         # an expert that no token came to has nothing to choose by
         idle = own is not None and not bool(own.any())
@@ -84,9 +86,9 @@ def _rows(part: Slice, name: str, scores: Tensor | None, config: GrassConfig, st
 
 def _observed(due: list[Slice], replicas: dist.ProcessGroup | None) -> dict[Slice, Tensor | None]:
     """Squared norms summed over all ranks, in float64 on the CPU; None where they overflowed."""
-    norms = sharding.sum_over_ranks([part.end_observation() for part in due], replicas)
+    norms = sharding.sum_over_ranks([slice_.end_observation() for slice_ in due], replicas)
     vectors = [vector.double().cpu() for vector in norms]
-    return {part: v if bool(v.isfinite().all()) else None for part, v in zip(due, vectors, strict=True)}
+    return {slice_: v if bool(v.isfinite().all()) else None for slice_, v in zip(due, vectors, strict=True)}
 
 
 def metrics(slices: list[Slice], config: GrassConfig, step: int) -> dict[str, float]:
@@ -98,13 +100,13 @@ def metrics(slices: list[Slice], config: GrassConfig, step: int) -> dict[str, fl
     """
     trained = total = 0
     held = seen = 0.0
-    for part in slices:
+    for slice_ in slices:
         if step:
-            part.mark_trained(turn_of(config, step))
-        trained += int((part.state.trained >= 0).sum())
-        total += part.state.trained.numel()
-        if part.state.energy is not None:
-            held += part.state.energy[0]
-            seen += part.state.energy[1]
+            slice_.mark_trained(turn_of(config, step))
+        trained += int((slice_.state.trained >= 0).sum())
+        total += slice_.state.trained.numel()
+        if slice_.state.energy is not None:
+            held += slice_.state.energy[0]
+            seen += slice_.state.energy[1]
     found = {"grass/coverage": trained / total if total else 0.0}
     return found | {"grass/energy": held / seen} if seen > 0 else found

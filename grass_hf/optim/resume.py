@@ -40,15 +40,15 @@ ASKED = "asked"
 
 def add(state_dict: dict[str, Any], controller: Controller) -> dict[str, Any]:
     """Add what Grass remembers to an optimizer's state dict; its tensors are references, as the optimizer's own are."""
-    slices = {id(part.active): part for part in controller.slices}
+    slices = {id(slice_.active): slice_ for slice_ in controller.slices}
     state = dict(state_dict["state"])
     for group, packed in zip(controller.optimizer.param_groups, state_dict["param_groups"], strict=True):
         names: list[str | None] = []
         for param, key in zip(group["params"], packed["params"], strict=True):
-            part = slices.get(id(param))
-            names.append(None if part is None else part.state.name)  # a weight that was freed may be among slices
-            if part is not None:
-                state[key] = {**state.get(key, {}), **_entry(part)}
+            slice_ = slices.get(id(param))
+            names.append(None if slice_ is None else slice_.state.name)  # a weight that was freed may be among slices
+            if slice_ is not None:
+                state[key] = {**state.get(key, {}), **_entry(slice_)}
         if any(names):
             packed[KEY] = _meta(controller, names)
     state_dict["state"] = state
@@ -58,9 +58,9 @@ def add(state_dict: dict[str, Any], controller: Controller) -> dict[str, Any]:
 def remember(controller: Controller) -> dict[str, Any]:
     """What Grass remembers beside the slices and the optimizer state; its tensors are references."""
     slices = {}
-    for part in controller.slices:
-        entry = {key.removeprefix(PREFIX): value for key, value in _entry(part).items()}
-        slices[part.state.name] = {**entry, "active": torch.empty(shape_of(part.active), device="meta")}
+    for slice_ in controller.slices:
+        entry = {key.removeprefix(PREFIX): value for key, value in _entry(slice_).items()}
+        slices[slice_.state.name] = {**entry, "active": torch.empty(shape_of(slice_.active), device="meta")}
     return {KEY: _meta(controller, list(slices)), "slices": slices}
 
 
@@ -104,7 +104,7 @@ def restore(state_dict: dict[str, Any], controller: Controller) -> dict[str, Any
             "rows again, without their optimizer state. row_blocks=%d before saving keeps them.",
             len(unaligned),
             unaligned[0],
-            max(shards(part.active) for part in controller.slices),
+            max(shards(slice_.active) for slice_ in controller.slices),
         )
     return _stripped(state_dict, set(unaligned))
 
@@ -141,7 +141,9 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
     controller.step = meta["step"]
     controller.due = set(meta["due"])
     base_record.take_up(meta[ASKED], controller)
-    unaligned = [part.state.name for part in controller.slices if not _restore_slice(part, entries[part.state.name])]
+    unaligned = [
+        slice_.state.name for slice_ in controller.slices if not _restore_slice(slice_, entries[slice_.state.name])
+    ]
     controller.look_ahead()
     if controller.model is not None:
         delta_state.take_up(meta.get(delta_state.KEY), conversion_of(controller.model))
@@ -170,62 +172,62 @@ def _stripped(state_dict: dict[str, Any], without_state: set[str]) -> dict[str, 
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _entry(part: Slice) -> dict[str, Tensor]:
-    state, device = part.state, part.index.device
+def _entry(slice_: Slice) -> dict[str, Tensor]:
+    state, device = slice_.state, slice_.index.device
     held, seen = state.energy or (-1.0, -1.0)  # no energy is negative
     numbers = [state.owed, held, seen, -1.0 if state.reset_step is None else float(state.reset_step)]
     entry = {
-        "active": part.active.detach(),
-        "index": part.index,
+        "active": slice_.active.detach(),
+        "index": slice_.index,
         # on one device with the rest, which torch.distributed.checkpoint insists on
         "trained": state.trained.to(device),
         "numbers": torch.tensor(numbers, dtype=torch.float64, device=device),
     }
-    if part.rho is not None and part.write is not None:
-        entry |= {"rho": part.rho, "write": part.write}
-    if part.low is not None:
-        entry["low"] = part.low
+    if slice_.rho is not None and slice_.write is not None:
+        entry |= {"rho": slice_.rho, "write": slice_.write}
+    if slice_.low is not None:
+        entry["low"] = slice_.low
     return {PREFIX + key: value for key, value in entry.items()}
 
 
 @torch.no_grad()
-def _restore_slice(part: Slice, entry: dict[str, Tensor]) -> bool:
+def _restore_slice(slice_: Slice, entry: dict[str, Tensor]) -> bool:
     """Whether the rows could be taken up; if not, evenly strided ones are."""
-    state = part.state
+    state = slice_.state
     state.owed, held, seen, reset_step = whole(entry["numbers"]).tolist()
     state.recalled = True
     state.trained = whole(entry["trained"]).cpu().clone()
     state.energy = None if held < 0 else (held, seen)
     state.reset_step = None if reset_step < 0 else int(reset_step)
-    blocks = part.blocks()
+    blocks = slice_.blocks()
     index = whole(entry["index"])
     if blocks > 1 and not aligned(index.cpu(), state.size, blocks):
-        part.index.copy_(strided(state.size, state.rank, blocks).index)
-        if part.rho is not None and part.write is not None:
-            part.rho.fill_(1.0)
-            part.write.fill_(1.0)
+        slice_.index.copy_(strided(state.size, state.rank, blocks).index)
+        if slice_.rho is not None and slice_.write is not None:
+            slice_.rho.fill_(1.0)
+            slice_.write.fill_(1.0)
         state.reset_step = None
-        part.reload()
+        slice_.reload()
         return False
-    part.index.copy_(index)
-    if part.rho is not None and part.write is not None:
-        part.rho.copy_(whole(entry["rho"]))
-        part.write.copy_(whole(entry["write"]))
+    slice_.index.copy_(index)
+    if slice_.rho is not None and slice_.write is not None:
+        slice_.rho.copy_(whole(entry["rho"]))
+        slice_.write.copy_(whole(entry["write"]))
     saved = entry["active"]
-    if not part.resident:
-        part.take_saved(None if saved.is_meta else whole(saved), entry.get("low"))
+    if not slice_.resident:
+        slice_.take_saved(None if saved.is_meta else whole(saved), entry.get("low"))
         return True
     if saved.is_meta:
         return True  # an engine brings it
-    own = local_part(part)
-    if is_sharded(part.active):
-        saved = local(saved) if is_sharded(saved) else saved[slice(*shard_range(part.active))]
+    own = local_part(slice_)
+    if is_sharded(slice_.active):
+        saved = local(saved) if is_sharded(saved) else saved[slice(*shard_range(slice_.active))]
     saved = whole(saved)
     if saved.flatten()[:1].isnan().any():  # it was released when it was saved, so the weight has its values
         low = entry.get("low")
-        saved = joined(own.weight, own.index, part.dim, None if low is None else whole(low).to(own.index.device))
+        saved = joined(own.weight, own.index, slice_.dim, None if low is None else whole(low).to(own.index.device))
     own.active.copy_(saved)
-    part.drift.forget()  # whether they belong to these weights shows when both are loaded
+    slice_.drift.forget()  # whether they belong to these weights shows when both are loaded
     return True
 
 
@@ -262,23 +264,23 @@ def _check(
     meta = check_meta(meta, controller)
     if base_record.KEY not in meta and state_dict is not None:
         base_record.check_state(state_dict, PREFIX, controller)
-    slices = {part.state.name: part for part in controller.slices}
+    slices = {slice_.state.name: slice_ for slice_ in controller.slices}
     if entries.keys() != slices.keys():
         name = sorted(entries.keys() ^ slices.keys())[0]
         where = "the checkpoint and not in this run" if name in entries else "this run and not in the checkpoint"
         raise ValueError(f"{name} is a Grass layer in {where}: resume with the same target_modules, rank and model.")
-    for name, part in slices.items():
+    for name, slice_ in slices.items():
         if not {"active", "index", "trained", "numbers"} <= entries[name].keys():
             raise ValueError(
                 f"{name} has no rows in this optimizer state, which is incomplete: resume from another one."
             )
         shape = entries[name]["active"].shape
-        if shape != (own := shape_of(part.active)):
+        if shape != (own := shape_of(slice_.active)):
             raise ValueError(
-                f"{name} has a slice of shape {tuple(own)} on side={part.side!r}, the checkpoint one of "
+                f"{name} has a slice of shape {tuple(own)} on side={slice_.side!r}, the checkpoint one of "
                 f"{tuple(shape)}: resume with the same rank and side."
             )
-        if ("rho" in entries[name]) != (part.rho is not None):
+        if ("rho" in entries[name]) != (slice_.rho is not None):
             raise ValueError(
                 f"{name}: the checkpoint was written with selection={meta['config']['selection']!r}, this run has "
                 f"{controller.config.selection!r}, and one of them weights its rows: resume with the same selection."

@@ -79,8 +79,8 @@ class WeightDelta:
         self.last: Sync | None = None
         self._others = Others()
         self._why_all: str | None = None
-        for part in self._slices():
-            self._follow(part)
+        for slice_ in self._slices():
+            self._follow(slice_)
         self._remember(self._tensors())
         delta_state.take_up_saved(self)
 
@@ -115,8 +115,8 @@ class WeightDelta:
 
     def close(self) -> None:
         """Follow the model no longer."""
-        for part in self._slices():
-            part.changes = None
+        for slice_ in self._slices():
+            slice_.changes = None
         self._others.close(self._tensors())
         if self.conversion.delta is self:
             self.conversion.delta = None
@@ -165,16 +165,16 @@ class WeightDelta:
         step, tensors = self.step, self._tensors()
         self._note_gone()
         sync = Sync(self.number + 1, step)
-        slices = {id(part.weight): part for part in self._slices()}
+        slices = {id(slice_.weight): slice_ for slice_ in self._slices()}
         for name, tensor in tensors.items():
-            part = slices.get(id(tensor))
+            slice_ = slices.get(id(tensor))
             own = own_values(tensor, first=self._is_first())
-            reason = self._reason(name, tensor, part)
-            if part is not None and reason is not None:
+            reason = self._reason(name, tensor, slice_)
+            if slice_ is not None and reason is not None:
                 sync.whole[name] = reason
             if own.replica or not own.count:
                 continue
-            for patch in self._of(name, tensor, part, own, reason, columns):
+            for patch in self._of(name, tensor, slice_, own, reason, columns):
                 sync.elements += patch.values.numel()
                 sync.bound += patch.bound
                 yield patch
@@ -187,26 +187,26 @@ class WeightDelta:
         self._finish(sync, tensors)
 
     def _of(
-        self, name: str, tensor: Tensor, part: Slice | None, own: OwnValues, reason: str | None, columns: bool | None
+        self, name: str, tensor: Tensor, slice_: Slice | None, own: OwnValues, reason: str | None, columns: bool | None
     ) -> Iterator[Patch]:
         if reason is not None:
             yield delta_patches.whole(name, own)
-        elif part is not None:
-            yield from delta_patches.of_slice(name, part, own, columns)
+        elif slice_ is not None:
+            yield from delta_patches.of_slice(name, slice_, own, columns)
         elif (copy := self._others.copy(name)) is not None:
             yield from delta_patches.of_copy(name, own, copy, columns)
 
-    def _reason(self, name: str, tensor: Tensor, part: Slice | None) -> str | None:
+    def _reason(self, name: str, tensor: Tensor, slice_: Slice | None) -> str | None:
         """Why a tensor is sent whole, None if what changed in it is known."""
         if self._why_all is not None:
             return self._why_all
-        if part is None:
+        if slice_ is None:
             return self._others.reason(name, tensor)
-        if part.changes is None:  # it came later
-            self._follow(part)
-            changes_of(part).whole = NEW
-        changes_of(part).look()
-        return changes_of(part).whole
+        if slice_.changes is None:  # it came later
+            self._follow(slice_)
+            changes_of(slice_).whole = NEW
+        changes_of(slice_).look()
+        return changes_of(slice_).whole
 
     # -- between calls -----------------------------------------------------------------------------------------
 
@@ -216,8 +216,8 @@ class WeightDelta:
 
     def unknown(self) -> list[str]:
         """Names of slices and frozen tensors that are to be sent whole."""
-        for part in self._slices():
-            changes_of(part).look()
+        for slice_ in self._slices():
+            changes_of(slice_).look()
         every = self._why_all is not None
         names = [p.state.name for p in self._slices() if every or changes_of(p).whole is not None]
         return names + self._others.changed_frozen(self._tensors())
@@ -228,8 +228,8 @@ class WeightDelta:
 
     def _finish(self, sync: Sync, tensors: dict[str, Tensor]) -> None:
         self._why_all = None
-        for part in self._slices():
-            changes_of(part).forget()
+        for slice_ in self._slices():
+            changes_of(slice_).forget()
         self._remember(tensors)
         self.number, self.last = sync.number, sync
         outside = [name for name, reason in sync.whole.items() if reason not in (DECAYED, ASKED)]
@@ -238,7 +238,7 @@ class WeightDelta:
             logger.warning("synchronisation %d: %s sent whole: %s.", sync.number, every, sync.whole[outside[0]])
 
     def _remember(self, tensors: dict[str, Tensor]) -> None:
-        sliced = {id(part.weight) for part in self._slices()}
+        sliced = {id(slice_.weight) for slice_ in self._slices()}
         self._others.remember(tensors, sliced, first=self._is_first())
 
     def _slices(self) -> list[Slice]:
@@ -249,14 +249,14 @@ class WeightDelta:
         found, self.aliases = plain_tensors(self.model)
         return found
 
-    def _follow(self, part: Slice) -> None:
-        part.changes = Changes(part, lambda: self.step, self._compares)
+    def _follow(self, slice_: Slice) -> None:
+        slice_.changes = Changes(slice_, lambda: self.step, self._compares)
 
-    def _compares(self, part: Slice) -> bool:
+    def _compares(self, slice_: Slice) -> bool:
         """Whether elements of a slice's weight are compared on this rank, which speaks of them then."""
         if not (dist.is_available() and dist.is_initialized()):
             return self.elements
-        return self.elements and not own_values(part.weight, first=self._is_first()).replica
+        return self.elements and not own_values(slice_.weight, first=self._is_first()).replica
 
     def _is_first(self) -> bool:
         if not (dist.is_available() and dist.is_initialized()):

@@ -60,7 +60,7 @@ class Changes:
     """Of one slice's weight; `Slice.changes` while somebody keeps track of it.
 
     Args:
-        part: the slice.
+        slice_: the slice.
         step: says how many optimizer steps are done.
         compares: says whether elements are to be compared; else all elements of the columns count as changed.
 
@@ -69,8 +69,8 @@ class Changes:
         whole: why the whole weight counts as changed, None if it does not.
     """
 
-    def __init__(self, part: Slice, step: Callable[[], int], compares: Callable[[Slice], bool]):
-        self.part, self._step, self._compares = part, step, compares
+    def __init__(self, slice_: Slice, step: Callable[[], int], compares: Callable[[Slice], bool]):
+        self.slice, self._step, self._compares = slice_, step, compares
         self.entries: list[Entry] = []
         self.whole: str | None = None
         self._written = -1
@@ -83,7 +83,7 @@ class Changes:
         """`Part.put`, with a note of what it changes."""
         self.look()
         entry = self._entry(held)
-        if entry is None or self.whole or not (compared := self._compares(self.part)):
+        if entry is None or self.whole or not (compared := self._compares(self.slice)):
             held.put(rows, seed)
             if entry is not None and not self.whole and not compared:
                 entry.bits = None
@@ -104,7 +104,7 @@ class Changes:
     def decay(self, held: Part, factor: float, seed: str | None) -> None:
         """`Part.decay`, with a note of what it changes; a copy of this one weight exists meanwhile."""
         self.look()
-        compared = self.whole is None and held.is_plain and self._compares(self.part)
+        compared = self.whole is None and held.is_plain and self._compares(self.slice)
         before = as_bits(held.weight).clone() if compared else None
         held.decay(factor, seed)
         if before is not None:
@@ -117,8 +117,8 @@ class Changes:
         self._mark = self._now()
 
     def _every(self) -> Tensor:
-        index = self.part.index
-        return torch.arange(self.part.state.size, device=index.device).expand(*index.shape[:-1], -1)
+        index = self.slice.index
+        return torch.arange(self.slice.state.size, device=index.device).expand(*index.shape[:-1], -1)
 
     def take_mark(self) -> None:
         """What was written just now is known."""
@@ -130,7 +130,7 @@ class Changes:
 
     def _entry(self, held: Part) -> Entry | None:
         """Where this write belongs; None where its columns are in the entry before already and are not compared."""
-        index, step = self.part.index, self._step()
+        index, step = self.slice.index, self._step()
         version = (index._version, index.data_ptr())
         again = self._written == step
         self._written = step
@@ -139,7 +139,7 @@ class Changes:
             last.settling = last.settling and again
             return last
         settling = again and last is not None
-        if settling and not self._compares(self.part):
+        if settling and not self._compares(self.slice):
             return None
         columns = index.detach().clone()
         own = columns if held.index is index else held.index.detach().clone()
@@ -150,9 +150,9 @@ class Changes:
         return self.entries[-1]
 
     def _now(self) -> tuple:
-        weight = self.part.owner._parameters.get(self.part.parameter)
+        weight = self.slice.owner._parameters.get(self.slice.parameter)
         # an engine that has parts of its own reads ``.data`` all the time
-        return mark(weight) if self.part.rank_part is local_part else mark(weight)[:2]
+        return mark(weight) if self.slice.rank_part is local_part else mark(weight)[:2]
 
 
 def mark(weight: Any) -> tuple:
@@ -190,7 +190,7 @@ def flat_positions(entry: Entry, dim: int, shape: torch.Size) -> Tensor:
     return (matrix * shape[-2] + row) * shape[-1] + column
 
 
-def changes_of(part: Slice) -> Changes:
+def changes_of(slice_: Slice) -> Changes:
     """Of a slice that is followed."""
-    changes: Any = part.changes
+    changes: Any = slice_.changes
     return changes

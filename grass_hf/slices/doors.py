@@ -56,18 +56,18 @@ class Doors(nn.Module):
     @torch.no_grad()
     def fill(self) -> None:
         """Make a slice that is on the meta device from its weight, if that is not; of a shard, this rank's part."""
-        part = cast("Slice", self)
-        old, weight = part.active, part.weight
+        slice_ = cast("Slice", self)
+        old, weight = slice_.active, slice_.weight
         if not old.is_meta or weight.is_meta or sharding.is_partitioned(weight):
             return
         device = sharding.local(weight).device
         for name, values in self._kept.items():
             self._buffers[name] = values.to(device, copy=True)  # two of them may start as one
-        rows = part.rank_part(part, False).loaded(old.dtype)
+        rows = slice_.rank_part(slice_, False).loaded(old.dtype)
         if sharding.is_sharded(old):
             rows = sharding.sharded_like(old, rows)
-        part.active, part.emptied = nn.Parameter(rows, requires_grad=old.requires_grad), False
-        part.drift.note(part)
+        slice_.active, slice_.emptied = nn.Parameter(rows, requires_grad=old.requires_grad), False
+        slice_.drift.note(slice_)
 
     def settle_unfilled(self) -> None:
         """Take values from the weight for a slice that got memory and none; before the first step."""
@@ -76,8 +76,8 @@ class Doors(nn.Module):
             cast("Slice", self).reload()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        part = cast("Slice", self)
-        buffers, was_meta = dict(self._buffers), part.active.is_meta
+        slice_ = cast("Slice", self)
+        buffers, was_meta = dict(self._buffers), slice_.active.is_meta
         super()._apply(fn, recurse)
         for name, old in buffers.items():
             new = self._buffers[name]
@@ -89,9 +89,9 @@ class Doors(nn.Module):
                 self._kept[name] = source.cpu()
             elif source is not None:
                 new.copy_(source)
-        self.unfilled |= was_meta and not part.active.is_meta
-        part._move_norms()
-        part.empty()
-        if part.low is not None:  # on the meta device the weight has lost its own bits
-            part.low = None if part.index.is_meta else part.low.to(part.index.device)
+        self.unfilled |= was_meta and not slice_.active.is_meta
+        slice_._move_norms()
+        slice_.empty()
+        if slice_.low is not None:  # on the meta device the weight has lost its own bits
+            slice_.low = None if slice_.index.is_meta else slice_.low.to(slice_.index.device)
         return self

@@ -72,10 +72,10 @@ class Drift:
         """Take nothing for granted: values are compared before they are used next."""
         self.marks = None
 
-    def note(self, part: Slice, dtype: torch.dtype | None = None) -> None:
+    def note(self, slice_: Slice, dtype: torch.dtype | None = None) -> None:
         """The slice and its weight agree now; in a coarser dtype than the weight's, if one is given."""
-        weight = weight_of(part)
-        self.marks, self.dtype, self.near = _marks(part, weight), dtype or weight.dtype, False
+        weight = weight_of(slice_)
+        self.marks, self.dtype, self.near = _marks(slice_, weight), dtype or weight.dtype, False
         if getattr(weight, "touched", False):  # FSDP2 gives its parameters the attributes of those before
             weight.touched = False  # type: ignore[attr-defined]  # whatever class FSDP2 gave it
 
@@ -87,34 +87,34 @@ class Drift:
             weight.touched = False
 
 
-def check_pass(part: Slice) -> None:
+def check_pass(slice_: Slice) -> None:
     """Look before a training forward pass.
 
     Raises:
         RuntimeError: the slice and its weight have parted, see [Note: drift].
     """
-    record = part.drift
+    record = slice_.drift
     if record.sharded:
         return
     record.seen = True
     record.passes = passes = record.passes + 1
-    if record.look or not passes & (passes - 1) or _changed(part, record):
-        confirm(part)
+    if record.look or not passes & (passes - 1) or _changed(slice_, record):
+        confirm(slice_)
 
 
-def check_plain_pass(part: Slice, active: Tensor, weight: Tensor) -> None:
+def check_plain_pass(slice_: Slice, active: Tensor, weight: Tensor) -> None:
     """`check_pass` in as few operations as can be, for every layer's every pass.
 
     Args:
-        part: the slice.
+        slice_: the slice.
         active, weight: its parameter, and its weight.
 
     Raises:
         RuntimeError: as `check_pass`.
     """
-    record = part.drift
+    record = slice_.drift
     if type(weight) is not FrozenWeight or type(active) is not nn.Parameter or record.sharded:
-        check_pass(part)
+        check_pass(slice_)
         return
     record.seen = True
     record.passes = passes = record.passes + 1
@@ -124,34 +124,34 @@ def check_plain_pass(part: Slice, active: Tensor, weight: Tensor) -> None:
         or weight.touched
         or record.marks != (active._version, active.data_ptr(), weight._version)
     ):
-        confirm(part)
+        confirm(slice_)
 
 
-def check_step(parts: Iterable[Slice]) -> None:
+def check_step(slices: Iterable[Slice]) -> None:
     """Look before an optimizer's step at slices that no forward pass could look at.
 
     Raises:
         RuntimeError: as `check_pass`.
     """
-    for part in parts:
-        record = part.drift
-        weight, marks = part.owner._parameters.get(part.parameter), record.marks
+    for slice_ in slices:
+        record = slice_.drift
+        weight, marks = slice_.owner._parameters.get(slice_.parameter), record.marks
         if record.seen and record.sharded is False and type(weight) is FrozenWeight and marks is not None:
             # nearly always: `weight_changed` in as few operations as can be
             record.seen = False
             if weight.touched or weight._version != marks[2]:
-                confirm(part)
+                confirm(slice_)
             continue
         if record.sharded is None:
-            record.sharded = sharding.is_sharded(part.active)
+            record.sharded = sharding.is_sharded(slice_.active)
         # what has changed a slice since a forward pass is written back with it; a change of the weight would be lost
         look = weight_changed if record.seen and not record.sharded else _changed
         record.seen = False
-        if look(part, record):
-            confirm(part)
+        if look(slice_, record):
+            confirm(slice_)
 
 
-def confirm(part: Slice) -> None:
+def confirm(slice_: Slice) -> None:
     """Compare the values of a slice and its weight; the slice follows a weight that was changed alone.
 
     Raises:
@@ -159,67 +159,67 @@ def confirm(part: Slice) -> None:
     """
     # selective checkpointing would take what is computed here for a part of the model, and look for it in backward
     with _disable_current_modes():
-        _confirm(part)
+        _confirm(slice_)
 
 
-def _confirm(part: Slice) -> None:
-    record = part.drift
+def _confirm(slice_: Slice) -> None:
+    record = slice_.drift
     record.look = False
-    weight = weight_of(part)
-    if not comparable(part, weight):
+    weight = weight_of(slice_)
+    if not comparable(slice_, weight):
         return
-    check_shape(part)
-    parted = moved(part, record)
-    if agree(part, record):
+    check_shape(slice_)
+    parted = moved(slice_, record)
+    if agree(slice_, record):
         if record.dtype not in (None, weight.dtype):
-            _warn_of_cast(part.active.dtype, record.dtype)
+            _warn_of_cast(slice_.active.dtype, record.dtype)
         track(weight)
         # of a model that was cast the slice may hold more digits; the next step writes them back
-        record.note(part, record.dtype)
+        record.note(slice_, record.dtype)
         return
     known = record.marks is not None and (len(parted) == 2 or record.near)
-    if known and part.rank_part(part, False).nearly_agrees():
+    if known and slice_.rank_part(slice_, False).nearly_agrees():
         # weight decay by hand over all parameters of a half-precision model, say; the next step writes the slice back
-        record.note(part, record.dtype)
+        record.note(slice_, record.dtype)
         record.near = True
         return
     if parted == {"weight"}:
-        logger.info("%s: its weight was changed, and the slice follows it.", part.state.name)
-        part.take_new_weight()
+        logger.info("%s: its weight was changed, and the slice follows it.", slice_.state.name)
+        slice_.take_new_weight()
         return
-    raise RuntimeError(sentence(part, parted))
+    raise RuntimeError(sentence(slice_, parted))
 
 
-def check_shape(part: Slice) -> None:
+def check_shape(slice_: Slice) -> None:
     """Stop where a weight was resized after its slice was made.
 
     Raises:
         RuntimeError: it was.
     """
-    weight = weight_of(part)
-    if sharding.is_partitioned(weight) or fits(part, weight):
+    weight = weight_of(slice_)
+    if sharding.is_partitioned(weight) or fits(slice_, weight):
         return
     raise RuntimeError(
-        f"the weight of {part.state.name} has the shape {tuple(weight.shape)} now, and its slice "
-        f"{tuple(part.active.shape)} was made for another one: it was resized after the conversion. Resize before "
+        f"the weight of {slice_.state.name} has the shape {tuple(weight.shape)} now, and its slice "
+        f"{tuple(slice_.active.shape)} was made for another one: it was resized after the conversion. Resize before "
         "converting: call resize_token_embeddings(...) and then convert_to_grass (or make the Trainer). Or call "
         "restore_model(model), and convert it again."
     )
 
 
-def weight_of(part: Slice) -> nn.Parameter:
-    weight = part.owner._parameters.get(part.parameter)
+def weight_of(slice_: Slice) -> nn.Parameter:
+    weight = slice_.owner._parameters.get(slice_.parameter)
     if weight is None:
         raise RuntimeError(
-            f"the weight of {part.state.name} is no plain parameter any more: a parametrization, pruning or weight "
+            f"the weight of {slice_.state.name} is no plain parameter any more: a parametrization, pruning or weight "
             "norm was put on it after the conversion. Call restore_model(model) first, put it on, and convert the "
             "model then; such a layer is left out of Grass."
         )
     return weight
 
 
-def _marks(part: Slice, weight: nn.Parameter) -> tuple:
-    active = part._parameters["active"]
+def _marks(slice_: Slice, weight: nn.Parameter) -> tuple:
+    active = slice_._parameters["active"]
     if type(active) is nn.Parameter and type(weight) is FrozenWeight:
         return active._version, active.data_ptr(), weight._version  # which knows when it gets another address
     return *_mark(active), *_mark(weight)
@@ -233,47 +233,47 @@ def _mark(tensor: Any) -> tuple[int, int]:
     return tensor._version, tensor.data_ptr()
 
 
-def _changed(part: Slice, record: Drift) -> bool:
-    weight = part.owner._parameters.get(part.parameter)
-    return weight is None or getattr(weight, "touched", False) or record.marks != _marks(part, weight)
+def _changed(slice_: Slice, record: Drift) -> bool:
+    weight = slice_.owner._parameters.get(slice_.parameter)
+    return weight is None or getattr(weight, "touched", False) or record.marks != _marks(slice_, weight)
 
 
-def weight_changed(part: Slice, record: Drift) -> bool:
-    weight, marks = part.owner._parameters.get(part.parameter), record.marks
+def weight_changed(slice_: Slice, record: Drift) -> bool:
+    weight, marks = slice_.owner._parameters.get(slice_.parameter), record.marks
     if type(weight) is FrozenWeight and marks is not None:
         return weight.touched or weight._version != marks[2]
-    return _changed(part, record)
+    return _changed(slice_, record)
 
 
-def moved(part: Slice, record: Drift) -> set[str]:
+def moved(slice_: Slice, record: Drift) -> set[str]:
     """Which of the two has another mark than when they agreed; both where that is not known."""
     if record.marks is None:
         return {"slice", "weight"}
-    weight = weight_of(part)
-    now = _marks(part, weight)
+    weight = weight_of(slice_)
+    now = _marks(slice_, weight)
     others = now[2:] != record.marks[2:] or getattr(weight, "touched", False)
     return ({"slice"} if now[:2] != record.marks[:2] else set()) | ({"weight"} if others else set())
 
 
-def comparable(part: Slice, weight: nn.Parameter) -> bool:
+def comparable(slice_: Slice, weight: nn.Parameter) -> bool:
     """Whether values can be compared here; an engine that keeps slices in its own way looks after them itself."""
-    active = part.active
-    if part.is_released or part.unfilled or part.rank_part is not local_part or sharding.is_partitioned(weight):
+    active = slice_.active
+    if slice_.is_released or slice_.unfilled or slice_.rank_part is not local_part or sharding.is_partitioned(weight):
         return False
     return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in (active, weight))
 
 
-def fits(part: Slice, weight: nn.Parameter) -> bool:
+def fits(slice_: Slice, weight: nn.Parameter) -> bool:
     expected = list(weight.shape)
-    expected[part.dim] = part.state.rank
-    return list(part.active.shape) == expected and weight.shape[part.dim] == part.state.size
+    expected[slice_.dim] = slice_.state.rank
+    return list(slice_.active.shape) == expected and weight.shape[slice_.dim] == slice_.state.size
 
 
 @torch.no_grad()
-def agree(part: Slice, record: Drift) -> bool:
+def agree(slice_: Slice, record: Drift) -> bool:
     # digits that the weight did not have then are the slice's alone
-    was_coarser = record.dtype is not None and record.dtype.itemsize < weight_of(part).dtype.itemsize
-    return part.rank_part(part, False).agrees(record.dtype if was_coarser else None)
+    was_coarser = record.dtype is not None and record.dtype.itemsize < weight_of(slice_).dtype.itemsize
+    return slice_.rank_part(slice_, False).agrees(record.dtype if was_coarser else None)
 
 
 @functools.cache

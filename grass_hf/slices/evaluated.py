@@ -23,69 +23,73 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def check_after_evaluation(part: Slice) -> None:
+def check_after_evaluation(slice_: Slice) -> None:
     """Let the next training forward pass compare values: weights may have been swapped for the evaluation.
 
     Raises:
         RuntimeError: as `check_use`.
     """
-    record = part.drift
-    if not part.training and not torch.compiler.is_compiling() and not is_transformed():
+    record = slice_.drift
+    if not slice_.training and not torch.compiler.is_compiling() and not is_transformed():
         first, record.look = not record.look, True
         if first:
-            check_use(part)
+            check_use(slice_)
 
 
-def warn_of_parting(part: Slice) -> None:
+def warn_of_parting(slice_: Slice) -> None:
     """Say before a weight is saved that its slice was changed alone; no error: weights must stay within reach."""
-    if _moved_alone(part):
-        logger.warning("%s", _said(part))
+    if _moved_alone(slice_):
+        logger.warning("%s", _said(slice_))
 
 
-def check_use(part: Slice) -> None:
+def check_use(slice_: Slice) -> None:
     """Look before the first evaluation after a training forward pass.
 
     Raises:
         RuntimeError: the slice was changed alone, by an average that is put into what is trained, say.
     """
-    if _moved_alone(part):
-        raise RuntimeError(_said(part))
+    if _moved_alone(slice_):
+        raise RuntimeError(_said(slice_))
 
 
-def follow_weight(part: Slice) -> bool:
+def follow_weight(slice_: Slice) -> bool:
     """Let a slice take its weight's values wherever they differ; whether it had been moved by itself.
 
     For the end of training, where the weight is what the model computes with.
     """
-    record, weight = part.drift, weight_of(part)
-    if not comparable(part, weight) or (fits(part, weight) and agree(part, record)):
+    record, weight = slice_.drift, weight_of(slice_)
+    if not comparable(slice_, weight) or (fits(slice_, weight) and agree(slice_, record)):
         return False
-    alone = moved(part, record) == {"slice"}
-    part.state.owed = 1.0
-    if fits(part, weight):
-        part.reload()
+    alone = moved(slice_, record) == {"slice"}
+    slice_.state.owed = 1.0
+    if fits(slice_, weight):
+        slice_.reload()
     return alone
 
 
-def follow_edited(part: Slice) -> None:
+def follow_edited(slice_: Slice) -> None:
     """Let a slice follow a weight that was changed after the last forward pass, before it is written back."""
-    if part.drift.marks is not None and not sharding.is_sharded(part.active) and weight_changed(part, part.drift):
-        follow_weight(part)
+    if (
+        slice_.drift.marks is not None
+        and not sharding.is_sharded(slice_.active)
+        and weight_changed(slice_, slice_.drift)
+    ):
+        follow_weight(slice_)
 
 
-def _moved_alone(part: Slice) -> bool:
-    record, weight = part.drift, part.owner._parameters.get(part.parameter)
-    if weight is None or record.marks is None or record.near or sharding.is_sharded(part.active):
+def _moved_alone(slice_: Slice) -> bool:
+    record, weight = slice_.drift, slice_.owner._parameters.get(slice_.parameter)
+    if weight is None or record.marks is None or record.near or sharding.is_sharded(slice_.active):
         return False
     with _disable_current_modes():
-        if "weight" in moved(part, record) or not comparable(part, weight) or not fits(part, weight):
+        if "weight" in moved(slice_, record) or not comparable(slice_, weight) or not fits(slice_, weight):
             return False
-        return not agree(part, record)
+        return not agree(slice_, record)
 
 
-def _said(part: Slice) -> str:
+def _said(slice_: Slice) -> str:
     return (
-        f"the slice of {part.state.name} was changed and its weight was not, so what is evaluated and saved is not "
+        f"the slice of {slice_.state.name} was changed and its weight was not, so what is evaluated and saved is not "
         "what the slice holds: something moves the parameters that are trained (an average of parameters, Lookahead, "
         "weights that are clipped). Let it move the weights: average model.state_dict(), or use "
         "torch.optim.swa_utils.AveragedModel(model); change module.weight, which the slice follows."

@@ -29,72 +29,72 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def write_back(part: Slice, seed: str | None = None) -> None:
+def write_back(slice_: Slice, seed: str | None = None) -> None:
     """Copy the active slice into the weight; idempotent. A released one is there already.
 
     Args:
         seed: of the draws, to round stochastically; None rounds to nearest. See [Note: rounding].
     """
-    if part.is_released:
+    if slice_.is_released:
         return
-    own = part.rank_part(part, seed is not None)
-    rows = own.active if own.write is None else own.active * along_slice(own.write, part.dim)
+    own = slice_.rank_part(slice_, seed is not None)
+    rows = own.active if own.write is None else own.active * along_slice(own.write, slice_.dim)
     if seed is not None and loses_digits(own.weight.dtype, rows.dtype):
         rows = round_stochastically(rows, own.weight.dtype, seeded(seed + own.place, rows.device))
     if own.write is not None:
         # Padding repeats another row's number, so it must repeat its value.
-        rows = take_rows(rows, Selection(own.index).first_positions(part.state.size), part.dim)
-    if part.changes is None:
+        rows = take_rows(rows, Selection(own.index).first_positions(slice_.state.size), slice_.dim)
+    if slice_.changes is None:
         own.put(rows, seed)
     else:
-        part.changes.put(own, rows, seed)
-    part.drift.note(part)
+        slice_.changes.put(own, rows, seed)
+    slice_.drift.note(slice_)
 
 
 @torch.no_grad()
-def write_back_all(parts: Iterable[Slice]) -> None:
+def write_back_all(slices: Iterable[Slice]) -> None:
     """`write_back` of many slices, to nearest: what every step does, so a slice that is plain has a short way."""
-    for part in parts:
-        active, weight = part._parameters["active"], part.owner._parameters.get(part.parameter)
-        buffers: dict[str, Any] = part._buffers
+    for slice_ in slices:
+        active, weight = slice_._parameters["active"], slice_.owner._parameters.get(slice_.parameter)
+        buffers: dict[str, Any] = slice_._buffers
         index, write = buffers["index"], buffers["write"]
         if (
             type(active) is not nn.Parameter
             or type(weight) is not FrozenWeight
             or write is not None
-            or not part.resident
-            or part.rank_part is not local_part
+            or not slice_.resident
+            or slice_.rank_part is not local_part
             or index.dim() > 1
-            or part.changes is not None
+            or slice_.changes is not None
         ):
-            part.write_back()
+            slice_.write_back()
             continue
         dtype = weight.dtype
-        weight.index_copy_(part.dim, index, active if active.dtype is dtype else nearest(active, dtype))
-        part.drift.note_plain(active, weight, dtype)
+        weight.index_copy_(slice_.dim, index, active if active.dtype is dtype else nearest(active, dtype))
+        slice_.drift.note_plain(active, weight, dtype)
 
 
 @torch.no_grad()
-def settle_decay(part: Slice, seed: str | None = None) -> None:
+def settle_decay(slice_: Slice, seed: str | None = None) -> None:
     """Multiply into the rows outside the slice the weight decay they are owed.
 
     Args:
         seed: of the draws, to round a half-precision weight stochastically; None rounds to nearest.
     """
-    if part.state.owed == 1.0:
+    if slice_.state.owed == 1.0:
         return
-    with part.held():
-        own = part.rank_part(part, False)
-        if part.changes is None:
-            own.decay(part.state.owed, seed)
+    with slice_.held():
+        own = slice_.rank_part(slice_, False)
+        if slice_.changes is None:
+            own.decay(slice_.state.owed, seed)
         else:
-            part.changes.decay(own, part.state.owed, seed)
-        part.state.owed = 1.0
-        part.write_back()
+            slice_.changes.decay(own, slice_.state.owed, seed)
+        slice_.state.owed = 1.0
+        slice_.write_back()
 
 
 @torch.no_grad()
-def load_selection(part: Slice, selection: Selection, seed: str | None = None) -> Tensor:
+def load_selection(slice_: Slice, selection: Selection, seed: str | None = None) -> Tensor:
     """Write the old slice back and load another one.
 
     Rows that stay keep the slice's own values, which may be more precise than the weight's.
@@ -107,68 +107,68 @@ def load_selection(part: Slice, selection: Selection, seed: str | None = None) -
         int64 (..., r) on the CPU: the old position of each row of the new slice, -1 for a fresh row; of this
         rank's part, where the slice is sharded.
     """
-    with part.held():
-        return _load_selection(part, selection, seed)
+    with slice_.held():
+        return _load_selection(slice_, selection, seed)
 
 
-def _load_selection(part: Slice, selection: Selection, seed: str | None) -> Tensor:
-    part.settle_decay(seed)
-    part.write_back(seed)
-    source = selection.positions_in(part.current_selection(), part.state.size)
-    old = part.rank_part(part, True)
+def _load_selection(slice_: Slice, selection: Selection, seed: str | None) -> Tensor:
+    slice_.settle_decay(seed)
+    slice_.write_back(seed)
+    source = selection.positions_in(slice_.current_selection(), slice_.state.size)
+    old = slice_.rank_part(slice_, True)
     kept, before = old.active.clone(), None if old.write is None else old.write.clone()
-    part.index.copy_(selection.index)
-    for kept_values, chosen in ((part.rho, selection.rho), (part.write, selection.write)):
+    slice_.index.copy_(selection.index)
+    for kept_values, chosen in ((slice_.rho, selection.rho), (slice_.write, selection.write)):
         if kept_values is not None and chosen is not None:
             kept_values.copy_(chosen)
-    own = part.rank_part(part, False)
+    own = slice_.rank_part(slice_, False)
     source = own.of(source).to(kept.device)
     values = own.take().to(kept.dtype)
-    rows = take_rows(kept, source.clamp(min=0), part.dim)
+    rows = take_rows(kept, source.clamp(min=0), slice_.dim)
     if before is not None:
-        rows = rows * along_slice(before.gather(-1, source.clamp(min=0)), part.dim)
-    values = torch.where(along_slice(source >= 0, part.dim), rows.to(values.dtype), values)
+        rows = rows * along_slice(before.gather(-1, source.clamp(min=0)), slice_.dim)
+    values = torch.where(along_slice(source >= 0, slice_.dim), rows.to(values.dtype), values)
     if own.write is not None and own.rho is not None:
-        values = values / along_slice(own.write, part.dim)
-        values = values.masked_fill(along_slice(own.rho.eq(0), part.dim), 0.0)
+        values = values / along_slice(own.write, slice_.dim)
+        values = values.masked_fill(along_slice(own.rho.eq(0), slice_.dim), 0.0)
     own.keep(values)
     if seed is not None:
-        part.write_back()  # rows that stay are kept at their nearest value
-    part.drift.note(part)
+        slice_.write_back()  # rows that stay are kept at their nearest value
+    slice_.drift.note(slice_)
     return source.cpu()
 
 
-def take_new_weight(part: Slice) -> None:
+def take_new_weight(slice_: Slice) -> None:
     """Follow a weight that a state dict has replaced: what its rows were owed is void, unless that was loaded just
     before, as torch.distributed.checkpoint does, which loads the optimizer first."""
-    if not part.state.recalled:
-        part.state.owed = 1.0
-        part.low = None  # the bits belonged to other numbers
-    part.reload()
+    if not slice_.state.recalled:
+        slice_.state.owed = 1.0
+        slice_.low = None  # the bits belonged to other numbers
+    slice_.reload()
 
 
 @torch.no_grad()
-def reload(part: Slice) -> None:
+def reload(slice_: Slice) -> None:
     """Bring the slice in line with a weight that was changed from outside, by loading a checkpoint say.
 
     A slice that already agrees with the weight is left alone: it may hold more digits than the weight.
     """
-    if part.is_released or sharding.is_partitioned(part.weight):
+    if slice_.is_released or sharding.is_partitioned(slice_.weight):
         return  # of a partitioned one every rank would have to join; DeepSpeed loads slices itself
-    own = part.rank_part(part, False)
+    own = slice_.rank_part(slice_, False)
     if own.active.is_meta or own.weight.is_meta:
         return
     if not own.agrees():
         own.keep(own.loaded(own.active.dtype))
-    part.drift.note(part)
+    slice_.drift.note(slice_)
 
 
-def current_selection(part: Slice) -> Selection:
+def current_selection(slice_: Slice) -> Selection:
     """The rows in the slice now, on the CPU."""
-    rho, write = (None if v is None else v.double().cpu() for v in (part.rho, part.write))
-    return Selection(part.index.cpu(), rho, write)
+    rho, write = (None if v is None else v.double().cpu() for v in (slice_.rho, slice_.write))
+    return Selection(slice_.index.cpu(), rho, write)
 
 
-def mark_trained(part: Slice, turn: int) -> None:
+def mark_trained(slice_: Slice, turn: int) -> None:
     """Note that the rows in the slice have been trained in a turn."""
-    part.state.trained.scatter_(-1, part.index.cpu(), turn)
+    slice_.state.trained.scatter_(-1, slice_.index.cpu(), turn)

@@ -197,38 +197,38 @@ class Int8Part(Part):
         int8.multiply(self.weight, factor, None if seed is None else seeded(seed + ".decay", self.active.device))
 
 
-def local_part(part: Slice, exact: bool = False) -> Part:
+def local_part(slice_: Slice, exact: bool = False) -> Part:
     """This rank's part of the weight, the slice and what belongs to it; all of them without FSDP.
 
     Args:
-        part: the slice.
+        slice_: the slice.
         exact: want the slice's values with all digits that are kept of them, which the slice itself has here.
     """
-    weight, active = sharding.local(part.weight), part.values()
-    if not sharding.is_sharded(part.active):
+    weight, active = sharding.local(slice_.weight), slice_.values()
+    if not sharding.is_sharded(slice_.active):
         kind = Int8Part if int8.is_int8(weight) else Part
-        return kind(weight, active, part.index, part.rho, part.write, part.dim, "")
-    place, rows = f".{sharding.shard_range(part.active)[0]}", shard_rows(part)
+        return kind(weight, active, slice_.index, slice_.rho, slice_.write, slice_.dim, "")
+    place, rows = f".{sharding.shard_range(slice_.active)[0]}", shard_rows(slice_)
     if rows is None:
-        return Part(weight, active, part.index, part.rho, part.write, part.dim, place)
-    index = part.index[rows]
-    rho, write = (v if v is None else v[rows] for v in (part.rho, part.write))
-    if part.index.dim() == 1:
-        index = index - sharding.shard_range(part.weight)[0]
-    return Part(weight, active, index, rho, write, part.dim, place, rows)
+        return Part(weight, active, slice_.index, slice_.rho, slice_.write, slice_.dim, place)
+    index = slice_.index[rows]
+    rho, write = (v if v is None else v[rows] for v in (slice_.rho, slice_.write))
+    if slice_.index.dim() == 1:
+        index = index - sharding.shard_range(slice_.weight)[0]
+    return Part(weight, active, index, rho, write, slice_.dim, place, rows)
 
 
-def shard_rows(part: Slice) -> slice | None:
+def shard_rows(slice_: Slice) -> slice | None:
     """The range of the slice's rows (or of the experts) that this rank's shard of it has; None for all."""
-    if not sharding.is_sharded(part.active) or (part.index.dim() == 1 and part.dim == -1):
+    if not sharding.is_sharded(slice_.active) or (slice_.index.dim() == 1 and slice_.dim == -1):
         return None
-    return slice(*sharding.shard_range(part.active))
+    return slice(*sharding.shard_range(slice_.active))
 
 
-def block_bounds(part: Slice) -> list[tuple[int, int]]:
+def block_bounds(slice_: Slice) -> list[tuple[int, int]]:
     """First and last (exclusive) row, in this rank's part of the slice, of the blocks that choose for themselves."""
-    pairs = bounds(part.state.rank, part.blocks())
-    rows = shard_rows(part) if part.index.dim() == 1 else None
+    pairs = bounds(slice_.state.rank, slice_.blocks())
+    rows = shard_rows(slice_) if slice_.index.dim() == 1 else None
     if rows is not None:
         pairs = [(max(p, rows.start) - rows.start, min(q, rows.stop) - rows.start) for p, q in pairs]
     return [(first, last) for first, last in pairs if last > first]

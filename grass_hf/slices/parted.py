@@ -13,15 +13,15 @@ _REMEDY = (
 )
 
 
-def sentence(part: Slice, moved: set[str]) -> str:
+def sentence(slice_: Slice, moved: set[str]) -> str:
     """The error for a slice, by which of the two was moved."""
     if moved == {"slice"}:
         return (
-            f"the slice of {part.state.name} was changed and its weight was not, so the model does not compute with "
+            f"the slice of {slice_.state.name} was changed and its weight was not, so the model does not compute with "
             "what is trained: an optimizer that does not drive the slices took a step, or one that moves parameters "
             f"itself (SAM, an average of parameters, local SGD). {_REMEDY}"
         )
     return (
-        f"the slice of {part.state.name} and its weight hold different values: something moved them on its own (an "
+        f"the slice of {slice_.state.name} and its weight hold different values: something moved them on its own (an "
         f"average of parameters, a copy, an optimizer that does not drive the slices). {_REMEDY}"
     )

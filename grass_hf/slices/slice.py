@@ -86,7 +86,7 @@ class Slice(Released, Doors):
         norms: the leaf (..., size) that collects squared norms while an observation is due, else None.
         dim: -2 or -1, the dimension of weight and slice along which rows (columns) are selected.
         before: what the weight was before, `surgery.Before`.
-        rank_part: says what this rank has of the weight and the slice; `part.local_part`, or an engine's own.
+        rank_part: says what this rank has of the weight and the slice; `slice_.local_part`, or an engine's own.
     """
 
     owner: nn.Module

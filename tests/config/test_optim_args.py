@@ -163,7 +163,7 @@ def test_a_mapping_trains_as_its_text_does(tmp_path):
         )
         job.train()
         assert job.optimizer.param_groups[0]["betas"] == (0.8, 0.95)
-        assert {part.state.rank for part in grass_slices(job.model)} == {8}
+        assert {slice_.state.rank for slice_ in grass_slices(job.model)} == {8}
         models.append(job.model.state_dict())
         saved = torch.load(tmp_path / str(number) / "checkpoint-3" / "training_args.bin", weights_only=False)
         assert saved.optim_args == given

@@ -116,9 +116,9 @@ def test_a_way_back_that_stops_anywhere(case, point, monkeypatch):
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     optimizer.step()
-    for part in grass_slices(model):
-        part.settle_decay()
-        part.write_back()
+    for slice_ in grass_slices(model):
+        slice_.settle_decay()
+        slice_.write_back()
     owner, name = {**POINTS, "dequantise": (int8, "dequantize"), "delattr": (nn.Module, "__delattr__")}[point]
     before, saved, reached = looks(model), model.state_dict(), 0
     while True:

@@ -30,9 +30,9 @@ def test_what_is_read_is_trained_in_full_with_the_plain_gradient(kind, training)
     for name in kind.behind:
         assert torch.equal(ours.get_submodule(name).weight.grad, weights[f"{name}.weight"].grad)
     assert names(ours) and not names(ours) & set(kind.behind)
-    for part in grass_slices(ours):
-        full = weights[f"{part.state.name}.weight"].grad.index_select(part.dim, part.index)
-        torch.testing.assert_close(part.active.grad, full)
+    for slice_ in grass_slices(ours):
+        full = weights[f"{slice_.state.name}.weight"].grad.index_select(slice_.dim, slice_.index)
+        torch.testing.assert_close(slice_.active.grad, full)
     assert not hooks(ours) and not modes()
 
 
@@ -51,8 +51,8 @@ def test_experts_that_are_read_directly_are_freed_one_by_one():
     name = "model.layers.0.mlp.experts.down_proj"
     assert [key for key, reason in ours.grass.left_out.items() if reason == READ] == [name]
     torch.testing.assert_close(experts.down_proj.grad, expected.down_proj.grad)
-    part = experts.gate_up_proj_slice
-    torch.testing.assert_close(part.active.grad, take_rows(expected.gate_up_proj.grad, part.index, part.dim))
+    slice_ = experts.gate_up_proj_slice
+    torch.testing.assert_close(slice_.active.grad, take_rows(expected.gate_up_proj.grad, slice_.index, slice_.dim))
 
 
 def test_looking_is_no_use():

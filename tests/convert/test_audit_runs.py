@@ -147,9 +147,9 @@ def test_wavlm_trains_at_the_first_try_with_the_gradients_of_the_plain_model():
     assert len(freed(ours)) == 8
     for name, weight in freed(ours).items():
         assert torch.equal(weight.grad, weights[f"{name}.weight"].grad)
-    for part in grass_slices(ours):
-        grad = weights[f"{part.state.name}.weight"].grad.index_select(part.dim, part.index)
-        torch.testing.assert_close(part.active.grad, grad)
+    for slice_ in grass_slices(ours):
+        grad = weights[f"{slice_.state.name}.weight"].grad.index_select(slice_.dim, slice_.index)
+        torch.testing.assert_close(slice_.active.grad, grad)
     optimizer.step()
 
 
@@ -169,7 +169,7 @@ def test_many_layers_are_one_expression_that_frees_just_them():
 
     ids = torch.arange(3, 9)[None]
     model = convert_to_grass(make(), GrassConfig(density=0.25))
-    compressed = {part.state.name for part in grass_slices(model)}
+    compressed = {slice_.state.name for slice_ in grass_slices(model)}
     with pytest.raises(RuntimeError, match=r"model.layers.\*.mlp.router.classifier \(9\)") as error:
         model(input_ids=ids, labels=ids, cache=Object())
     text = str(error.value).partition("in optim_args: ")[2].removesuffix(").")
@@ -178,7 +178,7 @@ def test_many_layers_are_one_expression_that_frees_just_them():
     assert f"exclude_modules=r'{config.exclude_modules}'" in str(error.value)
     again = convert_to_grass(make(), config)
     again(input_ids=ids, labels=ids, cache=Object()).loss.backward()
-    left = compressed - {part.state.name for part in grass_slices(again)}
+    left = compressed - {slice_.state.name for slice_ in grass_slices(again)}
     assert left == {f"model.layers.{layer}.mlp.router.classifier" for layer in range(9)}
 
 
@@ -209,7 +209,7 @@ def test_what_is_written_frees_just_these(names, others, already, expected):
             at = getattr(at, piece)
         at.add_module(leaf, layer)
     convert_to_grass(model, GrassConfig(density=0.5, exclude_modules=expected))
-    kept = {part.state.name for part in grass_slices(model)}
+    kept = {slice_.state.name for slice_ in grass_slices(model)}
     assert kept == others | (set() if already else {"head"})
 
 

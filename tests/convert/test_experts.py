@@ -100,7 +100,7 @@ def test_no_tensor_of_an_experts_size_in_backward(monkeypatch, side):
     convert_to_grass(
         model, GrassConfig(density=0.25, side=side, update_interval=3, stagger=1, target_modules=["experts"])
     )
-    assert [part.parameter for part in grass_slices(model)] == ["gate_up_proj", "down_proj"] * 2
+    assert [slice_.parameter for slice_ in grass_slices(model)] == ["gate_up_proj", "down_proj"] * 2
 
     def sizes_in_step(model, optimizer):
         mode = Allocations()
@@ -115,7 +115,7 @@ def test_no_tensor_of_an_experts_size_in_backward(monkeypatch, side):
     assert sizes_in_step(plain, torch.optim.AdamW(plain.parameters(), foreach=False)) & forbidden
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-3)
     for number in range(5):
-        assert all((part.norms is not None) == (number % 3 == 0) for part in grass_slices(model))
+        assert all((slice_.norms is not None) == (number % 3 == 0) for slice_ in grass_slices(model))
         assert not sizes_in_step(model, optimizer) & forbidden
 
 
@@ -202,14 +202,14 @@ def test_the_same_trajectory_as_separate_linear_layers(monkeypatch, side, rule, 
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     p.grad.zero_()  # an idle expert has the gradient zero, not none
-        for part in grass_slices(separate):
-            part.norms is not None and part.norms.grad is not None and part.norms.grad.zero_()
+        for slice_ in grass_slices(separate):
+            slice_.norms is not None and slice_.norms.grad is not None and slice_.norms.grad.zero_()
         for optimizer in optimizers:
             optimizer.grass.forget_norms()
-        part = next(grass_slices(together))
+        slice_ = next(grass_slices(together))
         for e, other in enumerate(grass_slices(separate)):
-            torch.testing.assert_close(part.weight[e], other.weight, rtol=0, atol=1e-12)
-            assert torch.equal(part.index[e], other.index)
+            torch.testing.assert_close(slice_.weight[e], other.weight, rtol=0, atol=1e-12)
+            assert torch.equal(slice_.index[e], other.index)
 
 
 def test_an_expert_without_tokens_keeps_its_rows():
@@ -217,15 +217,15 @@ def test_an_expert_without_tokens_keeps_its_rows():
     model = nn.Sequential(Together(weight))
     convert_to_grass(model, GrassConfig(rank=R, update_interval=1, target_modules=["up_proj"]))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=0.05, weight_decay=0.0)
-    part = next(grass_slices(model))
-    before = part.index.clone()
+    slice_ = next(grass_slices(model))
+    before = slice_.index.clone()
     x = torch.randn(6, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     used = torch.tensor([0, 0, 2, 2, 3, 3])
     model[0](x, used[:, None], torch.ones(6, 1, dtype=torch.float64)).sin().sum().backward()
     optimizer.step()
-    assert torch.equal(part.index[1], before[1]) and not torch.equal(part.index, before)
-    assert torch.equal(part.weight[1], weight[1])
-    assert part.active.isfinite().all() and part.state.energy[0] > 0
+    assert torch.equal(slice_.index[1], before[1]) and not torch.equal(slice_.index, before)
+    assert torch.equal(slice_.weight[1], weight[1])
+    assert slice_.active.isfinite().all() and slice_.state.energy[0] > 0
 
 
 @pytest.mark.parametrize("model_type", [name for name in CAUSAL if "experts" in str(CAUSAL[name])])
@@ -271,7 +271,7 @@ def test_base_optimizers_carry_the_state_of_experts(tmp_path, base):
     job.train()
     losses = [entry["loss"] for entry in job.state.log_history if "loss" in entry]
     assert sum(losses[-4:]) < sum(losses[:4])
-    assert all(part.weight.isfinite().all() for part in grass_slices(job.model))
+    assert all(slice_.weight.isfinite().all() for slice_ in grass_slices(job.model))
 
 
 def test_a_forward_that_keeps_no_promises_is_left_and_named():

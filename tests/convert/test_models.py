@@ -159,7 +159,7 @@ def test_the_language_tower_of_a_vision_language_model():
     tower = r".*language_model\..*(_proj|embed_tokens)|lm_head"
     convert_to_grass(model, GrassConfig(density=0.25, target_modules=tower, update_interval=2))
     assert len(list(grass_slices(model))) == 16
-    assert all("vision" not in part.state.name for part in grass_slices(model))
+    assert all("vision" not in slice_.state.name for slice_ in grass_slices(model))
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
     ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()

@@ -196,7 +196,7 @@ def test_a_tied_weight_is_one_target_by_whatever_name():
         model = tiny_llama(tie_word_embeddings=True)
         convert_to_grass(model, GrassConfig(density=0.5, target_modules=patterns))
         assert model.lm_head.weight_slice is model.model.embed_tokens.weight_slice
-        assert sum(part.weight is model.lm_head.weight for part in grass_slices(model)) == 1
+        assert sum(slice_.weight is model.lm_head.weight for slice_ in grass_slices(model)) == 1
     model = tiny_llama(tie_word_embeddings=True)
     found = plan(model, GrassConfig(target_modules="all-matrices", exclude_modules=["lm_head"]))
     assert "tied to lm_head, which exclude_modules names" in found.left_out["model.embed_tokens"]
@@ -277,8 +277,8 @@ def test_subclasses_of_linear_keep_their_own_forward():
     convert_to_grass(model, GrassConfig(density=0.5, side="output"))
     torch.testing.assert_close(model(x), before)
     model(x).sum().backward()
-    part = model[0].weight_slice
-    torch.testing.assert_close(part.active.grad, expected[part.index])  # what follows the product is in it
+    slice_ = model[0].weight_slice
+    torch.testing.assert_close(slice_.active.grad, expected[slice_.index])  # what follows the product is in it
     assert type(restore_model(model)[0]) is Doubled
 
 
@@ -298,7 +298,7 @@ def test_subclasses_that_write_the_product_out_are_tapped_from_outside():
     convert_to_grass(model, GrassConfig(density=0.5, side="output"))
     model(x)
     model[0](x).sum().backward()
-    part = model[0].weight_slice
-    torch.testing.assert_close(part.active.grad, expected[part.index])
+    slice_ = model[0].weight_slice
+    torch.testing.assert_close(slice_.active.grad, expected[slice_.index])
     assert "something else than a plain linear product" in model.grass.left_out["1"]
     assert type(restore_model(model)[0]) is WrittenOut

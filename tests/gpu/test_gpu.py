@@ -46,7 +46,7 @@ def test_the_same_trajectory_as_on_the_cpu(settings):
     tied = {"tie_word_embeddings": settings.pop("tied", False)}
     ours, theirs = (walk(device, exact_llama(**tied), **settings) for device in (DEVICE, "cpu"))
     assert_same_walk(ours, theirs)
-    assert min(len({str(rows[part]) for rows in ours[1]}) for part in range(len(ours[1][0]))) >= 3
+    assert min(len({str(rows[slice_]) for rows in ours[1]}) for slice_ in range(len(ours[1][0]))) >= 3
     assert all((value - plain_state(ours[2])[k]).any() for k, value in plain_state(exact_llama(**tied)).items())
 
 
@@ -184,9 +184,9 @@ def test_mixed_precision_through_the_trainer(tmp_path, precision, base):
     losses = [entry["loss"] for entry in job.state.log_history if "loss" in entry]
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
     assert 12 <= job.optimizer.optimizer.grass.step <= 16  # the first scales may overflow
-    for part in grass_slices(job.model):
-        assert part.active.device.type == DEVICE and part.weight.dtype == torch.float32
-        assert part.active.isfinite().all() and part.weight.isfinite().all()
+    for slice_ in grass_slices(job.model):
+        assert slice_.active.device.type == DEVICE and slice_.weight.dtype == torch.float32
+        assert slice_.active.isfinite().all() and slice_.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
@@ -215,8 +215,8 @@ def test_an_overflow_leaves_no_trace(deterministic, fused, unscaled, when):
             scaler.update(16.0)
             optimizer.zero_grad()
         assert optimizer.grass.step == 8
-        moments = [optimizer.state[part.active]["exp_avg"] for part in grass_slices(model)]
-        return [*plain_state(model).values(), *moments, *(part.index for part in grass_slices(model))]
+        moments = [optimizer.state[slice_.active]["exp_avg"] for slice_ in grass_slices(model)]
+        return [*plain_state(model).values(), *moments, *(slice_.index for slice_ in grass_slices(model))]
 
     smooth, bumpy = run(False), run(True)
     assert all(torch.equal(a, b) for a, b in zip(smooth, bumpy, strict=True))

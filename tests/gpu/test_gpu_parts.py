@@ -54,10 +54,10 @@ def test_int8_weights_train_and_are_found_again(dtype):
     losses, _ = train(model, optimizer, steps=20)
     assert losses[-1] < 0.8 * losses[0]
     optimizer.grass.settle()
-    for part in grass_slices(model):
-        assert int8.is_int8(part.weight) and part.weight.int_data.device.type == DEVICE
-        again = int8.quantize(int8.dequantize(part.weight))
-        assert torch.equal(again.int_data, part.weight.int_data) and torch.equal(again.scale, part.weight.scale)
+    for slice_ in grass_slices(model):
+        assert int8.is_int8(slice_.weight) and slice_.weight.int_data.device.type == DEVICE
+        again = int8.quantize(int8.dequantize(slice_.weight))
+        assert torch.equal(again.int_data, slice_.weight.int_data) and torch.equal(again.scale, slice_.weight.scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -119,7 +119,7 @@ def test_bitsandbytes_trains_through_the_trainer(tmp_path):
     job = run(tmp_path, "adamw_bnb_8bit", use_cpu=ON_CPU)
     losses = [entry["loss"] for entry in job.state.log_history if "loss" in entry]
     assert min(losses[1:]) < losses[0] and job.optimizer.optimizer.grass.step == 5
-    states = [job.optimizer.optimizer.state[part.active] for part in grass_slices(job.model)]
+    states = [job.optimizer.optimizer.state[slice_.active] for slice_ in grass_slices(job.model)]
     assert any(s["state1"].dtype == torch.uint8 and s["state1"].device.type == DEVICE for s in states)
 
 

@@ -59,7 +59,7 @@ def model(name, **options):
 def changed(model, size=0.05, only="", skip=()):
     """With noise in every parameter whose name contains `only`."""
     for name, parameter in model.named_parameters():
-        if only in name and not any(part in name for part in skip):
+        if only in name and not any(slice_ in name for slice_ in skip):
             parameter += size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
     return model
 
@@ -125,10 +125,10 @@ def test_diff_finds_the_rows_that_grass_trained(tmp_path, dtype):
     convert_to_grass(llama, GrassConfig(rank=8, side="output", update_interval=2, decay="active"))
     optimizer = grass_optimizer(llama, torch.optim.AdamW, lr=1e-2)
     batch = torch.stack([Sequences()[i]["input_ids"] for i in range(8)])
-    trained = {part.state.name: set() for part in grass_slices(llama)}
+    trained = {slice_.state.name: set() for slice_ in grass_slices(llama)}
     for _ in range(5):
-        for part in grass_slices(llama):
-            trained[part.state.name] |= set(part.index.tolist())
+        for slice_ in grass_slices(llama):
+            trained[slice_.state.name] |= set(slice_.index.tolist())
         llama(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -84,8 +84,8 @@ def test_float16_with_a_scaler_skips_what_overflows():
 
     spoiled, clean = without_the_third(Spoiled), without_the_third(Module)
     assert len(spoiled.seen) == 6 and grass_steps(spoiled) == grass_steps(clean) == 5
-    for part, other in zip(grass_slices(spoiled.model), grass_slices(clean.model), strict=True):
-        assert torch.equal(part.index, other.index), "what an overflow observed chooses no rows"
+    for slice_, other in zip(grass_slices(spoiled.model), grass_slices(clean.model), strict=True):
+        assert torch.equal(slice_.index, other.index), "what an overflow observed chooses no rows"
     # the scale is halved by then, so other digits round
     assert_same_weights(spoiled.model, clean.model, atol=2e-3)
 
@@ -149,8 +149,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, where, options):
     resumed = run(4, ckpt_path=tmp_path / "2" / "epoch=1.ckpt")
     assert resumed.seen == straight.seen[-len(resumed.seen) :] and len(resumed.seen) == 12
     assert_same_weights(resumed.model, straight.model)
-    for part, other in zip(grass_slices(resumed.model), grass_slices(straight.model), strict=True):
-        assert ema or torch.equal(part.index, other.index)
+    for slice_, other in zip(grass_slices(resumed.model), grass_slices(straight.model), strict=True):
+        assert ema or torch.equal(slice_.index, other.index)
     saved = torch.load(tmp_path / "2" / "epoch=1.ckpt", weights_only=True)
     for key in ("state_dict", "current_model_state") if ema else ("state_dict",):
         assert saved[key].keys() == {f"model.{name}" for name in tiny_llama().state_dict()}
@@ -208,8 +208,8 @@ def test_norms_of_gradients_that_are_dropped_choose_no_rows():
         module.drops = drops
         fit(module)
         runs.append(module)
-    for part, other in zip(*(grass_slices(module.model) for module in runs), strict=True):
-        assert torch.equal(part.index, other.index)
+    for slice_, other in zip(*(grass_slices(module.model) for module in runs), strict=True):
+        assert torch.equal(slice_.index, other.index)
     assert_same_run(*runs)
 
 
@@ -283,5 +283,5 @@ def test_a_state_dict_of_lightnings_wrapper_has_all():
     optimizer = other.optimizer()
     optimizer.load_state_dict(module.saved)
     assert optimizer.grass.step == 6
-    for part, source in zip(grass_slices(other.model), grass_slices(module.model), strict=True):
-        assert torch.equal(part.index, source.index) and torch.equal(part.active, source.active)
+    for slice_, source in zip(grass_slices(other.model), grass_slices(module.model), strict=True):
+        assert torch.equal(slice_.index, source.index) and torch.equal(slice_.active, source.active)

@@ -49,15 +49,15 @@ def test_files_are_those_of_an_adamw_run(tmp_path, free, targets):
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     made.train()
     parts = list(grass_slices(model))
-    assert parts and all(not torch.equal(part.weight, before[f"{part.state.name}.weight"]) for part in parts)
+    assert parts and all(not torch.equal(slice_.weight, before[f"{slice_.state.name}.weight"]) for slice_ in parts)
     tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
         trained = model.eval()(input_ids=tokens).logits
     base = {n.removeprefix(PREFIX): p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
     ours, theirs = files(model, tmp_path / "ours"), files(adapted(free), tmp_path / "theirs")
     assert shapes(ours[0]) == shapes(theirs[0]) and shapes(ours[1]) == shapes(theirs[1])
-    for name, part in ((part.state.name, part) for part in parts if "lora" in part.state.name):
-        assert torch.equal(ours[0][f"{name.replace('.default', '')}.weight"], part.weight)
+    for name, slice_ in ((slice_.state.name, slice_) for slice_ in parts if "lora" in slice_.state.name):
+        assert torch.equal(ours[0][f"{name.replace('.default', '')}.weight"], slice_.weight)
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "ours" / "merged")
     plain = tiny_llama()
     names = {name: name.replace(".base_layer", "") for name in base if not name.endswith(".active")}

@@ -73,7 +73,7 @@ def softmax(model):
 
 def targets(model):
     """Weights that slices train; the pooler is BERT's own, and this loss has another."""
-    return {f"{part.state.name}.weight" for part in grass_slices(model) if "pooler" not in part.state.name}
+    return {f"{slice_.state.name}.weight" for slice_ in grass_slices(model) if "pooler" not in slice_.state.name}
 
 
 def moved(folder, model):
@@ -114,8 +114,8 @@ def test_the_best_model_is_loaded_at_the_end(folder, tmp_path):
     ours, theirs = made.model.state_dict(), best.state_dict()
     assert ours.keys() == theirs.keys() and made.state.best_model_checkpoint.endswith("-2")
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-    for part in grass_slices(made.model):
-        assert part.rank_part(part, False).agrees()
+    for slice_ in grass_slices(made.model):
+        assert slice_.rank_part(slice_, False).agrees()
 
 
 def test_losses_by_data_set_and_converted_beforehand(folder, tmp_path):

@@ -210,8 +210,8 @@ def test_the_rate_of_the_slices_alone_can_be_set():
 
 
 def test_slices_choose_by_the_norms_of_closures():
-    before = [part.index.clone() for part in grass_slices(Net())]
+    before = [slice_.index.clone() for slice_ in grass_slices(Net())]
     trained = net(max_epochs=1).fit(*data())
     assert any(
-        not torch.equal(part.index, old) for part, old in zip(grass_slices(trained.module_), before, strict=True)
+        not torch.equal(slice_.index, old) for slice_, old in zip(grass_slices(trained.module_), before, strict=True)
     )

@@ -233,4 +233,4 @@ def test_every_preset_trains(tmp_path, preset):
     assert job.model.grass.config == said.config
     assert plain_class(job.optimizer.optimizer) is (MuonAdamW if said.base == "muon" else torch.optim.AdamW)
     assert job.optimizer.optimizer.grass.step == 5 and job.optimizer.optimizer.grass.metrics()["grass/coverage"] > 0.25
-    assert all(part.is_released for part in grass_slices(job.model)) is (preset == "max_memory")
+    assert all(slice_.is_released for slice_ in grass_slices(job.model)) is (preset == "max_memory")

@@ -64,7 +64,7 @@ def test_a_fused_loss_over_a_compressed_head(tmp_path, kind, tied, bf16):
         assert_equal(weights(run.model), before)
         run = trainer_of(kind, tmp_path, optim_args=f"{MATRICES},exclude_modules={name}", **options)
         run.train()
-    assert name not in [part.state.name for part in grass_slices(run.model)]
+    assert name not in [slice_.state.name for slice_ in grass_slices(run.model)]
     assert "training_step" not in vars(run)
     assert_equal(weights(run.model), trained(trainer_of, kind, tmp_path, **options, **ADAMW))
 
@@ -74,7 +74,7 @@ def test_a_reward_model_with_all_matrices_is_adamw(tmp_path, tied):
     """Its backbone has an embedding and no output head."""
     run = trainer_of("reward", tmp_path, tied=tied, bf16=None, optim_args=MATRICES)
     run.train()
-    assert any(part.vocabulary for part in grass_slices(run.model))
+    assert any(slice_.vocabulary for slice_ in grass_slices(run.model))
     assert_equal(weights(run.model), trained(trainer_of, "reward", tmp_path, tied=tied, bf16=None, **ADAMW))
 
 
@@ -124,7 +124,7 @@ def test_adapters_are_adamw(tmp_path, kind):
         given["beta"] = 0.1  # its reference is asked before the first training forward
     run = trainer_of(kind, tmp_path, **copy.deepcopy(given))
     run.train()
-    assert all("lora_" in part.state.name for part in grass_slices(run.model))
+    assert all("lora_" in slice_.state.name for slice_ in grass_slices(run.model))
     assert_equal(weights(run.model), trained(trainer_of, kind, tmp_path, **copy.deepcopy(given), **ADAMW))
 
 
@@ -150,7 +150,7 @@ def test_a_recipes_trainer_calls_the_head(tmp_path, monkeypatch, make, loss):
     usual = trainer_of("sft", tmp_path, make(), **options, **ADAMW)
     for run in (mine, usual):
         run.train()
-    assert any(part.vocabulary for part in grass_slices(mine.model))
+    assert any(slice_.vocabulary for slice_ in grass_slices(mine.model))
     assert_equal(weights(mine.model), weights(usual.model), within=2e-5)
     for own, other in zip(mine.state.log_history[:2], usual.state.log_history[:2], strict=True):
         for key in ("loss", "entropy", "mean_token_accuracy", "aux_loss"):

@@ -125,6 +125,6 @@ def test_plain_parameters_are_those_of_the_plain_model():
         assert type(type(model)(model.config)) is cls and isinstance(model, cls)
     assert type(model) is cls
     slices = list(grass_slices(model))
-    assert len(slices) == 15 and not any(part.weight.requires_grad for part in slices)
+    assert len(slices) == 15 and not any(slice_.weight.requires_grad for slice_ in slices)
     with plain_parameters(plain):  # one that is not converted stays as it is
         assert type(plain) is cls

@@ -131,7 +131,7 @@ def test_columns(case):
 
 def test_columns_stay_within_the_density():
     run = Run(elements=False, weight_decay=0.0, stagger=1, dtype=torch.float32)
-    weights = sum(part.weight.numel() for part in _slices(run.model))
+    weights = sum(slice_.weight.numel() for slice_ in _slices(run.model))
     for _ in range(9):
         run.step()
         sent = sum(block.numel() for _, dim, _, block in run.delta.columns() if dim is not None)
@@ -158,11 +158,11 @@ def test_elements_are_those_that_changed():
 def test_memory_is_a_bit_for_each_element_of_a_slice():
     run = Run(weight_decay=0.0, rounding="nearest")
     run.step()
-    for part in _slices(run.model):
-        assert [entry.bits.numel() for entry in part.changes.entries] == [-(-part.active.numel() // 8)]
+    for slice_ in _slices(run.model):
+        assert [entry.bits.numel() for entry in slice_.changes.entries] == [-(-slice_.active.numel() // 8)]
     run = Run(weight_decay=0.0, elements=False)
     run.step()
-    assert all(entry.bits is None for part in _slices(run.model) for entry in part.changes.entries)
+    assert all(entry.bits is None for slice_ in _slices(run.model) for entry in slice_.changes.entries)
 
 
 def test_nothing_changed_and_nothing_is_sent():
@@ -269,7 +269,7 @@ def test_resume_goes_on_with_the_same_synchronisation():
 def test_a_copy_is_not_followed():
     run = Run()
     model, optimizer = copy.deepcopy((run.model, run.optimizer))
-    assert all(part.changes is None for part in _slices(model)) and model.grass.delta is None
+    assert all(slice_.changes is None for slice_ in _slices(model)) and model.grass.delta is None
     assert list(WeightDelta(model, optimizer).patches()) == []
     run.step()
     run.synchronise()

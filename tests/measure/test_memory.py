@@ -37,8 +37,8 @@ def real_peaks(model, config, batch, sequence, checkpointing, steps=3):
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-4, fused=True)
     tokens = torch.randint(model.config.vocab_size, (batch, sequence))
     known = [*model.parameters(), *model.buffers(), tokens]
-    known += [part.state.trained for part in optimizer.grass.slices]
-    known += [part.norms for part in optimizer.grass.slices if part.norms is not None]
+    known += [slice_.state.trained for slice_ in optimizer.grass.slices]
+    known += [slice_.norms for slice_ in optimizer.grass.slices if slice_.norms is not None]
     peaks = []
     counter = PlainCounter(*known)
     del known  # it would keep what a training loop lets go
@@ -129,7 +129,7 @@ def test_estimate_observes_in_the_turn_that_takes_most(options):
     estimate = estimate_memory(small_llama(), config, batch=4, sequence=64)
     model = small_llama()
     peaks = real_peaks(model, config, 4, 64, False, steps=32)[16:]
-    turns = {part.state.phase for part in conversion.grass_slices(model)}
+    turns = {slice_.state.phase for slice_ in conversion.grass_slices(model)}
     assert len(turns) == min(options["stagger"], 4 * model.config.num_hidden_layers) < 16
     observing = [peak for step, peak in enumerate(peaks) if step in turns]
     ordinary = [peak for step, peak in enumerate(peaks) if step not in turns]

@@ -82,14 +82,14 @@ def test_equals_what_the_conversion_makes(make, settings, dtype):
     sent = traffic(model, config)
     convert_to_grass(model, config)
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(part.gradient_bytes() for part in sent.parts) == sum(p.nbytes for p in trained)
+    assert sum(slice_.gradient_bytes() for slice_ in sent.parts) == sum(p.nbytes for p in trained)
     assert sent.buffers == sum(b.nbytes for b in model.buffers())
-    for part in grass_slices(model):
-        part.observe()
-    observed = 0 if "uniform" in config.selection else sum(part.norms.nbytes for part in grass_slices(model))
+    for slice_ in grass_slices(model):
+        slice_.observe()
+    observed = 0 if "uniform" in config.selection else sum(slice_.norms.nbytes for slice_ in grass_slices(model))
     assert sent.norms == observed
     if dtype == torch.float32:  # slices have the weights' dtype, as FSDP2 wants it
-        gathered = sum(part.weight_bytes() for part in sent.parts)
+        gathered = sum(slice_.weight_bytes() for slice_ in sent.parts)
         assert gathered == sum(p.nbytes for p in model.parameters())
 
 

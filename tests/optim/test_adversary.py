@@ -33,7 +33,7 @@ def small(grass=True):
 @pytest.mark.parametrize("wanted", ["inputs", "parameters"])
 def test_gradients_of_gradients_stop_and_create_graph_alone_does_not(wanted):
     model, x = small(), torch.randn(4, 8, requires_grad=True)
-    of = [x] if wanted == "inputs" else [part.active for part in grass_slices(model)]
+    of = [x] if wanted == "inputs" else [slice_.active for slice_ in grass_slices(model)]
     loss = model(x).sum()  # linear: the gradient of the inputs depends on nothing but the weights
     found = torch.autograd.grad(loss, of, create_graph=True)
     plain = small(grass=False)
@@ -98,7 +98,7 @@ def test_what_all_parameters_undergo_is_no_drift_in_half_precision(before):
         step(model, optimizer, decay if before else lambda: None)
         if not before:
             decay()
-    assert all(part.active.dtype == torch.float32 for part in grass_slices(model))
+    assert all(slice_.active.dtype == torch.float32 for slice_ in grass_slices(model))
 
 
 def test_a_weight_that_is_edited_after_the_last_step_survives_the_end():
@@ -137,7 +137,7 @@ def test_an_evaluation_of_what_is_trained_compares_once(monkeypatch):
     model = converted(density=0.25)
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
     compared = []
-    monkeypatch.setattr(evaluated, "agree", lambda part, record: compared.append(part) or True)
+    monkeypatch.setattr(evaluated, "agree", lambda slice_, record: compared.append(slice_) or True)
     step(model, optimizer)
     assert not compared
     model.eval()
@@ -223,4 +223,6 @@ def test_a_trainer_that_is_given_another_model_converts_it(tmp_path):
     run.model = run.model_wrapped = tiny_llama()
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     run.train()
-    assert all(not torch.equal(part.weight, before[f"{part.state.name}.weight"]) for part in grass_slices(run.model))
+    assert all(
+        not torch.equal(slice_.weight, before[f"{slice_.state.name}.weight"]) for slice_ in grass_slices(run.model)
+    )

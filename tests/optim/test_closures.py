@@ -103,7 +103,7 @@ def test_all_parameters_of_a_model_may_be_given(named):
     params = other.named_parameters() if named else other.parameters()
     its_optimizer = grass_optimizer(other, torch.optim.AdamW, params=params, lr=1e-2, weight_decay=0.1)
     assert train(other, its_optimizer, range(4)) == train(model, optimizer, range(4))
-    weights = {id(part.weight) for part in grass_slices(other)}
+    weights = {id(slice_.weight) for slice_ in grass_slices(other)}
     for group in its_optimizer.param_groups:
         assert weights.isdisjoint(map(id, group["params"]))
         if named:
@@ -128,7 +128,7 @@ def test_what_imitates_the_optimizer_counts_as_it():
     wrapped = Imitation(optimizer)
     (model(**batch(9)).loss * 100).backward()
     wrapped.zero_grad(set_to_none=False)
-    assert all(part.norms is None or part.norms.grad is None for part in grass_slices(model))
+    assert all(slice_.norms is None or slice_.norms.grad is None for slice_ in grass_slices(model))
     assert train(model, wrapped, range(5)) == train(straight, its_optimizer, range(5))
     assert "grass" in wrapped.state_dict()["param_groups"][-1]
 
@@ -162,7 +162,7 @@ def test_equal_rates_that_are_meant_train():
     LambdaLR(optimizer, lambda step: 0.0 if step == 0 else 1.0)
     train(model, optimizer, range(3))
     model = convert_to_grass(tiny_llama(), model.grass.config)
-    slices = [part.active for part in grass_slices(model)]
+    slices = [slice_.active for slice_ in grass_slices(model)]
     held = {id(param) for param in slices}
     rest = [param for param in model.parameters() if param.requires_grad and id(param) not in held]
     params = [{"params": slices, "lr": 1e-2}, {"params": rest, "lr": 5e-3}]

@@ -200,6 +200,6 @@ def test_a_closure_whose_gradients_miss_the_slices_stops():
 
 def test_the_norms_of_a_closure_choose_the_next_rows():
     model, optimizer = make(selection="top_r")
-    before = [part.index.clone() for part in grass_slices(model)]
+    before = [slice_.index.clone() for slice_ in grass_slices(model)]
     with_closure(model, optimizer, range(2))
-    assert any(not torch.equal(part.index, old) for part, old in zip(grass_slices(model), before, strict=True))
+    assert any(not torch.equal(slice_.index, old) for slice_, old in zip(grass_slices(model), before, strict=True))

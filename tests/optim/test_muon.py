@@ -66,20 +66,20 @@ def test_a_step_of_a_slice_is_muons_own(nesterov, adjustment):
     for step in range(5):
         gradients(model, step)
         optimizer.step()
-    copies = {part.state.name: nn.Parameter(part.active.detach().clone()) for part in grass_slices(model)}
+    copies = {slice_.state.name: nn.Parameter(slice_.active.detach().clone()) for slice_ in grass_slices(model)}
     pytorchs = torch.optim.Muon(copies.values(), lr=0.01, weight_decay=0.01, **options)
     gradients(model, 5)
-    for part in grass_slices(model):
-        state = optimizer.state[part.active]
+    for slice_ in grass_slices(model):
+        state = optimizer.state[slice_.active]
         assert {key for key in state if not key.startswith("grass")} == {"momentum_buffer"}
-        pytorchs.state[copies[part.state.name]] = {"momentum_buffer": state["momentum_buffer"].clone()}
-        copies[part.state.name].grad = part.active.grad.clone()
+        pytorchs.state[copies[slice_.state.name]] = {"momentum_buffer": state["momentum_buffer"].clone()}
+        copies[slice_.state.name].grad = slice_.active.grad.clone()
     assert optimizer.grass.step % 3, "a step on which nothing is selected"
     with float32_products():
         pytorchs.step()
     optimizer.step()
-    for part in grass_slices(model):
-        torch.testing.assert_close(part.active, copies[part.state.name], rtol=0, atol=1e-6)
+    for slice_ in grass_slices(model):
+        torch.testing.assert_close(slice_.active, copies[slice_.state.name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -91,21 +91,23 @@ def test_slices_of_embedding_and_head_have_adamw(tied, resident):
     convert_to_grass(model, config)
     optimizer = grass_optimizer(model, MuonAdamW, lr=0.01, weight_decay=0.1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.04, 0.01]
-    tables = [part for part in grass_slices(model) if part.state.name in ("model.embed_tokens", "lm_head")]
+    tables = [slice_ for slice_ in grass_slices(model) if slice_.state.name in ("model.embed_tokens", "lm_head")]
     assert len(tables) == (1 if tied else 2)
-    copies = [nn.Parameter(part.weight.index_select(1, part.index).clone()) for part in tables]
+    copies = [nn.Parameter(slice_.weight.index_select(1, slice_.index).clone()) for slice_ in tables]
     adamw = torch.optim.AdamW(copies, lr=0.01, weight_decay=0.1)
     gradients(model, 0)
-    for copy, part in zip(copies, tables, strict=True):
-        copy.grad = part.active.grad.clone()
-    indices = [part.index.clone() for part in tables]
+    for copy, slice_ in zip(copies, tables, strict=True):
+        copy.grad = slice_.active.grad.clone()
+    indices = [slice_.index.clone() for slice_ in tables]
     adamw.step()
     optimizer.step()
-    for copy, part, index in zip(copies, tables, indices, strict=True):
-        torch.testing.assert_close(part.weight.index_select(1, index), copy, rtol=0, atol=1e-7)
-    found = {part: {"momentum_buffer", "exp_avg"} & set(optimizer.state[part.active]) for part in grass_slices(model)}
+    for copy, slice_, index in zip(copies, tables, indices, strict=True):
+        torch.testing.assert_close(slice_.weight.index_select(1, index), copy, rtol=0, atol=1e-7)
+    found = {
+        slice_: {"momentum_buffer", "exp_avg"} & set(optimizer.state[slice_.active]) for slice_ in grass_slices(model)
+    }
     assert len(found) == 14 + len(tables)
-    assert found == {part: {"exp_avg"} if part in tables else {"momentum_buffer"} for part in found}
+    assert found == {slice_: {"exp_avg"} if slice_ in tables else {"momentum_buffer"} for slice_ in found}
 
 
 def test_the_hidden_matrices_of_a_classification_head_have_muon():
@@ -116,9 +118,9 @@ def test_the_hidden_matrices_of_a_classification_head_have_muon():
     optimizer = grass_optimizer(model, MuonAdamW, lr=0.01)
     model(**batch(model)).loss.backward()
     optimizer.step()
-    adamw = {part.state.name for part in grass_slices(model) if "exp_avg" in optimizer.state[part.active]}
+    adamw = {slice_.state.name for slice_ in grass_slices(model) if "exp_avg" in optimizer.state[slice_.active]}
     assert adamw == {f"roberta.embeddings.{name}_embeddings" for name in ("word", "position", "token_type")}
-    head = next(part for part in grass_slices(model) if part.state.name == "classifier.dense")
+    head = next(slice_ for slice_ in grass_slices(model) if slice_.state.name == "classifier.dense")
     assert "momentum_buffer" in optimizer.state[head.active]
 
 
@@ -129,15 +131,15 @@ def test_momentum_goes_with_its_columns():
     stayed = came = 0
     for step in range(7):
         gradients(model, step)
-        parts = [(part, part.index.clone()) for part in grass_slices(model)]
-        means = [optimizer.state[part.active].get("momentum_buffer", torch.zeros(())).clone() for part, _ in parts]
-        means = [m.lerp(part.active.grad, 0.1) for m, (part, _) in zip(means, parts, strict=True)]
+        parts = [(slice_, slice_.index.clone()) for slice_ in grass_slices(model)]
+        means = [optimizer.state[slice_.active].get("momentum_buffer", torch.zeros(())).clone() for slice_, _ in parts]
+        means = [m.lerp(slice_.active.grad, 0.1) for m, (slice_, _) in zip(means, parts, strict=True)]
         optimizer.step()
-        for (part, index), mean in zip(parts, means, strict=True):
-            whole = torch.zeros_like(part.weight).index_copy_(1, index, mean)
-            torch.testing.assert_close(optimizer.state[part.active]["momentum_buffer"], whole[:, part.index])
-            kept = torch.isin(part.index, index)
-            if not torch.equal(part.index, index):
+        for (slice_, index), mean in zip(parts, means, strict=True):
+            whole = torch.zeros_like(slice_.weight).index_copy_(1, index, mean)
+            torch.testing.assert_close(optimizer.state[slice_.active]["momentum_buffer"], whole[:, slice_.index])
+            kept = torch.isin(slice_.index, index)
+            if not torch.equal(slice_.index, index):
                 stayed, came = stayed + int(kept.sum()), came + int((~kept).sum())
     assert stayed and came
 
@@ -151,8 +153,8 @@ def test_a_slices_state_is_half_of_adamws():
         optimizer.step()
         return sum(
             value.nbytes
-            for part in grass_slices(model)
-            for value in optimizer.state[part.active].values()
+            for slice_ in grass_slices(model)
+            for value in optimizer.state[slice_.active].values()
             if isinstance(value, torch.Tensor) and value.dim() == 2
         )
 
@@ -188,7 +190,7 @@ def test_beside_the_callback(tmp_path):
     job.train()
     optimizer = job.optimizer.optimizer
     assert plain_class(optimizer) is MuonAdamW and optimizer.grass.step == 3
-    assert all("momentum_buffer" in optimizer.state[part.active] for part in grass_slices(job.model))
+    assert all("momentum_buffer" in optimizer.state[slice_.active] for slice_ in grass_slices(job.model))
 
 
 def test_released_slices_take_the_same_steps():
@@ -214,7 +216,7 @@ def test_the_estimate_counts_its_state(targets):
     model = tiny_llama()
     convert_to_grass(model, config)
     assert adamw.optimizer_state - muon.optimizer_state == pytest.approx(
-        sum(part.active.nbytes for part in grass_slices(model) if "layers" in part.state.name), rel=0.02
+        sum(slice_.active.nbytes for slice_ in grass_slices(model) if "layers" in slice_.state.name), rel=0.02
     )
 
 
@@ -224,19 +226,19 @@ def test_every_expert_is_a_matrix():
     model = build("mixtral")
     convert_to_grass(model, GrassConfig(density=0.5))
     optimizer = grass_optimizer(model, MuonAdamW, lr=0.01, weight_decay=0.01)
-    experts = [part for part in grass_slices(model) if part.active.dim() == 3]
+    experts = [slice_ for slice_ in grass_slices(model) if slice_.active.dim() == 3]
     assert experts
     gradients(model, 0)
-    copies = [[nn.Parameter(each.clone()) for each in part.active.detach()] for part in experts]
-    for part, parameters in zip(experts, copies, strict=True):
-        for parameter, grad in zip(parameters, part.active.grad, strict=True):
+    copies = [[nn.Parameter(each.clone()) for each in slice_.active.detach()] for slice_ in experts]
+    for slice_, parameters in zip(experts, copies, strict=True):
+        for parameter, grad in zip(parameters, slice_.active.grad, strict=True):
             parameter.grad = grad.clone()
     pytorchs = torch.optim.Muon(itertools.chain(*copies), lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     with float32_products():
         pytorchs.step()
     optimizer.step()
-    for part, parameters in zip(experts, copies, strict=True):
-        torch.testing.assert_close(part.active, torch.stack(list(parameters)), rtol=0, atol=1e-6)
+    for slice_, parameters in zip(experts, copies, strict=True):
+        torch.testing.assert_close(slice_.active, torch.stack(list(parameters)), rtol=0, atol=1e-6)
 
 
 def test_batches_are_of_one_shape_and_bounded_and_change_nothing(monkeypatch):

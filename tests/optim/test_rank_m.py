@@ -105,6 +105,6 @@ def test_through_the_trainer_float64(tmp_path, base, side):
 def test_rank_m_is_not_reached_by_leaving_layers_ordinary():
     model = tiny_llama()
     convert_to_grass(model, GrassConfig(density=1.0))
-    assert all(type(part.owner).__name__ == "GrassLinear" for part in grass_slices(model))
+    assert all(type(slice_.owner).__name__ == "GrassLinear" for slice_ in grass_slices(model))
     assert len(list(grass_slices(model))) == 14
     assert grass_hf.GrassConfig(rank=32).rank_for(32) == 32

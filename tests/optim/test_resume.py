@@ -278,18 +278,18 @@ def test_decay_that_is_owed_survives_either_order_of_loading(first):
     train(whole, whole_optimizer, range(11))
     model, optimizer = build()
     train(model, optimizer, range(5))
-    owed = [part.state.owed for part in grass_slices(model)]
+    owed = [slice_.state.owed for slice_ in grass_slices(model)]
     assert min(owed) < 1.0
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     again = dict(zip(("model", "optimizer"), build(), strict=True))
     for name in sorted(states, reverse=first == "optimizer"):
         again[name].load_state_dict(copy.deepcopy(states[name]))
-    assert [part.state.owed for part in grass_slices(again["model"])] == owed
+    assert [slice_.state.owed for slice_ in grass_slices(again["model"])] == owed
     train(again["model"], again["optimizer"], range(5, 11))
     assert_same_weights(again["model"], whole)
     # other weights are another matter: rows are owed nothing for steps that were not theirs
     again["model"].load_state_dict(states["model"])
-    assert all(part.state.owed == 1.0 for part in grass_slices(again["model"]))
+    assert all(slice_.state.owed == 1.0 for slice_ in grass_slices(again["model"]))
 
 
 def test_accelerate_save_state_and_load_state(tmp_path):

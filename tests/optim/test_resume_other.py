@@ -58,7 +58,7 @@ def everything(model, optimizer):
     """All that loading an optimizer's state may change."""
     controller = optimizer.grass
     progress = (controller.step, sorted(controller.due), [copy.deepcopy(vars(p.state)) for p in grass_slices(model)])
-    index = [part.index.clone() for part in grass_slices(model)]
+    index = [slice_.index.clone() for slice_ in grass_slices(model)]
     return copy.deepcopy((model.state_dict(), optimizer.state_dict(), index, progress))
 
 
@@ -69,7 +69,7 @@ def flat(value):
     if isinstance(value, dict):
         return [entry for key in value for entry in [key, *flat(value[key])]]
     if isinstance(value, (list, tuple)):
-        return [entry for part in value for entry in flat(part)]
+        return [entry for slice_ in value for entry in flat(slice_)]
     return [repr(value)]
 
 

@@ -160,7 +160,7 @@ def test_the_rewards_of_gsm8k(monkeypatch):
 def converted(trainer):
     """The trainer, the settings that its model was converted with, and size and rank of every slice."""
     slices = list(grass_slices(trainer.model))
-    return trainer, trainer.model.grass.config, [(part.state.size, part.state.rank) for part in slices]
+    return trainer, trainer.model.grass.config, [(slice_.state.size, slice_.state.rank) for slice_ in slices]
 
 
 def shipped_config(said: dict) -> Path:

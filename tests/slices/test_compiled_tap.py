@@ -75,9 +75,9 @@ def test_observed_norms_move_with_the_model():
     model = convert_to_grass(tiny_llama(), GrassConfig(density=0.25))
     grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
     model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
-    before = {part: part.norms for part in grass_slices(model) if part.norms is not None}
+    before = {slice_: slice_.norms for slice_ in grass_slices(model) if slice_.norms is not None}
     assert before and all(norms.grad is not None for norms in before.values())
     model.to("meta")
-    for part, norms in before.items():
-        assert part.norms.is_meta and part.norms.requires_grad and part.norms.shape == norms.shape
-        assert part.norms.grad.is_meta
+    for slice_, norms in before.items():
+        assert slice_.norms.is_meta and slice_.norms.requires_grad and slice_.norms.shape == norms.shape
+        assert slice_.norms.grad.is_meta

@@ -35,12 +35,12 @@ def weights(model):
 
 
 def part_of(model, name=NAME):
-    return next(part for part in grass_slices(model) if part.state.name == name)
+    return next(slice_ for slice_ in grass_slices(model) if slice_.state.name == name)
 
 
 def assert_agree(model):
-    for part in grass_slices(model):
-        assert part.rank_part(part, False).agrees(), part.state.name
+    for slice_ in grass_slices(model):
+        assert slice_.rank_part(slice_, False).agrees(), slice_.state.name
 
 
 class ThroughData(torch.optim.Optimizer):
@@ -84,7 +84,7 @@ def test_an_optimizer_that_nobody_told_of_the_slices_stops(kind):
     model = converted(target_modules="all-matrices")
     optimizer = PLAIN[kind]([param for param in model.parameters() if param.requires_grad])
     before = weights(model)
-    targets = [f"{part.state.name}.weight" for part in grass_slices(model)]
+    targets = [f"{slice_.state.name}.weight" for slice_ in grass_slices(model)]
     with pytest.raises(RuntimeError, match="grass_optimizer"):
         for number in range(2):
             step(model, optimizer, number)

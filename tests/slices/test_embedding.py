@@ -61,8 +61,8 @@ def test_scaled_embeddings_keep_their_scale_in_the_gradient():
     expected = model[0].weight.grad.clone()
     convert_to_grass(model, GrassConfig(density=0.5, target_modules=["0"]))
     model(ids).sum().backward()
-    part = model[0].weight_slice
-    torch.testing.assert_close(part.active.grad, expected[:, part.index])
+    slice_ = model[0].weight_slice
+    torch.testing.assert_close(slice_.active.grad, expected[:, slice_.index])
 
 
 def test_a_tied_matrix_gets_the_gradients_of_both_uses():
@@ -71,9 +71,9 @@ def test_a_tied_matrix_gets_the_gradients_of_both_uses():
     plain(input_ids=tokens, labels=tokens).loss.backward()
     convert_to_grass(ours, GrassConfig(density=0.25, target_modules="all-matrices"))
     ours(input_ids=tokens, labels=tokens).loss.backward()
-    part = ours.lm_head.weight_slice
-    expected = plain.lm_head.weight.grad[:, part.index]
-    torch.testing.assert_close(part.active.grad, expected, rtol=0, atol=1e-13)
+    slice_ = ours.lm_head.weight_slice
+    expected = plain.lm_head.weight.grad[:, slice_.index]
+    torch.testing.assert_close(slice_.active.grad, expected, rtol=0, atol=1e-13)
     head_only = plain.lm_head.weight.grad.clone()
     plain.zero_grad()
     plain(inputs_embeds=plain.model.embed_tokens(tokens).detach(), labels=tokens).loss.backward()

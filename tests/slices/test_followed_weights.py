@@ -46,11 +46,11 @@ def test_a_slice_follows_a_weight_that_is_overwritten(how, dtype):
     overwrite(how, module)
     expected = module.weight.detach().clone()
     model(input_ids=X, labels=X).loss.backward()
-    part = part_of(model)
-    assert torch.equal(part.active.to(dtype), expected.index_select(part.dim, part.index))
+    slice_ = part_of(model)
+    assert torch.equal(slice_.active.to(dtype), expected.index_select(slice_.dim, slice_.index))
     optimizer.step()
-    others = torch.ones(part.state.size, dtype=torch.bool).index_fill(0, part.index, False).nonzero().flatten()
-    assert torch.equal(module.weight.index_select(part.dim, others), expected.index_select(part.dim, others))
+    others = torch.ones(slice_.state.size, dtype=torch.bool).index_fill(0, slice_.index, False).nonzero().flatten()
+    assert torch.equal(module.weight.index_select(slice_.dim, others), expected.index_select(slice_.dim, others))
     assert not torch.equal(module.weight, expected)
 
 
@@ -131,14 +131,14 @@ def test_values_are_compared_now_and_then_only(monkeypatch):
     model, optimizer = driven()
     compared, confirm = [], drift.confirm
 
-    def count(part):
-        compared.append(part.state.name)
-        confirm(part)
+    def count(slice_):
+        compared.append(slice_.state.name)
+        confirm(slice_)
 
     monkeypatch.setattr(drift, "confirm", count)
     for number in range(40):
         step(model, optimizer, number)
-    assert sorted(set(compared)) == sorted(part.state.name for part in grass_slices(model))
+    assert sorted(set(compared)) == sorted(slice_.state.name for slice_ in grass_slices(model))
     assert compared.count(NAME) == len([1, 2, 4, 8, 16, 32])
 
 
@@ -152,7 +152,7 @@ def test_checkpointing_is_no_evaluation(monkeypatch, reentrant):
         enable_checkpointing(model)
     model.train()
     compared, confirm = [], drift.confirm
-    monkeypatch.setattr(drift, "confirm", lambda part: (compared.append(part.state.name), confirm(part)))
+    monkeypatch.setattr(drift, "confirm", lambda slice_: (compared.append(slice_.state.name), confirm(slice_)))
     for number in range(5):
         step(model, optimizer, number)
     assert compared.count(NAME) <= len([1, 2, 4, 8])
@@ -179,7 +179,7 @@ def test_a_weight_that_is_unfrozen_is_frozen_again(caplog):
     for number in range(4):
         model.requires_grad_(True)
         model(input_ids=X, labels=X).loss.backward()
-        assert all(part.weight.grad is None and not part.weight.requires_grad for part in grass_slices(model))
+        assert all(slice_.weight.grad is None and not slice_.weight.requires_grad for slice_ in grass_slices(model))
         model.zero_grad()
         assert step(model, optimizer, number) == step(straight, its_optimizer, number)
     assert caplog.text.count("were made trainable after the conversion") == 1
@@ -196,8 +196,8 @@ def test_casting_after_the_conversion_is_followed(caplog):
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
     model.to(torch.float32)
     step(model, optimizer)
-    part = part_of(model)
-    assert torch.equal(part.active, part.weight.index_select(part.dim, part.index)), "with all digits"
+    slice_ = part_of(model)
+    assert torch.equal(slice_.active, slice_.weight.index_select(slice_.dim, slice_.index)), "with all digits"
 
 
 @pytest.mark.parametrize("tied", [False, True])

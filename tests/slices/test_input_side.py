@@ -100,9 +100,9 @@ def test_columns_are_never_stale():
         kept.square().sum().backward()
         reference(x).square().sum().backward()
         for name in ("gate_proj", "up_proj", "down_proj"):
-            part = getattr(model[0], name).weight_slice
-            expected = getattr(reference, name).weight.grad[:, part.index]
-            torch.testing.assert_close(part.active.grad, expected, rtol=0, atol=1e-12)
+            slice_ = getattr(model[0], name).weight_slice
+            expected = getattr(reference, name).weight.grad[:, slice_.index]
+            torch.testing.assert_close(slice_.active.grad, expected, rtol=0, atol=1e-12)
         optimizer.step()
         optimizer.zero_grad()
         x.mul_(1.5)
@@ -118,4 +118,4 @@ def test_the_whole_model_copies_and_pickles():
         ours, theirs = list(grass_slices(model)), list(grass_slices(twin))
         assert len(ours) == len(theirs) and ours[0].columns is not theirs[0].columns
         assert theirs[0].columns is theirs[1].columns is theirs[2].columns is not None
-        assert all(part.weight is not twin_part.weight for part, twin_part in zip(ours, theirs, strict=True))
+        assert all(slice_.weight is not twin_part.weight for slice_, twin_part in zip(ours, theirs, strict=True))

@@ -80,7 +80,7 @@ def test_products_are_those_of_the_dequantised_weight(bias):
 def test_trains_and_saves_plain(dtype, tmp_path):
     model, optimizer = converted(dtype)
     parts = list(grass_slices(model))
-    assert all(int8.is_int8(part.weight) and part.active.dtype == torch.float32 for part in parts)
+    assert all(int8.is_int8(slice_.weight) and slice_.active.dtype == torch.float32 for slice_ in parts)
     losses = train(model, optimizer, 20)
     assert losses[-1] < 0.7 * losses[0]
     optimizer.grass.settle()
@@ -98,12 +98,14 @@ def test_trains_and_saves_plain(dtype, tmp_path):
 
 def test_what_is_not_trained_does_not_change():
     model, optimizer = converted(weight_dtype="int8", decay="active", selection="uniform_nr")
-    part = next(grass_slices(model))
-    codes, scale, index = part.weight.int_data.clone(), part.weight.scale.clone(), part.index.clone()
+    slice_ = next(grass_slices(model))
+    codes, scale, index = slice_.weight.int_data.clone(), slice_.weight.scale.clone(), slice_.index.clone()
     train(model, optimizer, 1)
     rest = torch.ones(len(scale), dtype=torch.bool).index_fill_(0, index, False)
-    assert torch.equal(part.weight.int_data[rest], codes[rest]) and torch.equal(part.weight.scale[rest], scale[rest])
-    assert not torch.equal(part.weight.int_data[~rest], codes[~rest])
+    assert torch.equal(slice_.weight.int_data[rest], codes[rest]) and torch.equal(
+        slice_.weight.scale[rest], scale[rest]
+    )
+    assert not torch.equal(slice_.weight.int_data[~rest], codes[~rest])
 
 
 def test_small_updates_arrive_in_the_mean():
@@ -168,7 +170,7 @@ def test_no_gradient_of_full_size():
     loss = model(input_ids=tokens, labels=tokens).loss
     with Shapes() as shapes:
         loss.backward()
-    full = {tuple(part.weight.shape) for part in grass_slices(model)}
+    full = {tuple(slice_.weight.shape) for slice_ in grass_slices(model)}
     assert (8, 32) in shapes.seen and not shapes.seen & full, shapes.seen & full
 
 
@@ -260,7 +262,7 @@ def test_two_ranks_under_ddp_are_one():
     for said in ranks(2, "int8_under_ddp", SETTINGS):
         found = json.loads(said.splitlines()[-1])
         assert found["losses"] == pytest.approx(alone, abs=1e-5)
-        assert found["rows"] == [part.index.tolist() for part in grass_slices(model)]
+        assert found["rows"] == [slice_.index.tolist() for slice_ in grass_slices(model)]
 
 
 def test_ranks_with_other_int8_weights_and_shards_stop():

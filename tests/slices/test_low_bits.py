@@ -30,8 +30,8 @@ def made(settings, optimizer_class=torch.optim.AdamW):
 
 def train(model, optimizer, steps, micro=1):
     for _ in range(steps):
-        for part in TOKENS.chunk(micro):
-            (model(input_ids=part, labels=part).loss / micro).backward()
+        for slice_ in TOKENS.chunk(micro):
+            (model(input_ids=slice_, labels=slice_).loss / micro).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -45,7 +45,7 @@ def run(settings, optimizer_class=torch.optim.AdamW, steps=8, micro=1):
 def assert_same_slices(kept, whole):
     """Weights, and all digits of the slices."""
     assert_same_weights(kept, whole)
-    assert any(part.low.any() for part in grass_slices(kept))
+    assert any(slice_.low.any() for slice_ in grass_slices(kept))
     for ours, theirs in zip(grass_slices(kept), grass_slices(whole), strict=True):
         assert ours.is_released and torch.equal(ours.index, theirs.index)
         with ours.held():
@@ -65,9 +65,9 @@ CASES = {
 def test_sixteen_bits_are_the_whole_slice(optimizer_class, settings):
     kept, optimizer = run({**KEPT, **settings}, optimizer_class)
     whole, _ = run({**WHOLE, **settings}, optimizer_class)
-    part = next(iter(grass_slices(kept)))
-    assert part.active.dtype == torch.bfloat16 and part.low.dtype == torch.int16
-    state = optimizer.state[part.active].values()
+    slice_ = next(iter(grass_slices(kept)))
+    assert slice_.active.dtype == torch.bfloat16 and slice_.low.dtype == torch.int16
+    state = optimizer.state[slice_.active].values()
     assert {value.dtype for value in state if value.dim()} == {torch.float32}
     assert_same_slices(kept, whole)
     assert_same_weights(restore_model(kept), restore_model(whole))
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_format_4_is_read(tmp_path):
 def test_other_weights_drop_the_bits_of_those_before():
     model, _ = run(KEPT, steps=4)
     model.load_state_dict(plain_state(tiny_llama().bfloat16()))
-    assert all(part.low is None for part in grass_slices(model))
+    assert all(slice_.low is None for slice_ in grass_slices(model))
 
 
 def test_through_the_trainer(tmp_path):

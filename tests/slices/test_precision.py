@@ -107,10 +107,10 @@ def test_bytes_of_each_choice(slice_dtype):
     tokens = torch.randint(VOCABULARY, (2, 8))
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    part = next(grass_slices(model))
-    state = optimizer.state[part.active]
-    total = part.active.nbytes + part.active.grad.nbytes + sum(state[k].nbytes for k in ("exp_avg", "exp_avg_sq"))
-    assert total == part.active.numel() * (16 if slice_dtype is None else 8)
+    slice_ = next(grass_slices(model))
+    state = optimizer.state[slice_.active]
+    total = slice_.active.nbytes + slice_.active.grad.nbytes + sum(state[k].nbytes for k in ("exp_avg", "exp_avg_sq"))
+    assert total == slice_.active.numel() * (16 if slice_dtype is None else 8)
 
 
 @pytest.mark.parametrize(
@@ -240,20 +240,20 @@ def test_the_trainer_drops_the_norms_of_a_skipped_step(tmp_path):
     """GradScaler may skip optimizer.step, and the Trainer clears gradients through the model: norms must go too."""
     job = trainer(tmp_path)
     job.create_optimizer_and_scheduler(6)
-    part = next(grass_slices(job.model))
-    part.norms.grad = torch.full_like(part.norms, float("inf"))
-    part.active.grad = torch.zeros_like(part.active)  # as zero_grad(set_to_none=False) leaves it
+    slice_ = next(grass_slices(job.model))
+    slice_.norms.grad = torch.full_like(slice_.norms, float("inf"))
+    slice_.active.grad = torch.zeros_like(slice_.active)  # as zero_grad(set_to_none=False) leaves it
     job.callback_handler.optimizer = job.optimizer
     job.callback_handler.on_step_begin(job.args, job.state, job.control)
-    assert part.norms.grad is None
+    assert slice_.norms.grad is None
 
 
 def test_a_gradient_that_overflows_only_outside_the_slice_makes_the_layer_select_later():
     model = nn.Sequential(nn.Linear(4, 8, bias=False))
     convert_to_grass(model, GrassConfig(rank=2, selection="top_r", side="output", update_interval=5))
     optimizer = grass_optimizer(model, torch.optim.SGD, lr=1e-3)
-    part = next(grass_slices(model))
-    first = part.index.clone()
+    slice_ = next(grass_slices(model))
+    first = slice_.index.clone()
 
     def step(weights):
         (model(torch.ones(1, 4)) * weights).sum().backward()
@@ -263,6 +263,6 @@ def test_a_gradient_that_overflows_only_outside_the_slice_makes_the_layer_select
     huge = torch.ones(8)
     huge[1] = 1e30  # its square is infinite in float32; rows 0 and 4 are in the slice
     step(huge)
-    assert torch.equal(part.index, first) and optimizer.grass.step == 1
+    assert torch.equal(slice_.index, first) and optimizer.grass.step == 1
     step(torch.arange(8.0))
-    assert part.index.tolist() == [6, 7]
+    assert slice_.index.tolist() == [6, 7]

@@ -134,22 +134,22 @@ def test_gradients_are_autograds(cls, rule, side, observing):
     loss_of(plain, inputs).backward()
     expected, dx, x.grad = plain.weight.grad, x.grad, None
     model = converted(plain, side, selection=rule)
-    part = next(grass_slices(model))
+    slice_ = next(grass_slices(model))
     if rule == "multinomial_norm":
-        part.rho.copy_(torch.rand(part.rho.shape, generator=torch.Generator().manual_seed(3)))
+        slice_.rho.copy_(torch.rand(slice_.rho.shape, generator=torch.Generator().manual_seed(3)))
     if observing:
-        part.observe()
+        slice_.observe()
     assert torch.equal(model["experts"](*inputs), plain(*inputs))
     loss_of(model["experts"], inputs).backward()
     torch.testing.assert_close(x.grad, dx, rtol=0, atol=1e-13)
-    rows = take_rows(expected, part.index, part.dim)
-    if part.rho is not None:
-        rows = rows * part.rho.unsqueeze(-1 if part.dim == -2 else -2)
-    torch.testing.assert_close(part.active.grad, rows, rtol=0, atol=1e-12)
-    assert part.active.numel() == plain.weight.numel() // 4 and part.weight.grad is None
+    rows = take_rows(expected, slice_.index, slice_.dim)
+    if slice_.rho is not None:
+        rows = rows * slice_.rho.unsqueeze(-1 if slice_.dim == -2 else -2)
+    torch.testing.assert_close(slice_.active.grad, rows, rtol=0, atol=1e-12)
+    assert slice_.active.numel() == plain.weight.numel() // 4 and slice_.weight.grad is None
     if observing:
-        norms = expected.square().sum(-1 if part.dim == -2 else -2)
-        torch.testing.assert_close(part.norms.grad, norms, rtol=1e-10, atol=1e-12)
+        norms = expected.square().sum(-1 if slice_.dim == -2 else -2)
+        torch.testing.assert_close(slice_.norms.grad, norms, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
@@ -158,20 +158,20 @@ def test_steps_move_the_selected_rows_as_plain_steps_do(cls, side):
     plain = cls()
     model = converted(plain, side, update_interval=2)
     inputs, optimizer = inputs_of(plain), grass_optimizer(model, torch.optim.SGD, lr=0.01)
-    part, seen = next(grass_slices(model)), set()
+    slice_, seen = next(grass_slices(model)), set()
     for _ in range(6):
         theirs = copy.deepcopy(plain)
-        theirs.weight.data.copy_(part.weight)
+        theirs.weight.data.copy_(slice_.weight)
         loss_of(theirs, inputs).backward()
         with torch.no_grad():
-            rows = take_rows(theirs.weight - 0.01 * theirs.weight.grad, part.index, part.dim)
-            put_rows(theirs.weight, part.index, rows, part.dim)
+            rows = take_rows(theirs.weight - 0.01 * theirs.weight.grad, slice_.index, slice_.dim)
+            put_rows(theirs.weight, slice_.index, rows, slice_.dim)
             expected = theirs.weight
         loss_of(model["experts"], inputs).backward()
-        seen.add(tuple(part.index.flatten().tolist()))
+        seen.add(tuple(slice_.index.flatten().tolist()))
         optimizer.step()
         optimizer.zero_grad()
-        torch.testing.assert_close(part.weight, expected, rtol=0, atol=1e-13)
+        torch.testing.assert_close(slice_.weight, expected, rtol=0, atol=1e-13)
     assert len(seen) > 1  # other rows were chosen on the way
     assert type(restore_model(model)["experts"]) is cls
 
@@ -201,15 +201,15 @@ def test_no_tensor_of_full_size_in_backward(monkeypatch, cls, side):
     monkeypatch.setitem(globals(), "N", 22)
     model = converted(cls(), side, update_interval=2, stagger=1)
     optimizer = grass_optimizer(model, torch.optim.AdamW, lr=1e-3)
-    part = next(grass_slices(model))
+    slice_ = next(grass_slices(model))
     x, *rest = inputs_of(model["experts"])
     x, rest = x[:12], [[5, 0, 4, 3]] if rest else []
     forbidden = {E * M * N, M * N}
     for number in range(3):
-        assert (part.norms is not None) == (number % 2 == 0)
+        assert (slice_.norms is not None) == (number % 2 == 0)
         loss = loss_of(model["experts"], (x, *rest))
         mode = Allocations()
-        mode.weights = frozenset([part.weight.untyped_storage().data_ptr()])
+        mode.weights = frozenset([slice_.weight.untyped_storage().data_ptr()])
         with mode:
             loss.backward()
             optimizer.step()
@@ -257,7 +257,7 @@ def test_a_forward_that_is_not_understood_is_left_in_full(cls):
     assert layouts(cls()) == {}
     model = nn.ModuleDict({"experts": cls(), "other": nn.Linear(8, 8)})
     convert_to_grass(model, GrassConfig(density=0.25, target_modules="all-linear"))
-    assert [part.state.name for part in grass_slices(model)] == ["other"]
+    assert [slice_.state.name for slice_ in grass_slices(model)] == ["other"]
     assert model["experts"].weight.requires_grad and type(model["experts"]) is cls
 
 

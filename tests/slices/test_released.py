@@ -27,7 +27,7 @@ def run(resident: bool, optimizer_class=torch.optim.AdamW, steps: int = 8, dtype
 
 
 def slice_bytes(model) -> int:
-    return sum(part.active.untyped_storage().nbytes() for part in grass_slices(model))
+    return sum(slice_.active.untyped_storage().nbytes() for slice_ in grass_slices(model))
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
@@ -49,7 +49,9 @@ def test_a_released_slice_trains_as_a_resident_one(optimizer_class, settings, mo
     theirs, _ = run(True, optimizer_class, **settings)
     assert_same_weights(ours, theirs)
     parts = list(grass_slices(ours))
-    assert all(part.is_released for part in parts) and slice_bytes(ours) == len(parts) * parts[0].active.element_size()
+    assert (
+        all(slice_.is_released for slice_ in parts) and slice_bytes(ours) == len(parts) * parts[0].active.element_size()
+    )
     assert_same_weights(restore_model(ours), restore_model(theirs))
 
 
@@ -67,7 +69,7 @@ def test_slices_exist_only_a_chunk_at_a_time(monkeypatch):
         param.grad = torch.zeros_like(param) if param.requires_grad else None
     parts = list(grass_slices(model))
     step_in_chunks(optimizer, lambda: step(optimizer), parts)
-    empty = sum(part.active.element_size() for part in parts)
+    empty = sum(slice_.active.element_size() for slice_ in parts)
     assert held[0] == empty and all(empty < bytes_held <= 2000 + 3 * 48 * 32 for bytes_held in held[1:])
 
 

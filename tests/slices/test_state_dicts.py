@@ -50,8 +50,8 @@ def looks(state_dict):
 
 def agree(model):
     """Whether slices are their weights' rows; where they are divided by multipliers, but for rounding."""
-    parts = [part.rank_part(part, False) for part in grass_slices(model)]
-    return all(part.agrees() or torch.allclose(part.active, part.loaded(part.active.dtype)) for part in parts)
+    parts = [slice_.rank_part(slice_, False) for slice_ in grass_slices(model)]
+    return all(slice_.agrees() or torch.allclose(slice_.active, slice_.loaded(slice_.active.dtype)) for slice_ in parts)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tied, mixtral])
@@ -125,8 +125,8 @@ def test_slices_follow_weights_that_are_loaded(make, way):
     if way == "copied":
         train(model)  # multipliers are no ones any more
     if way == "old":  # of format 4, when state dicts of converted models had slices, of other rows perhaps
-        named = [(name, part) for name, part in model.named_modules() if part in set(grass_slices(model))]
-        state = {**state, **{f"{name}.active": torch.full_like(part.active, 7.0) for name, part in named}}
+        named = [(name, slice_) for name, slice_ in model.named_modules() if slice_ in set(grass_slices(model))]
+        state = {**state, **{f"{name}.active": torch.full_like(slice_.active, 7.0) for name, slice_ in named}}
         assert len(state) > len(others.state_dict())
     if way == "distributed":
         set_model_state_dict(model, state)
@@ -134,7 +134,7 @@ def test_slices_follow_weights_that_are_loaded(make, way):
         found = model.load_state_dict(state, assign=way == "assigned")
         assert not found.missing_keys and not found.unexpected_keys
     assert_same_weights(model, others)
-    assert agree(model) and not any(param.requires_grad for param in (part.weight for part in grass_slices(model)))
+    assert agree(model) and not any(param.requires_grad for param in (slice_.weight for slice_ in grass_slices(model)))
 
 
 def test_what_is_missing_or_not_expected_is_said():
@@ -202,7 +202,7 @@ def test_what_is_trained_is_not_frozen_to_distributed_checkpoint():
     plain, model = adapters(tiny_llama()), converted(adapters(tiny_llama()), "all-linear")
     options = StateDictOptions(ignore_frozen_params=True)
     assert looks(get_model_state_dict(model, options=options)) == looks(get_model_state_dict(plain, options=options))
-    assert not any(part.weight.requires_grad for part in grass_slices(model))
+    assert not any(slice_.weight.requires_grad for slice_ in grass_slices(model))
 
 
 @pytest.mark.parametrize("selection", ["top_r", "multinomial_norm"])
@@ -228,15 +228,17 @@ def test_memory_without_values_is_filled_before_the_first_step():
     reference = converted(tiny_llama())
     model.to("meta").to_empty(device="cpu")
     with torch.no_grad():
-        for part in grass_slices(model):
-            part.active.fill_(torch.nan)
+        for slice_ in grass_slices(model):
+            slice_.active.fill_(torch.nan)
         plain = dict(tiny_llama().named_parameters())
         for name, param in model.named_parameters():
             if name in plain:
                 param.copy_(plain[name])
         for name, buffer in tiny_llama().named_buffers():
             model.get_buffer(name).copy_(buffer)
-    assert [part.index.tolist() for part in grass_slices(model)] == [p.index.tolist() for p in grass_slices(reference)]
+    assert [slice_.index.tolist() for slice_ in grass_slices(model)] == [
+        p.index.tolist() for p in grass_slices(reference)
+    ]
     train(model)
     train(reference)
     assert_same_weights(model, reference)

@@ -131,15 +131,15 @@ def model_of(side, observing=False, **options):
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh()).double()
     convert_to_grass(model, GrassConfig(density=0.5, side=side, **options))
-    for part in grass_slices(model):
+    for slice_ in grass_slices(model):
         if observing:
-            part.observe()
+            slice_.observe()
     return model
 
 
 def gradients(model):
     found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
-    return found + [part.norms.grad.clone() for part in grass_slices(model) if part.norms is not None]
+    return found + [slice_.norms.grad.clone() for slice_ in grass_slices(model) if slice_.norms is not None]
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
@@ -191,15 +191,15 @@ def test_a_module_called_twice_adds_the_norms_of_each_call(side):
     reference = layer.weight.detach().clone()
     model = nn.Sequential(layer)
     convert_to_grass(model, GrassConfig(rank=3, side=side))
-    part = layer.weight_slice
-    part.observe()
+    slice_ = layer.weight_slice
+    slice_.observe()
     xs = torch.randn(2, 4, 8, dtype=torch.float64)
     (layer(xs[0]).sin().sum() + layer(xs[1]).sin().sum()).backward()
     expected = torch.zeros(8, dtype=torch.float64)
     for x in xs:
         full = F.linear(x, reference).cos().t() @ x  # dL/dy = cos(y)
         expected += full.square().sum(dim=-1 if side == "output" else -2)
-    torch.testing.assert_close(part.end_observation(), expected)
+    torch.testing.assert_close(slice_.end_observation(), expected)
 
 
 @pytest.mark.parametrize("side", ["output", "input"])

@@ -37,8 +37,8 @@ def run(model, x, after=lambda y: y.square().sum(), context=nullcontext):
     with context():
         y = model(x)
         after(y).backward()
-    part = next(grass_slices(model))
-    found = {"y": y.detach().clone(), "x": x.grad, "slice": part.active.grad}
+    slice_ = next(grass_slices(model))
+    found = {"y": y.detach().clone(), "x": x.grad, "slice": slice_.active.grad}
     return found | {name: param.grad for name, param in model.named_parameters() if name.endswith("bias")}
 
 
@@ -201,10 +201,10 @@ def test_columns_that_are_shared_are_of_the_right_input(side, between):
         for each in (plain, model):
             each.zero_grad()
             each(x.clone().requires_grad_()).square().sum().backward()
-        for part in grass_slices(model):
-            full = plain.get_submodule(part.state.name.removesuffix(".weight")).weight.grad
-            taken = full.index_select(part.dim, part.index)
-            assert torch.allclose(part.active.grad, taken, rtol=1e-12, atol=0), part.state.name
+        for slice_ in grass_slices(model):
+            full = plain.get_submodule(slice_.state.name.removesuffix(".weight")).weight.grad
+            taken = full.index_select(slice_.dim, slice_.index)
+            assert torch.allclose(slice_.active.grad, taken, rtol=1e-12, atol=0), slice_.state.name
 
 
 class Doubled(nn.Linear):
@@ -229,9 +229,9 @@ def test_what_is_not_a_plain_linear_layer_keeps_its_own_forward(make):
     assert torch.equal(model(x), plain(x))
     plain(x).square().sum().backward()
     model(x).square().sum().backward()
-    part = next(grass_slices(model))
-    own = plain[0].weight.grad.index_select(part.dim, part.index)
-    assert torch.allclose(part.active.grad, own, rtol=1e-5)
+    slice_ = next(grass_slices(model))
+    own = plain[0].weight.grad.index_select(slice_.dim, slice_.index)
+    assert torch.allclose(slice_.active.grad, own, rtol=1e-5)
 
 
 def test_gradients_of_gradients_stop():
@@ -245,7 +245,7 @@ def test_two_backward_passes_of_one_graph():
     model, x = layer("input"), batch((6, N))
     loss = model(x).square().sum()
     loss.backward(retain_graph=True)
-    part = next(grass_slices(model))
-    once = part.active.grad.clone()
+    slice_ = next(grass_slices(model))
+    once = slice_.active.grad.clone()
     loss.backward()
-    assert torch.equal(part.active.grad, 2 * once)
+    assert torch.equal(slice_.active.grad, 2 * once)

@@ -87,7 +87,7 @@ def local_sgd(file: str, ranks: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
             local.step()
-    agree = all(part.rank_part(part, False).agrees() for part in grass_slices(model))
+    agree = all(slice_.rank_part(slice_, False).agrees() for slice_ in grass_slices(model))
     flat = torch.cat([value.flatten() for value in plain_state(model).values()])
     everyone = [torch.empty_like(flat) for _ in range(ranks)]
     dist.all_gather(everyone, flat)

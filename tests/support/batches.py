@@ -51,10 +51,10 @@ def _run(
         tokens = torch.randint(VOCABULARY, (8, 10), generator=torch.Generator().manual_seed(step))
         own = tokens.chunk(ranks)[rank]
         total = torch.zeros(())
-        for number, part in enumerate(own.chunk(accumulate)):
+        for number, slice_ in enumerate(own.chunk(accumulate)):
             with contextlib.nullcontext() if number == accumulate - 1 else wrapped.no_sync():
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-                    loss = wrapped(input_ids=part, labels=part).loss / accumulate
+                    loss = wrapped(input_ids=slice_, labels=slice_).loss / accumulate
                 loss.backward()
             total += loss.detach()
         if clip:
@@ -65,9 +65,9 @@ def _run(
         sent.append(counted.messages)
         dist.all_reduce(total)
         losses.append(total.item() / ranks)
-        chosen.append([part.index.clone() for part in grass_slices(model)])
+        chosen.append([slice_.index.clone() for slice_ in grass_slices(model)])
         _check_same_on_every_rank([*chosen[-1], *plain_state(model).values()])  # before DDP broadcasts buffers again
-    norms = sum(part.state.size for part in grass_slices(model)) * 4
+    norms = sum(slice_.state.size for slice_ in grass_slices(model)) * 4
     outcome = {"ranks": ranks, "losses": losses, "chosen": chosen, "weights": plain_state(model)}
     return outcome | {"sent": sent, "norms": norms}
 

@@ -64,7 +64,7 @@ class Record(TrainerCallback):
         self.rows: dict[int, list[torch.Tensor]] = {}
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.rows[state.global_step] = [part.index.clone() for part in grass_slices(model)]
+        self.rows[state.global_step] = [slice_.index.clone() for slice_ in grass_slices(model)]
 
 
 class DieInSave(TrainerCallback):
@@ -140,9 +140,9 @@ def train(
     job.train(resume_from_checkpoint=resume)
     assert job.args.world_size == ranks == (dist.get_world_size() if ranks > 1 else 1)
     if sharded:
-        assert all(isinstance(part.active, DTensor) for part in grass_slices(job.model))
+        assert all(isinstance(slice_.active, DTensor) for slice_ in grass_slices(job.model))
         replicas = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1))
-        assert all(shards(part.weight) == ranks // replicas for part in grass_slices(job.model))
+        assert all(shards(slice_.weight) == ranks // replicas for slice_ in grass_slices(job.model))
     weights = {name: whole(value) for name, value in plain_state(job.model).items()}
     if job.is_world_process_zero():
         losses = {entry["step"]: entry["loss"] for entry in job.state.log_history if "loss" in entry}
@@ -202,7 +202,7 @@ def int8_under_ddp(settings: dict) -> None:
         total = loss.detach().clone()
         dist.all_reduce(total)
         losses.append(total.item() / 2)
-    print(json.dumps({"losses": losses, "rows": [part.index.tolist() for part in grass_slices(model)]}))
+    print(json.dumps({"losses": losses, "rows": [slice_.index.tolist() for slice_ in grass_slices(model)]}))
 
 
 def int8_that_stops(settings: dict) -> None:
@@ -227,7 +227,7 @@ def int8_that_stops(settings: dict) -> None:
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    assert all(isinstance(part.active, DTensor) for part in grass_slices(model))
+    assert all(isinstance(slice_.active, DTensor) for slice_ in grass_slices(model))
     try:
         grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
     except ValueError as error:

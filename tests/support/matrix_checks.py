@@ -198,9 +198,9 @@ class Trial:
         largest = max(g.abs().max().item() for g in self.grads.values() if g is not None)
         names = {id(p): name for name, p in ours.named_parameters()}
         pairs = [(names[id(p.weight)], p.active.grad, p) for p in grass_slices(ours)]
-        slices = {id(part.active) for *_, part in pairs}
+        slices = {id(slice_.active) for *_, slice_ in pairs}
         pairs += [(n, p.grad, None) for n, p in ours.named_parameters() if p.requires_grad and id(p) not in slices]
-        for name, grad, part in pairs:
+        for name, grad, slice_ in pairs:
             expected = self.grads[name]
             if expected is None and (grad is None or not grad.any()):
                 continue
@@ -208,34 +208,34 @@ class Trial:
                 wrong.append(f"{name} has {'a' if expected is None else 'no'} gradient, unlike the plain weight")
                 continue
             whole, norms = expected, None
-            if part is not None:
-                expected = take_rows(expected, part.index, part.dim)
-                norms = part.norms.grad if part.norms is not None else None
+            if slice_ is not None:
+                expected = take_rows(expected, slice_.index, slice_.dim)
+                norms = slice_.norms.grad if slice_.norms is not None else None
             apart = (grad - expected).abs().max().item()
             if not apart <= self.tolerance * max(largest, 1e-3):
                 wrong.append(
                     f"gradient of {name} is {apart:.1e} from the plain one of {expected.abs().max().item():.1e}"
                 )
-            elif norms is not None and self._called_once(part, ours) and not self._norms_agree(norms, whole, part):
+            elif norms is not None and self._called_once(slice_, ours) and not self._norms_agree(norms, whole, slice_):
                 wrong.append(f"squared norms of {name} are not those of its gradient")
         return wrong
 
-    def _called_once(self, part, ours: nn.Module) -> bool:
+    def _called_once(self, slice_, ours: nn.Module) -> bool:
         # a weight that is used several times in a step gets the sum of its uses' own norms: see slices/ops/tap.py
-        users = [name for name, m in ours.named_modules() if part in getattr(m, "own_slices", dict)().values()]
+        users = [name for name, m in ours.named_modules() if slice_ in getattr(m, "own_slices", dict)().values()]
         return len(users) == 1 and self.calls[users[0]] == 1
 
-    def _norms_agree(self, norms: Tensor, grad: Tensor, part) -> bool:
-        squares = grad.to(norms.dtype).square().sum(-1 if part.dim == -2 else -2)
+    def _norms_agree(self, norms: Tensor, grad: Tensor, slice_) -> bool:
+        squares = grad.to(norms.dtype).square().sum(-1 if slice_.dim == -2 else -2)
         precision = 1e-6 if self.dtype == torch.float64 else 1e-2
         return (norms - squares).abs().max() <= precision * squares.max() + self.tolerance**2
 
     def _describe(self, ours: nn.Module, optimizer, found: Found) -> None:
-        found.targets = dict(Counter(kind_of(part.owner).name for part in grass_slices(ours)))
+        found.targets = dict(Counter(kind_of(slice_.owner).name for slice_ in grass_slices(ours)))
         trained = {n: p.numel() for n, p in self.plain.named_parameters() if p.dim() > 1 and self.grads[n] is not None}
         matrices = sum(trained.values()) or 1
         names = {id(p): name for name, p in ours.named_parameters()}
-        compressed = {names[id(part.weight)] for part in grass_slices(ours)}
+        compressed = {names[id(slice_.weight)] for slice_ in grass_slices(ours)}
         found.coverage = sum(trained.get(name, 0) for name in compressed) / matrices
         if found.coverage < ENOUGH:
             found.full_size = self._at_default_size({pattern_of(name) for name in compressed})
@@ -280,7 +280,7 @@ class Trial:
         start = {name: p.detach().clone() for name, p in theirs.named_parameters()}
         wrong: list[str] = []
         optimizer = self.adamw(ours, grass_optimizer)
-        selected = {id(part.weight): part.index.clone() for part in grass_slices(ours)}
+        selected = {id(slice_.weight): slice_.index.clone() for slice_ in grass_slices(ours)}
         for model, steps in ((theirs, self.adamw(theirs)), (ours, optimizer)):
             self.loss(model).backward()
             steps.step()
@@ -303,7 +303,7 @@ class Trial:
 
     def _second_step(self, ours: nn.Module, optimizer) -> list[str]:
         before = {name: p.detach().clone() for name, p in plain_parameters(ours)}
-        selected = {id(part.weight): (part.index.clone(), part.dim) for part in grass_slices(ours)}
+        selected = {id(slice_.weight): (slice_.index.clone(), slice_.dim) for slice_ in grass_slices(ours)}
         self.loss(ours).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -79,13 +79,13 @@ def contents(folder: Path) -> dict[str, tuple]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
-                found[key] = (tuple(part.get_shape()), part.get_dtype())
+                slice_ = file.get_slice(key)
+                found[key] = (tuple(slice_.get_shape()), slice_.get_dtype())
     return found
 
 
 def plain_parameters(model: nn.Module):
-    slices = {id(part.active) for part in grass_slices(model)}
+    slices = {id(slice_.active) for slice_ in grass_slices(model)}
     return [(name, p) for name, p in model.named_parameters() if id(p) not in slices]
 
 

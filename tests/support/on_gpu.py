@@ -74,7 +74,7 @@ def train(model, optimizer, device=DEVICE, steps=10, accumulation=1, clip=None):
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
         optimizer.step()
         optimizer.zero_grad()
-        rows.append([part.index.tolist() for part in grass_slices(model)])
+        rows.append([slice_.index.tolist() for slice_ in grass_slices(model)])
     return losses, rows
 
 

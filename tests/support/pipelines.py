@@ -74,14 +74,14 @@ def alone(**settings) -> dict[str, Any]:
     optimizer, losses, rows = adamw(model), [], []
     for step in range(STEPS):
         tokens, total = batch(step), 0.0
-        for part in tokens.chunk(2 * MICRO):
-            loss = loss_of(model(part), part) / (2 * MICRO)
+        for slice_ in tokens.chunk(2 * MICRO):
+            loss = loss_of(model(slice_), slice_) / (2 * MICRO)
             loss.backward()
             total += loss.item()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-        rows.append([[part.index.clone() for part in grass_slices(stage)] for stage in model])
+        rows.append([[slice_.index.clone() for slice_ in grass_slices(stage)] for stage in model])
     return {"losses": losses, "rows": rows, "weights": [plain_state(stage) for stage in model]}
 
 
@@ -94,7 +94,7 @@ def train(folder: str, ranks: int, schedule: str, engine: str, settings: dict[st
     model = converted(Stage(number).double(), **settings)
     if engine == "fsdp":  # DDP's reducer fails over micro-batches in torch 2.13, without Grass too
         fully_shard(model, mesh=mesh["dp"])
-        assert all(isinstance(part.active, DTensor) for part in grass_slices(model))
+        assert all(isinstance(slice_.active, DTensor) for slice_ in grass_slices(model))
     stage = PipelineStage(model, number, STAGES, torch.device("cpu"), group=mesh["pp"].get_group())
     optimizer = adamw(model, replicas=mesh["dp"].get_group())
     micro = 2 * MICRO * STAGES // ranks  # the same two sequences in each, however many replicas there are
@@ -108,7 +108,7 @@ def train(folder: str, ranks: int, schedule: str, engine: str, settings: dict[st
         total = torch.stack(found).mean().detach() if found else torch.zeros((), dtype=torch.float64)
         dist.all_reduce(total, group=mesh["dp"].get_group())
         losses.append(total.item() / mesh["dp"].size())
-        rows.append([part.index.clone() for part in grass_slices(model)])
+        rows.append([slice_.index.clone() for slice_ in grass_slices(model)])
     weights = {name: whole(value) for name, value in plain_state(model).items()}
     if replica == 0:
         torch.save({"losses": losses, "rows": rows, "weights": weights}, f"{folder}/{number}.pt")

@@ -165,7 +165,7 @@ def converted(kind: type[nn.Module], **settings) -> nn.Module:
 
 def names(model: nn.Module) -> set[str]:
     """Of its slices."""
-    return {part.state.name for part in grass_slices(model)}
+    return {slice_.state.name for slice_ in grass_slices(model)}
 
 
 def hooks(model: nn.Module) -> int:

@@ -37,14 +37,14 @@ def free(model: nn.Module, slices: Iterable[Slice], reason: str = READ) -> list[
     modules = [module for module in model.modules() if isinstance(module, GrassModule)]
     pairs = []
     with all_or_nothing() as undo:
-        for part in sorted(gone, key=lambda part: part.state.name):
+        for slice_ in sorted(gone, key=lambda slice_: slice_.state.name):
             for module in modules:
                 if isinstance(module, GrassModule):  # it may have lost its last slice
-                    detach_slice(module, part, undo)
-            part.weight.requires_grad_(True)
-            pairs.append((part.active, part.weight))
-    conversion_of(model).left_out.update((part.state.name, reason) for part in gone)
-    _hand_on_leadership(model, {part.state.name for part in gone})
+                    detach_slice(module, slice_, undo)
+            slice_.weight.requires_grad_(True)
+            pairs.append((slice_.active, slice_.weight))
+    conversion_of(model).left_out.update((slice_.state.name, reason) for slice_ in gone)
+    _hand_on_leadership(model, {slice_.state.name for slice_ in gone})
     return pairs
 
 
@@ -57,7 +57,7 @@ def freed(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def say(slices: Iterable[Slice]) -> None:
     """Tell once which weights are trained in full."""
-    names = [part.state.name for part in slices]
+    names = [slice_.state.name for slice_ in slices]
     logger.warning(
         "%d weight(s) are read by their model without calling the module, where no slice sees their gradient: they are "
         "trained in full, as ordinary parameters: %s.",
@@ -69,6 +69,6 @@ def say(slices: Iterable[Slice]) -> None:
 def _hand_on_leadership(model: nn.Module, gone: set[str]) -> None:
     """Slices that chose rows together with one that is gone choose by the name of the first that is left."""
     heirs: dict[str, str] = {}
-    for part in model.modules():
-        if isinstance(part, Slice) and part.state.leader in gone:
-            part.state.leader = heirs.setdefault(part.state.leader, part.state.name)
+    for slice_ in model.modules():
+        if isinstance(slice_, Slice) and slice_.state.leader in gone:
+            slice_.state.leader = heirs.setdefault(slice_.state.leader, slice_.state.name)

@@ -158,7 +158,7 @@ def _end(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) ->
     seen.names |= audit.reached
     if audit.found:
         output = _mend(model, audit, args, kwargs, output)
-    names = {part.state.name for part in _slices(model)}
+    names = {slice_.state.name for slice_ in _slices(model)}
     if names <= seen.names or seen.forwards >= _FORWARDS:
         watched(model)
     return output if audit.found else None
@@ -167,7 +167,7 @@ def _end(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) ->
 def _mend(model: nn.Module, audit: Audit, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """See [Note: the forward that found something]."""
     refused = getattr(_thread, "heads_are_refused", False)
-    slices = [part for part in _slices(model) if part in audit.found and not (refused and part.vocabulary)]
+    slices = [slice_ for slice_ in _slices(model) if slice_ in audit.found and not (refused and slice_.vocabulary)]
     if not slices:
         return output
     conversion = conversion_of(model)
@@ -193,9 +193,9 @@ def _mend(model: nn.Module, audit: Audit, args: tuple, kwargs: dict[str, Any], o
 def _check_alone(model: nn.Module, slices: list[Slice]) -> None:
     if world_size() > 1 or nn.parallel.DistributedDataParallel._active_ddp_module is not None:
         raise ValueError("the model is wrapped for several processes by now")
-    if any(is_sharded(part.active) or is_partitioned(part.active) for part in slices):
+    if any(is_sharded(slice_.active) or is_partitioned(slice_.active) for slice_ in slices):
         raise ValueError("the model is sharded by now")
-    if any(part.active.grad is not None and bool(part.active.grad.any()) for part in slices):
+    if any(slice_.active.grad is not None and bool(slice_.active.grad.any()) for slice_ in slices):
         raise ValueError("they hold gradients of an earlier forward by now")
     if len(slices) == len(_slices(model)):
         raise ValueError("nothing else would be compressed")
@@ -203,7 +203,7 @@ def _check_alone(model: nn.Module, slices: list[Slice]) -> None:
 
 def read_behind(model: nn.Module, slices: list[Slice], why: str) -> RuntimeError:
     """The error for weights that the model reads behind their slices' backs and that cannot be freed now."""
-    names = [part.state.name for part in slices]
+    names = [slice_.state.name for slice_ in slices]
     others = [use.name for use in uses(model) if use.name not in names]
     return RuntimeError(
         f"the model reads {len(names)} weight(s) without calling the module that has them, so their slices would be "

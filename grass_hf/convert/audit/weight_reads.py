@@ -54,11 +54,11 @@ class Audit(TorchDispatchMode):
         self._users: dict[Slice, set[int]] = {}
         for module in entry.modules():
             if isinstance(module, GrassModule):
-                for part in module.own_slices().values():
-                    self._users.setdefault(part, set()).add(id(module))
+                for slice_ in module.own_slices().values():
+                    self._users.setdefault(slice_, set()).add(id(module))
         self._tapped = _tapped()
-        self._moving = any(is_sharded(part.active) or is_partitioned(part.weight) for part in self._users)
-        self._sizes = {part.weight.numel() for part in self._users} if self._moving else set()
+        self._moving = any(is_sharded(slice_.active) or is_partitioned(slice_.weight) for slice_ in self._users)
+        self._sizes = {slice_.weight.numel() for slice_ in self._users} if self._moving else set()
         self._places = self._find_places()
         self.rerun = Rerun(entry, args, kwargs)
 
@@ -74,9 +74,9 @@ class Audit(TorchDispatchMode):
 
     def _find_places(self) -> dict[int, list[Slice]]:
         places: dict[int, list[Slice]] = {}
-        for part in self._users:
-            for plain in _plain(part.weight):
-                places.setdefault(_storage(plain), []).append(part)
+        for slice_ in self._users:
+            for plain in _plain(slice_.weight):
+                places.setdefault(_storage(plain), []).append(slice_)
         return places
 
     def _look(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -93,20 +93,22 @@ class Audit(TorchDispatchMode):
     def _touch(self, tensor: Tensor, plain: Tensor) -> None:
         if self._moving and plain.numel() in self._sizes:
             self._places = self._find_places()  # gathered weights come and go
-        for part in self._places.get(_storage(plain), ()):
-            if part in self.found or not any(_overlap(plain, own) for own in _plain(part.weight)):
+        for slice_ in self._places.get(_storage(plain), ()):
+            if slice_ in self.found or not any(_overlap(plain, own) for own in _plain(slice_.weight)):
                 continue
-            self.reached.add(part.state.name)
-            is_own, in_function = self._caller(self._users[part])
+            self.reached.add(slice_.state.name)
+            is_own, in_function = self._caller(self._users[slice_])
             if is_own:
                 continue
             if torch.is_grad_enabled():
                 # a detached value carries no gradient in the plain model either
-                carries = tensor is part.weight or tensor._base is part.weight or tensor is not plain or self._moving
+                carries = (
+                    tensor is slice_.weight or tensor._base is slice_.weight or tensor is not plain or self._moving
+                )
             else:
                 carries = in_function
             if carries:
-                self.found[part] = None
+                self.found[slice_] = None
 
     def _caller(self, users: set[int]) -> tuple[bool, bool]:
         """Whether one of these modules makes its tapped product, and whether an autograd function runs."""

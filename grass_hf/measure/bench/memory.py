@@ -241,10 +241,10 @@ def train(case: Case, device: str, counting: bool = False) -> list[int]:
 def _known(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     """What is there before the first step."""
     yield from (*model.parameters(), *model.buffers())
-    for part in controller_of(optimizer).slices:
-        yield part.state.trained
-        if part.norms is not None:
-            yield part.norms
+    for slice_ in controller_of(optimizer).slices:
+        yield slice_.state.trained
+        if slice_.norms is not None:
+            yield slice_.norms
 
 
 class Growth:

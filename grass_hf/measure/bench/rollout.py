@@ -97,7 +97,7 @@ def compare(
     convert_to_grass(sparse, config)
     slices = grass_optimizer(sparse, lr=lr, weight_decay=0.0)
     delta = WeightDelta(sparse, slices)
-    clock = _Clock([changes_of(part) for part in grass_slices(sparse)])
+    clock = _Clock([changes_of(slice_) for slice_ in grass_slices(sparse)])
     for step in range(steps):
         ids = batches(step)
         _loss(dense, ids, grpo, step).backward()
@@ -175,7 +175,7 @@ class _Clock:
 
 
 def _tracker_bytes(delta: WeightDelta) -> int:
-    entries = [entry for part in grass_slices(delta.model) for entry in changes_of(part).entries]
+    entries = [entry for slice_ in grass_slices(delta.model) for entry in changes_of(slice_).entries]
     return delta.copied_bytes + sum(
         entry.columns.nbytes + (0 if entry.bits is None else entry.bits.nbytes) for entry in entries
     )

@@ -134,8 +134,8 @@ class Simulation:
     def _mark_model(self) -> None:
         self.live.mark([*self.model.parameters(), *self.model.buffers()], "weights")
         if is_converted(self.model):
-            for part in grass_slices(self.model):
-                self.live.mark([part.active, part.index, part.rho, part.write, part.state.trained], "slices")
+            for slice_ in grass_slices(self.model):
+                self.live.mark([slice_.active, slice_.index, slice_.rho, slice_.write, slice_.state.trained], "slices")
 
     def _make_state(self) -> None:
         """Let the optimizer make its state, by a step that no backward pass is needed for."""
@@ -151,15 +151,15 @@ class Simulation:
     def _observe_nothing(self) -> None:
         if (controller := getattr(self.optimizer, "grass", None)) is not None:
             controller.due.clear()
-            for part in controller.slices:
-                part.norms = None
+            for slice_ in controller.slices:
+                slice_.norms = None
 
     def _turns(self) -> list[int]:
         """Steps of the interval on which slices select; of many those whose layers have the widest inputs, which an
         observation of columns keeps whole. What lives anyway, and when, only a simulation tells."""
         due: Counter[int] = Counter()
-        for part in {part.state.leader: part for part in controller_of(self.optimizer).slices}.values():
-            due[part.state.phase] += part.state.size if part.side == "input" else 0
+        for slice_ in {slice_.state.leader: slice_ for slice_ in controller_of(self.optimizer).slices}.values():
+            due[slice_.state.phase] += slice_.state.size if slice_.side == "input" else 0
         return sorted(due, key=lambda phase: (due[phase], phase))[-MOST_TURNS:]
 
     def _observing_step(self, turn: int) -> Breakdown:
@@ -177,10 +177,10 @@ class Simulation:
         what lives meanwhile is the same for every weight of a shape.
         """
         seen = set()
-        for part in controller_of(self.optimizer).slices:
-            kind = (part.weight.shape, part.weight.dtype, part.active.dtype)
+        for slice_ in controller_of(self.optimizer).slices:
+            kind = (slice_.weight.shape, slice_.weight.dtype, slice_.active.dtype)
             if kind in seen:
-                part.settle_decay = lambda seed=None: None  # type: ignore[method-assign]  # of this one slice
+                slice_.settle_decay = lambda seed=None: None  # type: ignore[method-assign]  # of this one slice
             seen.add(kind)
 
     def _step(self) -> Breakdown:
@@ -204,7 +204,7 @@ class Simulation:
 
     def _mark_state(self) -> None:
         if is_converted(self.model):
-            self.live.mark((part.low for part in grass_slices(self.model)), "slices")
+            self.live.mark((slice_.low for slice_ in grass_slices(self.model)), "slices")
         for state in self.optimizer.state.values():
             self.live.mark(state.values(), "optimizer_state")
 

@@ -22,11 +22,11 @@ from grass_hf.convert.conversion import grass_slices
 class Look(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         parts = list(grass_slices(model))
-        if parts and all(isinstance(part.active, DTensor) and isinstance(part.weight, DTensor) for part in parts):
+        if parts and all(isinstance(slice_.active, DTensor) and isinstance(slice_.weight, DTensor) for slice_ in parts):
             mesh = parts[0].active.device_mesh
             print(f"sharded over {mesh.size()} as {' x '.join(map(str, mesh.shape))}", flush=True)
-        for part in parts:
-            assert part.rank_part(part, False).agrees(), part.state.name
+        for slice_ in parts:
+            assert slice_.rank_part(slice_, False).agrees(), slice_.state.name
         print(f"{len(parts)} slices agree with their weights", flush=True)
 
 

@@ -58,13 +58,13 @@ def layers_with_ranks_of_their_own_equal_ddp():
     rows = {"row_blocks": dist.get_world_size(), "density_pattern": {"(gate|up)_proj": 0.25}}
     for settings, shares in ((columns, {0.125, 0.25, 0.5}), (rows, {0.25, 0.5})):
         model, *_ = prepare(True, **settings)
-        assert {part.state.rank / part.state.size for part in grass_slices(model)} == shares
+        assert {slice_.state.rank / slice_.state.size for slice_ in grass_slices(model)} == shares
         assert_equals_ddp(muon={} if settings is columns else None, **settings)
 
 
 def experts_equal_ddp():
     model, *_ = prepare(True, build=mixtral, side="input")
-    assert any(part.active.dim() == 3 for part in grass_slices(model))
+    assert any(slice_.active.dim() == 3 for slice_ in grass_slices(model))
     assert_equals_ddp(side="input", build=mixtral)
     assert_equals_ddp(side="input", build=mixtral, muon={})
 
@@ -101,12 +101,12 @@ def blocks_are_taken_by_themselves():
     model, optimizer, _ = prepare(True)
     train(model, optimizer, range(4))
     ranks = dist.get_world_size()
-    for part in grass_slices(model):
-        blocks = part.index.view(ranks, -1)
-        length = part.state.size // ranks
+    for slice_ in grass_slices(model):
+        blocks = slice_.index.view(ranks, -1)
+        length = slice_.state.size // ranks
         assert all(bool((rows // length == number).all()) for number, rows in enumerate(blocks))
-        local = part.weight.to_local()[part.index.view(ranks, -1)[dist.get_rank()] - dist.get_rank() * length]
-        assert torch.equal(local, part.active.to_local())
+        local = slice_.weight.to_local()[slice_.index.view(ranks, -1)[dist.get_rank()] - dist.get_rank() * length]
+        assert torch.equal(local, slice_.active.to_local())
 
 
 def more_blocks_than_shards():
@@ -141,7 +141,7 @@ def uneven_divisions():
                 run(torch.randn(4, 10, generator=draws)).square().sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            outcomes.append((full_state(model), [part.index.clone() for part in grass_slices(model)]))
+            outcomes.append((full_state(model), [slice_.index.clone() for slice_ in grass_slices(model)]))
         for name, value in outcomes[1][0].items():
             torch.testing.assert_close(outcomes[0][0][name], value, rtol=0, atol=1e-6)
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0][1], outcomes[1][1], strict=True))
@@ -179,7 +179,7 @@ def collectives_of_a_step():
     """Write-back and reload move nothing: a selecting step reduces one vector of norms, and no step gathers."""
     for settings in ({}, {"side": "input"}):
         model, optimizer, _ = prepare(True, stagger=1, **settings)
-        sizes = sum(part.state.size for part in grass_slices(model))
+        sizes = sum(slice_.state.size for slice_ in grass_slices(model))
         for step in range(5):
             tokens = batch(step)
             model(input_ids=tokens, labels=tokens).loss.backward()
@@ -223,24 +223,24 @@ def a_sharded_model_is_not_put_back():
 def a_slice_that_is_moved_stops():
     """Values are compared in the first step and after a shard was changed; a changed weight is followed."""
     compared, confirm = [], drift.confirm
-    drift.confirm = lambda part: (compared.append(part.state.name), confirm(part))
+    drift.confirm = lambda slice_: (compared.append(slice_.state.name), confirm(slice_))
     model, optimizer, _ = prepare(True)
     train(model, optimizer, range(2))
     compared.clear()
     train(model, optimizer, range(2, 8))
     assert not compared, compared
-    part = list(grass_slices(model))[3]
+    slice_ = list(grass_slices(model))[3]
     with torch.no_grad():
-        part.weight.to_local().mul_(0.5)
+        slice_.weight.to_local().mul_(0.5)
     train(model, optimizer, [8])
-    assert compared == [part.state.name]
+    assert compared == [slice_.state.name]
     with torch.no_grad():
-        part.active.to_local().add_(1.0)
+        slice_.active.to_local().add_(1.0)
     before = full_state(model)
     try:
         train(model, optimizer, [9])
     except RuntimeError as error:
-        assert f"the slice of {part.state.name} was changed and its weight was not" in str(error), error
+        assert f"the slice of {slice_.state.name} was changed and its weight was not" in str(error), error
     else:
         raise AssertionError("stepped")
     assert all(torch.equal(value, before[name]) for name, value in full_state(model).items())

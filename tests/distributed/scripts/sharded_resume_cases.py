@@ -93,7 +93,7 @@ def rows_that_do_not_fit_the_shards_start_anew():
     options = StateDictOptions(full_state_dict=True)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
     assert any("start from evenly strided rows again" in text for text in said), said
-    for part in grass_slices(model):
-        held = part.weight.full_tensor()[part.index]
-        assert torch.equal(held, part.active.full_tensor())
+    for slice_ in grass_slices(model):
+        held = slice_.weight.full_tensor()[slice_.index]
+        assert torch.equal(held, slice_.active.full_tensor())
     assert train(model, optimizer, range(2, 5))[-1] < 4.2

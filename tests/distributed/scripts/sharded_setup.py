@@ -115,7 +115,7 @@ def assert_equals_ddp(accumulate=1, tied=False, atol=1e-6, steps=8, options=None
             sharded, torch.float64, tied=tied, options=options if sharded else None, **settings
         )
         losses = train(model, optimizer, range(steps), accumulate, wrapped)
-        results.append((losses, [part.index.clone() for part in grass_slices(model)], full_state(model)))
+        results.append((losses, [slice_.index.clone() for slice_ in grass_slices(model)], full_state(model)))
     for ours, theirs in zip(results[0][0], results[1][0], strict=True):
         assert abs(ours - theirs) <= atol, f"losses {results[0][0]} sharded, {results[1][0]} under DDP"
     for ours, theirs in zip(results[0][1], results[1][1], strict=True):

@@ -139,11 +139,11 @@ def bfloat16():
             model = engine.module
             ours = train(engine, range(STEPS))
             assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) <= 2e-2, (stage, ours, losses)
-            for part in grass_slices(model):
-                assert part.active.dtype == part.weight.dtype == torch.bfloat16
-                exact = part.rank_part(part, True).active
+            for slice_ in grass_slices(model):
+                assert slice_.active.dtype == slice_.weight.dtype == torch.bfloat16
+                exact = slice_.rank_part(slice_, True).active
                 assert exact.dtype == torch.float32 and (exact != exact.bfloat16()).any()
-                assert_slice_is_in_weight(part)
+                assert_slice_is_in_weight(slice_)
 
 
 def overflow_changes_nothing():
@@ -202,9 +202,9 @@ def float16_with_dynamic_loss_scaling():
             assert all(torch.equal(a, b) for a, b in zip(indices(engine.module), rows, strict=True))
         assert skipped.count(0) > 1 and max(skipped) > 0, skipped
         assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= 2e-2, (stage, losses, expected)
-        for part in grass_slices(engine.module):
-            assert part.active.dtype == torch.float16
-            assert_slice_is_in_weight(part)
+        for slice_ in grass_slices(engine.module):
+            assert slice_.active.dtype == torch.float16
+            assert_slice_is_in_weight(slice_)
 
 
 def gradients_that_are_not_finite_stop_the_run():
@@ -260,8 +260,10 @@ def no_weight_is_gathered_after_a_step():
 
         controller._after_step = watched
         train(engine, range(4))
-        slices = [part.active.ds_numel for part in grass_slices(engine.module)]
-        weight = min(part.weight.ds_numel for part in grass_slices(engine.module) if part.weight.ds_numel > 64 * 64)
+        slices = [slice_.active.ds_numel for slice_ in grass_slices(engine.module)]
+        weight = min(
+            slice_.weight.ds_numel for slice_ in grass_slices(engine.module) if slice_.weight.ds_numel > 64 * 64
+        )
         assert 0 < max(counted[1:3]) <= 4 * sum(slices)  # all slices in one go
         assert max(counted[0], counted[3]) <= 4 * max(sum(slices), 4 * max(slices)), (counted, slices)
         assert 4 * max(slices) < 4 * weight

@@ -63,7 +63,7 @@ def zero(stage: int, options=None, **given):
     model, optimizer = converted(**given)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(stage, **(options or {})))
     assert engine.zero_optimization_stage() == stage and isinstance(engine.optimizer.grass, ZeroController)
-    partitioned = [hasattr(part.weight, "ds_tensor") for part in grass_slices(model)]
+    partitioned = [hasattr(slice_.weight, "ds_tensor") for slice_ in grass_slices(model)]
     assert all(partitioned) == any(partitioned) == (stage == 3)
     return engine
 
@@ -111,7 +111,7 @@ def train_ddp(model, optimizer, steps, accumulate: int = 1, clip: float = 0.0) -
 
 
 def indices(model) -> list[torch.Tensor]:
-    return [part.index.clone() for part in grass_slices(model)]
+    return [slice_.index.clone() for slice_ in grass_slices(model)]
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -143,17 +143,17 @@ def assert_equals_ddp(accumulate=1, clip=0.0, stages=(1, 2, 3), zero_options=Non
         assert gap <= 5e-6, (stage, gap)
         if dist.get_rank() == 0:
             print(f"# stage {stage}: losses within {worst:.1e}, weights within {gap:.1e}", flush=True)
-        for part in grass_slices(engine.module):
-            assert_slice_is_in_weight(part)
+        for slice_ in grass_slices(engine.module):
+            assert_slice_is_in_weight(slice_)
 
 
-def assert_slice_is_in_weight(part):
-    tensors = [p for p in (part.weight, part.active) if hasattr(p, "ds_tensor")]
+def assert_slice_is_in_weight(slice_):
+    tensors = [p for p in (slice_.weight, slice_.active) if hasattr(p, "ds_tensor")]
     with deepspeed.zero.GatheredParameters(tensors) if tensors else contextlib.nullcontext():
-        index, write = part.index, part.write
+        index, write = slice_.index, slice_.write
         if index.dim() == 1:
-            rows = part.weight.index_select(part.dim, index)
-            active = part.active if write is None else part.active * write.unsqueeze(-1 if part.dim == -2 else -2)
-            keep = torch.ones_like(index, dtype=torch.bool) if write is None else part.rho != 0
-            rows, active = rows.movedim(part.dim, 0)[keep], active.movedim(part.dim, 0)[keep]
+            rows = slice_.weight.index_select(slice_.dim, index)
+            active = slice_.active if write is None else slice_.active * write.unsqueeze(-1 if slice_.dim == -2 else -2)
+            keep = torch.ones_like(index, dtype=torch.bool) if write is None else slice_.rho != 0
+            rows, active = rows.movedim(slice_.dim, 0)[keep], active.movedim(slice_.dim, 0)[keep]
             torch.testing.assert_close(rows, active, rtol=0, atol=0)
