@@ -186,7 +186,7 @@ def _dtypes(target: Target, config: GrassConfig) -> tuple[torch.dtype, torch.dty
     weight = getattr(target.module, target.parameter)
     # of a model with int8 weights those that stay plain have slices of the same dtype
     stored = is_int8(weight) or _as_int8(target, config)
-    return tuple(find(weight.dtype, config, int8=stored) for find in (gradient_dtype, slice_dtype))
+    return gradient_dtype(weight.dtype, config, int8=stored), slice_dtype(weight.dtype, config, int8=stored)
 
 
 def _as_int8(target: Target, config: GrassConfig) -> bool:

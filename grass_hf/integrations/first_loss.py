@@ -200,9 +200,8 @@ def refuse_reads(model: nn.Module, found: list[Slice]) -> None:
         return
     names = [slice_.state.name for slice_ in found]
     heads = getattr(model, "get_output_embeddings", lambda: None)()
-    head = (
-        " (the output head's)" if heads is not None and any(slice_.weight is heads.weight for slice_ in found) else ""
-    )
+    is_head = heads is not None and any(slice_.weight is heads.weight for slice_ in found)
+    head = " (the output head's)" if is_head else ""
     raise ValueError(
         f"the loss reads the weights of {', '.join(names)}{head} without calling the modules that hold them, as fused "
         "losses and kernels do, so their slices would get a part of the gradient or none: train these in full, "

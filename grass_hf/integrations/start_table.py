@@ -21,6 +21,7 @@ from ..optim.driving import controller_of, plain_class
 from ..optim.parameter_groups import GROUP_KEY, VOCABULARY_KEY
 from ..slices.ops import products
 from ..slices.ops.sharding import shape_of
+from ..slices.slice import Slice
 from .coverage import Coverage, coverage_of
 from .table_text import render
 
@@ -108,16 +109,16 @@ def start_report(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int 
         state = slice_.state
         shape = tuple(shape_of(slice_.weight))
         targets[pattern_of(state.name), shape, slice_.side, state.rank, state.rank / state.size] += 1
-    slices = {id(slice_.active) for slice_ in grass_slices(model)}
+    actives = {id(slice_.active) for slice_ in grass_slices(model)}
     ordinary: dict[tuple[str, str], list[int]] = {}
     for name, param in model.named_parameters():
-        if param.requires_grad and id(param) not in slices:
+        if param.requires_grad and id(param) not in actives:
             ordinary.setdefault((pattern_of(name), _reason(model, name, param)), []).append(shape_of(param).numel())
     controller = controller_of(optimizer)
     slices = list(grass_slices(model))
     others = sum(sum(sizes) for sizes in ordinary.values())
     weights = {id(slice_.weight): shape_of(slice_.weight).numel() for slice_ in slices}
-    beside = {id(p): shape_of(p).numel() for p in model.parameters() if id(p) not in slices}
+    beside = {id(p): shape_of(p).numel() for p in model.parameters() if id(p) not in actives}
     sizes = [(slice_.state.rank, slice_.state.size, weights[id(slice_.weight)]) for slice_ in slices]
     return StartReport(
         plain_class(controller.base).__name__,
@@ -167,8 +168,15 @@ def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
 
 def _grass_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Bytes:
     trainable = [p for p in model.parameters() if p.requires_grad]
-    slices = sum(_bytes(slice_.active) for slice_ in grass_slices(model) if slice_.resident)
+    slices = sum(_slice_bytes(slice_) for slice_ in grass_slices(model))
     return Bytes(slices, sum(map(_bytes, trainable)), _state_bytes(optimizer))
+
+
+def _slice_bytes(slice_: Slice) -> int:
+    """Of one between steps: sixteen bits a number of a released one that has more digits than its weight."""
+    if slice_.resident:
+        return _bytes(slice_.active)
+    return shape_of(slice_.active).numel() * torch.int16.itemsize if slice_.keeps_low else 0
 
 
 def _adamw_bytes(model: nn.Module) -> Bytes:

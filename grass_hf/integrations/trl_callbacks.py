@@ -99,9 +99,8 @@ def _begin_average(original):
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs: Any):
         inner = self._unwrap_model(model)
         for name, module in inner.named_modules():
-            if isinstance(module, GrassModule) and any(
-                is_int8(slice_.weight) for slice_ in module.own_slices().values()
-            ):
+            slices = module.own_slices().values() if isinstance(module, GrassModule) else ()
+            if any(is_int8(slice_.weight) for slice_ in slices):
                 raise ValueError(
                     f"{type(self).__name__} keeps the trained weights at hand, and {name} is stored as int8: leave "
                     "weight_dtype='int8' out, or the callback."

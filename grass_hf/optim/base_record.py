@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .controller_protocol import Controller
 from .driving import plain_class
+from .parameter_groups import ordinary
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ def asked(controller: Controller) -> dict[str, dict[str, Any]]:
     for slice_ in controller.slices:
         group = groups[id(slice_.active)]
         own = {key: _plain(value) for key, value in group.items() if not _is_ours(key) and key not in _NOT_COMPARED}
-        if own.get("weight_decay") and "grass_vocabulary" not in group:
-            own["weight_decay"] *= controller.config.scale  # it was divided by it
+        if "weight_decay" in own:
+            own["weight_decay"] = ordinary(group, controller.config.scale)["weight_decay"]
         settings[slice_.state.name] = own
     return settings
 

@@ -14,10 +14,11 @@ in float32, and the slice's own parameter, which DDP, schedulers and checkpoints
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..slices.slice import Slice
 from .driving import plain_class
@@ -47,13 +48,13 @@ def step_in_chunks(
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    slices = {id(slice_.active): slice_ for slice_ in slices}
+    own = {id(slice_.active): slice_ for slice_ in slices}
     groups = optimizer.param_groups
     members = [group["params"] for group in groups]
     counters = _numbers(groups)
     try:
         for group, params in zip(groups, members, strict=True):
-            group["params"] = [param for param in params if id(param) not in slices]
+            group["params"] = [param for param in params if id(param) not in own]
         original()
         if _numbers(groups) != counters:
             raise ValueError(
@@ -63,7 +64,7 @@ def step_in_chunks(
         for group, params in zip(groups, members, strict=True):
             for other in groups:
                 other["params"] = []
-            for chunk in _chunks([slices[id(param)] for param in params if id(param) in slices]):
+            for chunk in _chunks([own[id(param)] for param in params if id(param) in own]):
                 _step_chunk(optimizer, group, original, chunk)
     finally:
         for group, params in zip(groups, members, strict=True):
@@ -81,7 +82,7 @@ def widen_state(optimizer: torch.optim.Optimizer, slices: list[Slice]) -> None:
     for slice_ in slices:
         state = optimizer.state.get(slice_.active, {}) if slice_.keeps_low else {}
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (
+            if isinstance(value, Tensor) and (value.shape, value.dtype) == (
                 slice_.active.shape,
                 slice_.active.dtype,
             ):
@@ -91,34 +92,43 @@ def widen_state(optimizer: torch.optim.Optimizer, slices: list[Slice]) -> None:
 def _step_chunk(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], original: Callable, chunk: list[Slice]
 ) -> None:
-    for slice_ in chunk:
-        slice_.widen()
-    group["params"] = [slice_.active if slice_.wide is None else _stand_in(slice_) for slice_ in chunk]
-    stand_ins = [
-        (slice_, param) for slice_, param in zip(chunk, group["params"], strict=True) if slice_.wide is not None
-    ]
+    try:
+        for slice_ in chunk:
+            slice_.widen()
+        with _stand_ins(optimizer, group, chunk):
+            original()
+        for slice_ in chunk:
+            slice_.write_back()
+            slice_.release()
+    except BaseException:
+        for slice_ in chunk:
+            slice_.abandon()
+        raise
+
+
+@contextmanager
+def _stand_ins(optimizer: torch.optim.Optimizer, group: dict[str, Any], chunk: list[Slice]) -> Iterator[None]:
+    """A group of the slices of a chunk; see [Note: stand-ins]."""
+    params = [slice_.active if slice_.wide is None else _stand_in(slice_, slice_.wide) for slice_ in chunk]
+    pairs = [(slice_, param) for slice_, param in zip(chunk, params, strict=True) if slice_.wide is not None]
     state = optimizer.state
-    for slice_, param in stand_ins:
+    for slice_, param in pairs:
         if slice_.active in state:
             state[param] = state.pop(slice_.active)
+    group["params"] = params
     try:
-        original()
+        yield
     finally:
-        for slice_, param in stand_ins:
+        group["params"] = []
+        for slice_, param in pairs:
             if param in state:
                 state[slice_.active] = state.pop(param)
-    group["params"] = []
-    for slice_, param in stand_ins:
-        slice_.wide, param.grad = param.detach(), None
-    del stand_ins
-    for slice_ in chunk:
-        slice_.write_back()
-        slice_.release()
+            slice_.wide, param.grad = param.detach(), None
 
 
-def _stand_in(slice_: Slice) -> nn.Parameter:
+def _stand_in(slice_: Slice, wide: Tensor) -> nn.Parameter:
     """See [Note: stand-ins]."""
-    param = nn.Parameter(slice_.wide)
+    param = nn.Parameter(wide)
     if slice_.active.grad is not None:
         param.grad = slice_.active.grad.to(param.dtype)
     return param

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..slices.slice import Slice
+from .parameter_groups import distinct
 
 
 def owe(slices: list[Slice], groups: dict[int, dict[str, Any]], everywhere: bool) -> None:
@@ -18,16 +19,12 @@ def owe(slices: list[Slice], groups: dict[int, dict[str, Any]], everywhere: bool
         groups: the parameter group of each slice, by the id of its parameter.
         everywhere: whether rows outside the slices decay too, ``decay="all"``.
     """
-    factors = {id(group): _factor(group) for group in _distinct(groups)} if everywhere else {}
+    factors = {id(group): _factor(group) for group in distinct(groups.values())} if everywhere else {}
     for slice_ in slices:
         state = slice_.state
         state.recalled = False
         if factors and (state.rank < state.size or slice_.rho is not None):
             state.owed *= factors[id(groups[id(slice_._parameters["active"])])]
-
-
-def _distinct(groups: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({id(group): group for group in groups.values()}.values())
 
 
 def _factor(group: dict[str, Any]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def _leaving(optimizer: torch.optim.Optimizer, leaving: set[nn.Parameter]) -> li
 def _place(optimizer: torch.optim.Optimizer, config: GrassConfig, group: Group, members: list[nn.Parameter]) -> Group:
     if len(members) == len(group["params"]):
         return group
-    wanted = _ordinary(group, config)
+    wanted = ordinary(group, config.scale)
     for other in optimizer.param_groups:
         if GROUP_KEY not in other and _alike(other, wanted):
             return other
@@ -100,21 +101,31 @@ def _place(optimizer: torch.optim.Optimizer, config: GrassConfig, group: Group, 
     raise ValueError("the optimizer has no parameter group with an ordinary parameter's settings")
 
 
-def _ordinary(group: Group, config: GrassConfig) -> Group:
-    """The settings that the slices' parameters would have without Grass."""
+def ordinary(group: Group, scale: float) -> Group:
+    """The settings that the parameters of a slices' group would have without Grass.
+
+    Args:
+        group: as it is in an optimizer, or was in a saved one.
+        scale: `GrassConfig.scale` of that run.
+    """
     settings = {key: value for key, value in group.items() if key not in ("params", GROUP_KEY, VOCABULARY_KEY)}
-    if VOCABULARY_KEY in group or config.scale == 1.0:
+    if VOCABULARY_KEY in group or scale == 1.0:
         return settings
     for key in ("lr", "initial_lr"):
         if settings.get(key) is not None:
-            settings[key] = settings[key] / config.scale
+            settings[key] = settings[key] / scale
     if settings.get("weight_decay"):
-        settings["weight_decay"] = settings["weight_decay"] * config.scale
+        settings["weight_decay"] = settings["weight_decay"] * scale
     return settings
 
 
+def distinct(groups: Iterable[Group]) -> list[Group]:
+    """Each group once."""
+    return list({id(group): group for group in groups}.values())
+
+
 def _make_ordinary(group: Group, config: GrassConfig) -> None:
-    settings = _ordinary(group, config)
+    settings = ordinary(group, config.scale)
     for key in (GROUP_KEY, VOCABULARY_KEY):
         group.pop(key, None)
     group.update(settings)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..config.settings import GrassConfig
 from ..slices.slice import Slice
-from .parameter_groups import VOCABULARY_KEY
+from .parameter_groups import VOCABULARY_KEY, distinct
 
 # With state_policy="reset_warmup" the slices' learning rate rises over this share of the interval after a reset.
 RESET_SHARE = 0.05
@@ -57,7 +57,7 @@ def scale_reached(steps: int, step: int) -> float:
 def after_start(steps: int, step: int, groups: Iterable[dict[str, Any]]) -> list[Factor]:
     """Factors of a ``scale_warmup`` of so many steps; none once it is over."""
     share = scale_reached(steps, step)
-    return [Factor(group, share, 1 / share) for group in _distinct(groups)] if share < 1 else []
+    return [Factor(group, share, 1 / share) for group in distinct(groups)] if share < 1 else []
 
 
 def after_reset(config: GrassConfig, step: int, slices: list[Slice], groups: dict[int, dict[str, Any]]) -> list[Factor]:
@@ -86,7 +86,3 @@ def changed(factors: Iterable[Factor]) -> Iterator[None]:
     finally:
         for group, full in reversed(before):
             group.update(full)
-
-
-def _distinct(groups: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    return {id(group): group for group in groups}.values()

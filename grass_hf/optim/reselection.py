@@ -67,9 +67,8 @@ def _rows(slice_: Slice, name: str, scores: Tensor | None, config: GrassConfig, 
     def select(scores: Tensor | None, trained: Tensor, name: str) -> selection.Selection:
         rule, turn = config.selection, turn_of(config, step)
         draws = selection.draws_of(rule, config.seed, step, name)
-        return selection.select(
-            rule, scores, slice_.state.size, slice_.state.rank, draws, slice_.blocks(), turn, trained
-        )
+        state = slice_.state
+        return selection.select(rule, scores, state.size, state.rank, draws, slice_.blocks(), turn, trained)
 
     trained = slice_.state.trained
     if slice_.index.dim() == 1:

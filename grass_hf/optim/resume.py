@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..convert.audit.freeing import freed
 from ..convert.record import conversion_of
-from ..slices.low_bits import joined
+from ..slices.low_bits import castable, joined
+from ..slices.ops.int8 import is_int8
 from ..slices.ops.selection import aligned, strided
 from ..slices.ops.sharding import is_sharded, local, shape_of, shard_range, shards, whole, world_size
 from ..slices.part import local_part
@@ -141,9 +142,8 @@ def _take_up(meta: dict[str, Any], entries: dict[str, dict[str, Tensor]], contro
     controller.step = meta["step"]
     controller.due = set(meta["due"])
     base_record.take_up(meta[ASKED], controller)
-    unaligned = [
-        slice_.state.name for slice_ in controller.slices if not _restore_slice(slice_, entries[slice_.state.name])
-    ]
+    names = {slice_: slice_.state.name for slice_ in controller.slices}
+    unaligned = [name for slice_, name in names.items() if not _restore_slice(slice_, entries[name])]
     controller.look_ahead()
     if controller.model is not None:
         delta_state.take_up(meta.get(delta_state.KEY), conversion_of(controller.model))
@@ -224,11 +224,18 @@ def _restore_slice(slice_: Slice, entry: dict[str, Tensor]) -> bool:
         saved = local(saved) if is_sharded(saved) else saved[slice(*shard_range(slice_.active))]
     saved = whole(saved)
     if saved.flatten()[:1].isnan().any():  # it was released when it was saved, so the weight has its values
-        low = entry.get("low")
-        saved = joined(own.weight, own.index, slice_.dim, None if low is None else whole(low).to(own.index.device))
+        saved = joined(own.weight, own.index, slice_.dim, _own_low(slice_, entry.get("low")))
     own.active.copy_(saved)
     slice_.drift.forget()  # whether they belong to these weights shows when both are loaded
     return True
+
+
+def _own_low(slice_: Slice, low: Tensor | None) -> Tensor | None:
+    """What this rank's part of a resident slice takes from the low bits of one that was released."""
+    if low is None or is_int8(slice_.weight):
+        return low
+    low = castable(whole(low)).to(slice_.index.device)
+    return low[slice(*shard_range(slice_.active))] if is_sharded(slice_.active) else low
 
 
 def check_meta(meta: dict[str, Any] | None, controller: Controller) -> dict[str, Any]:

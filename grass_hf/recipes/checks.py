@@ -7,6 +7,7 @@ only read while it runs, and at the model without memory; `validate` then rehear
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -19,9 +20,12 @@ from transformers import get_scheduler
 
 from ..convert.targets import Plan, plan
 from ..integrations.deepspeed import check_config
+from ..optim.parameter_groups import GROUP_KEY, ordinary
+from ..optim.resume import read_meta
 from . import folders
 from .metrics import Metrics
 from .models import check_generation, empty_model
+from .names import text_of
 from .schema import Recipe
 from .tasks import Prepared
 
@@ -102,12 +106,12 @@ def check_settings(recipe: Recipe, prepared: Prepared) -> list[str]:
         ValueError: something does not fit.
     """
     training, evaluation = recipe.training, recipe.evaluation
-    evaluates = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no"
+    evaluates = text_of(training.eval_strategy) != "no"
     best, names = training.metric_for_best_model, Metrics(recipe).names
     _check_engine(recipe)
     if evaluates and prepared.evaluation is None:
         raise ValueError(
-            f"training.eval_strategy={_value(training.eval_strategy)}, and there are no rows to evaluate on: give "
+            f"training.eval_strategy={text_of(training.eval_strategy)}, and there are no rows to evaluate on: give "
             "data.holdout (0.05, say), data.eval_split or data.eval_dataset."
         )
     if evaluation.early_stopping_patience is not None and (best is None or not evaluates):
@@ -143,10 +147,6 @@ def check_settings(recipe: Recipe, prepared: Prepared) -> list[str]:
     ]
 
 
-def _value(setting: Any) -> str:
-    return str(getattr(setting, "value", setting))
-
-
 def _check_scheduler(training: Any) -> None:
     """Make the scheduler once, over a parameter of its own."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
@@ -162,7 +162,7 @@ def _check_scheduler(training: Any) -> None:
         )
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"training.lr_scheduler_type={_value(training.lr_scheduler_type)} with lr_scheduler_kwargs={options}: "
+            f"training.lr_scheduler_type={text_of(training.lr_scheduler_type)} with lr_scheduler_kwargs={options}: "
             f"{str(error).rstrip('.')}: say it in training.lr_scheduler_kwargs."
         ) from error
 
@@ -203,22 +203,36 @@ def check_resumed(recipe: Recipe, checkpoint: str) -> None:
     Raises:
         ValueError: the recipe says another value.
     """
-    training, folder, saved = recipe.training, Path(checkpoint), {}
-    if (folder / "scheduler.pt").is_file():
+    for name, values in _saved_settings(Path(checkpoint)).items():
+        said = getattr(recipe.training, name)
+        if name not in recipe.given["training"] or not values:
+            continue
+        if any(math.isclose(said, value, rel_tol=1e-6) for value in values):  # some are kept as float32
+            continue
+        shown = sorted({f"{value:g}" for value in values})
+        remedy = f"write --{name} {shown[0]}" if len(shown) == 1 else f"say {name} as the run that wrote it did"
+        raise ValueError(
+            f"training.{name}={said:g} beside a resume would have no effect, as {checkpoint} goes on with "
+            f"{', '.join(shown)}: {remedy}, or start anew from its weights (--model_name_or_path {checkpoint})."
+        )
+
+
+def _saved_settings(folder: Path) -> dict[str, list[float]]:
+    """What a checkpoint's optimizer goes on with, as arguments of a Trainer: of slices as without Grass."""
+    if not (folder / "optimizer.pt").is_file():  # an engine has saved it in a form of its own
+        if not (folder / "scheduler.pt").is_file():
+            return {}
         state = torch.load(folder / "scheduler.pt", weights_only=True, map_location="cpu")
-        saved["learning_rate"] = set(state.get("base_lrs", ()))
-    if (folder / "optimizer.pt").is_file():
-        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
-        groups = state.get("param_groups", ())
-        saved["weight_decay"] = {g["weight_decay"] for g in groups if g.get("weight_decay")} or {0.0}
-        for place, name in enumerate(("adam_beta1", "adam_beta2")):
-            saved[name] = {g["betas"][place] for g in groups if "betas" in g}
-        saved["adam_epsilon"] = {g["eps"] for g in groups if isinstance(g.get("eps"), float)}
-    for name, values in saved.items():
-        said = getattr(training, name)
-        if name in recipe.given["training"] and values and said not in values:
-            value = ", ".join(f"{each:g}" for each in sorted(values))
-            raise ValueError(
-                f"training.{name}={said:g} beside a resume would have no effect, as {checkpoint} goes on with {value}: "
-                f"write --{name} {value}, or start anew from its weights (--model_name_or_path {checkpoint})."
-            )
+        return {"learning_rate": [float(rate) for rate in state.get("base_lrs", ())]}
+    saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)["param_groups"]
+    meta = read_meta(saved)
+    scale = 1.0 if meta is None else meta["config"]["scale"]
+    groups = [ordinary(group, scale) if GROUP_KEY in group else group for group in saved]
+    rates = [group.get("initial_lr", group.get("lr")) for group in groups]
+    return {
+        "learning_rate": [float(rate) for rate in rates if rate is not None],
+        "weight_decay": [float(g["weight_decay"]) for g in groups if g.get("weight_decay")] or [0.0],
+        "adam_beta1": [float(g["betas"][0]) for g in groups if "betas" in g],
+        "adam_beta2": [float(g["betas"][1]) for g in groups if "betas" in g],
+        "adam_epsilon": [g["eps"] for g in groups if isinstance(g.get("eps"), float)],
+    }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.optim_args import config_and_base
 from ..config.settings import FIELD_TYPES, GrassConfig, parse_field
 from ..config.written import TRAINERS
+from .names import text_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -47,7 +48,7 @@ def base_of(training: TrainingArguments, config: GrassConfig | None, base: str |
     from ..integrations.base import check_base
     from ..integrations.optimizer_name import NAME
 
-    optim = str(getattr(training.optim, "value", training.optim))
+    optim = text_of(training.optim)
     if config is None:
         return optim
     if optim == NAME:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config.fields import unknown_key
 from .schema import DataSection
-
-if TYPE_CHECKING:
-    pass
 
 # What later versions of transformers call otherwise: a recipe may say either, whichever is installed.
 RENAMED = {
@@ -79,6 +76,11 @@ _ONLY = {
 }
 
 
+def text_of(setting: Any) -> str:
+    """A setting's text, which may be a member of one of transformers' enums."""
+    return str(getattr(setting, "value", setting))
+
+
 def unknown(name: str, section: str, fields: Mapping[str, set[str]]) -> str:
     owners = [other for other, names in fields.items() if name in names]
     if owners:
@@ -103,8 +105,6 @@ def check_kind(name: str, value: Any, hint: Any, default: Any) -> None:
 
 def connect(task: str, data: DataSection, training: Any, given: Mapping[str, Any]) -> None:
     """What the trainers' arguments must say because other sections say it."""
-    if not given.get("output_dir"):
-        raise ValueError("training.output_dir is missing: give the folder for checkpoints, results and report.")
     for name in _POSITIVE:
         if (value := getattr(training, name, None)) is not None and value <= 0:
             raise ValueError(f"training.{name}={value} is not above 0: give a larger one, or leave it out.")

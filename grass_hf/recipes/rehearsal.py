@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, set_seed
 from ..config.settings import GrassConfig
 from ..convert.targets import plan
 from .models import empty_model, from_config
+from .names import text_of
 from .runner import carry_out, new_trainer
 from .schema import Recipe
 from .tasks import Prepared
@@ -127,8 +128,8 @@ def _size(model: nn.Module) -> int:
 def _small_recipe(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:
     """The recipe with two short steps of a small model, in a folder of its own."""
     training = copy.copy(recipe.training)
-    evaluates = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no"
-    saves = str(getattr(training.save_strategy, "value", training.save_strategy))
+    evaluates = text_of(training.eval_strategy) != "no"
+    saves = text_of(training.save_strategy)
     short: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 2,

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .frozen_weight import FrozenWeight
-from .low_bits import nearest
 from .ops.bits import as_bits, pack, positions
 from .ops.int8 import is_int8
 from .ops.sharding import is_partitioned, is_sharded
@@ -90,7 +89,7 @@ class Changes:
         else:
             before = as_bits(held.stored())
             held.put(rows, seed)
-            after = as_bits(nearest(rows, held.weight.dtype) if held.is_plain else held.stored())
+            after = as_bits(rows.to(held.weight.dtype) if held.is_plain else held.stored())
             changed = pack(before != after)
             if entry.bits is not None:
                 entry.bits.bitwise_or_(changed)

@@ -31,8 +31,8 @@ def check_alignment(slice_: Slice) -> None:
     count = row_shards(slice_)
     if count > 1 and not aligned(slice_.index.cpu(), slice_.state.size, count):
         raise ValueError(
-            f"{slice_.state.name}: its {slice_.state.rank} of {slice_.state.size} rows do not lie in the {count} shards "
-            f"that hold them: convert with row_blocks={count} and a rank that {count} divides, or side='input'."
+            f"{slice_.state.name}: its {slice_.state.rank} of {slice_.state.size} rows do not lie in the {count} "
+            f"shards that hold them: convert with row_blocks={count} and a rank that {count} divides, or side='input'."
         )
 
 

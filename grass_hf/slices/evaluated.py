@@ -69,11 +69,8 @@ def follow_weight(slice_: Slice) -> bool:
 
 def follow_edited(slice_: Slice) -> None:
     """Let a slice follow a weight that was changed after the last forward pass, before it is written back."""
-    if (
-        slice_.drift.marks is not None
-        and not sharding.is_sharded(slice_.active)
-        and weight_changed(slice_, slice_.drift)
-    ):
+    record = slice_.drift
+    if record.marks is not None and not sharding.is_sharded(slice_.active) and weight_changed(slice_, record):
         follow_weight(slice_)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .frozen_weight import FrozenWeight
-from .low_bits import nearest
+from .low_bits import rounded
 from .ops import sharding
 from .ops.rounding import loses_digits, round_stochastically
 from .ops.rows import along_slice, take_rows
@@ -39,6 +39,8 @@ def write_back(slice_: Slice, seed: str | None = None) -> None:
         return
     own = slice_.rank_part(slice_, seed is not None)
     rows = own.active if own.write is None else own.active * along_slice(own.write, slice_.dim)
+    if seed is None and slice_.wide is not None and own.weight.dtype == torch.bfloat16 and own.is_plain:
+        rows = rounded(rows)
     if seed is not None and loses_digits(own.weight.dtype, rows.dtype):
         rows = round_stochastically(rows, own.weight.dtype, seeded(seed + own.place, rows.device))
     if own.write is not None:
@@ -70,7 +72,7 @@ def write_back_all(slices: Iterable[Slice]) -> None:
             slice_.write_back()
             continue
         dtype = weight.dtype
-        weight.index_copy_(slice_.dim, index, active if active.dtype is dtype else nearest(active, dtype))
+        weight.index_copy_(slice_.dim, index, active if active.dtype is dtype else active.to(dtype))
         slice_.drift.note_plain(active, weight, dtype)
 
 

@@ -9,8 +9,8 @@ weight and the lower half of the bits are the number again, and nothing is lost:
     number = weight's bits * 2^16 + low                                         low from -2^15 to 2^15 - 1
 
 [Note: ties] A number exactly between two bfloat16 numbers has two nearest ones. The sum above needs the one that is
-farther from zero, where a cast takes the even one: `nearest`, by which every float32 slice is written to a bfloat16
-weight, resident or not. One number in 65,536 is such a tie.
+farther from zero (`rounded`), where a cast takes the even one. So of slices that keep low bits one number in 131,072 is
+written to its other neighbour, as near as the first. All other slices are written by a cast.
 
 A weight in int8 has codes, and one scale per row; there ``low`` is what the codes left over, in units of scale / 2^16:
 
@@ -20,69 +20,104 @@ A weight in int8 has codes, and one scale per row; there ``low`` is what the cod
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .ops import int8
-from .ops.rows import take_rows
+from .ops.rows import take_columns, take_rows
 
-# Place of a float32's lower half among its two halves in memory.
-_LOWER = 0 if sys.byteorder == "little" else 1
+# Places of a float32's halves in memory.
+_LOWER, _UPPER = (0, 1) if sys.byteorder == "little" else (1, 0)
 _UNITS = 2.0**16
+_HALF = 2**15
 
 
-def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values in another dtype, rounded to nearest; float32 to bfloat16 with ties away from zero, see [Note: ties].
+def rounded(values: Tensor) -> Tensor:
+    """float32 numbers as the nearest bfloat16, ties away from zero: see [Note: ties]; a view with strides.
 
-    NaN stays NaN; an infinity of float32 becomes NaN.
+    Infinities and NaN stay what they are.
     """
-    if dtype != torch.bfloat16 or values.dtype != torch.float32:
-        return values.to(dtype)
-    # one more bit at the very end breaks a tie upward in magnitude, and changes no other rounding
-    return values.contiguous().view(torch.int32).bitwise_or(1).view(torch.float32).to(dtype)
-
-
-def has_low_bits(weight: Tensor) -> bool:
-    """Whether float32 slices of a weight can be kept as sixteen bits beside it."""
-    return int8.is_int8(weight) or weight.dtype == torch.bfloat16
+    # one NaN for all: half a unit more would carry others (a GPU's 0x7FFFFFFF) into the sign
+    values = values.nan_to_num(torch.nan, torch.inf, -torch.inf).contiguous()
+    return values.view(torch.int32).add_(_HALF).view(torch.bfloat16)[..., _UPPER::2]
 
 
 def joined(weight: Tensor, index: Tensor, dim: int, low: Tensor | None) -> Tensor:
-    """The numbers of a slice, in float32; of a weight of another dtype (a model that was cast since) its rows.
+    """The numbers of a slice, in float32.
+
+    Where a weight was overwritten so that it cannot be the upper half of any number with these low bits (a zero or an
+    infinity was put there), its own value counts.
 
     Args:
-        weight: (..., m, n), bfloat16 or int8.
+        weight: (..., m, n), bfloat16 or int8; of another dtype (a model that was cast since) its rows alone count.
         index: int64 (..., r), the rows (columns) of the slice.
         dim: along which they are selected.
         low: int16, shaped like the slice; None for zeros.
     """
     if int8.is_int8(weight):
-        rows = int8.read_rows(weight, index)
+        numbers = int8.read_rows(weight, index)
         if low is not None:
-            rows.addcmul_(low, weight.scale.index_select(0, index).float()[:, None], value=1 / _UNITS)
-        return rows
-    rows = take_rows(weight, index, dim)
-    if weight.dtype != torch.bfloat16:
-        return rows
-    rows = rows.to(torch.float32, memory_format=torch.contiguous_format)
-    if low is not None:
-        rows.view(torch.int32).add_(low)
-    return rows
+            numbers.addcmul_(low, _scales(weight, index), value=1 / _UNITS)
+        return numbers
+    rows = _rows(weight, index, dim)
+    numbers = rows.to(torch.float32, memory_format=torch.contiguous_format)
+    if low is None or weight.dtype != torch.bfloat16:
+        return numbers
+    numbers.view(torch.int32).add_(low)
+    # what carried into the sign, or beyond an infinity
+    return torch.where(numbers.isnan(), rows, numbers)
 
 
 def low_bits(values: Tensor, weight: Tensor, index: Tensor) -> Tensor | None:
     """int16, shaped like the slice: what the weight does not hold of float32 numbers that were just written to it.
 
     None where the weight is of a dtype that holds them all, or none of their bits.
+
+    Args:
+        values: float32, of which a bfloat16 weight holds `rounded`.
+        weight, index: as for `joined`.
     """
     if int8.is_int8(weight):
-        scale = weight.scale.index_select(0, index).float()[:, None]
-        rest = torch.where(scale > 0, values / scale, 0.0) - weight.int_data.index_select(0, index)
-        return rest.mul_(_UNITS).round_().clamp_(-(2**15), 2**15 - 1).to(torch.int16)
-    return lower_halves(values) if weight.dtype == torch.bfloat16 else None
-
-
-def lower_halves(values: Tensor) -> Tensor:
-    """int16, of the same shape: the lower sixteen bits of float32 numbers."""
+        codes: Any = weight
+        scale = _scales(weight, index)
+        rest = torch.where(scale > 0, values / scale, 0.0) - codes.int_data.index_select(0, index)
+        return rest.mul_(_UNITS).round_().clamp_(-_HALF, _HALF - 1).to(torch.int16)
+    if weight.dtype != torch.bfloat16:
+        return None
     return values.contiguous().view(torch.int16)[..., _LOWER::2].contiguous()
+
+
+def low_bits_of_cast(values: Tensor) -> Tensor:
+    """int16: what a bfloat16 weight does not hold of float32 numbers that were cast to it.
+
+    A tie that was rounded toward zero comes back as the float32 number beside it: sixteen bits have no room for both.
+    """
+    cast = values.to(torch.bfloat16).float()
+    return (values.view(torch.int32) - cast.view(torch.int32)).clamp_(-_HALF, _HALF - 1).to(torch.int16)
+
+
+def castable(low: Tensor) -> Tensor:
+    """Low bits with which every number is cast to the weight that it came from: ties as the float32 beside them."""
+    return low.clamp(min=1 - _HALF)
+
+
+def digest(weight: Tensor, index: Tensor, dim: int) -> Tensor:
+    """int32, shaped like a slice without its last dimension: another one, nearly always, where the rows (columns) of a
+    weight were overwritten."""
+    if int8.is_int8(weight):
+        codes: Any = weight
+        rows, scale = codes.int_data.index_select(0, index), _scales(weight, index)
+        return rows.sum(dim=-1, dtype=torch.int32) + scale.view(torch.int32)[:, 0]
+    rows = _rows(weight, index, dim)
+    rows = rows.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
+    return rows.sum(dim=-1, dtype=torch.int32)
+
+
+def _rows(weight: Tensor, index: Tensor, dim: int) -> Tensor:
+    return take_columns(weight, index) if dim == -1 and index.dim() == 1 else take_rows(weight, index, dim)
+
+
+def _scales(weight: Any, index: Tensor) -> Tensor:
+    return weight.scale.index_select(0, index).float()[:, None]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .low_bits import nearest
 from .ops import int8, sharding
 from .ops.rounding import loses_digits, round_stochastically
 from .ops.rows import along_slice, put_rows, take_columns, take_rows
@@ -120,7 +119,7 @@ class Part:
             rows: shaped like the slice; rounded to the weight's dtype if it is a plain one.
             seed: of the draws, for weights that are stored in another way; None rounds to nearest.
         """
-        put_rows(self.weight, self.index, nearest(rows, self.weight.dtype), self.dim)
+        put_rows(self.weight, self.index, rows.to(self.weight.dtype), self.dim)
 
     def agrees(self, dtype: torch.dtype | None = None) -> bool:
         """Whether the slice's values, as the weight stores them, are the weight's; NaN is NaN's equal.
@@ -131,11 +130,8 @@ class Part:
         rows, values = self.take(), self.active.detach()
         if self.write is not None:
             values = values * along_slice(self.write, self.dim)
-        dtype = dtype or rows.dtype
-        exact, values, rows = values, nearest(values, dtype), rows.to(dtype)
+        values, rows = (tensor.to(dtype or rows.dtype) for tensor in (values, rows))
         same = (values == rows) | (values.isnan() & rows.isnan())
-        if exact.dtype != dtype:
-            same |= exact.to(dtype) == rows  # a cast of somebody else's, or of an older checkpoint: other ties
         if self.write is not None:
             # a row that was divided by its multiplier is the row again but for rounding
             same |= (values - rows).abs() <= 4 * torch.finfo(rows.dtype).eps * rows.abs()

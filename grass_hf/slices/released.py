@@ -7,27 +7,41 @@ expanded. Its gradient, its optimizer state and its identity are what they were;
 while they are needed, as ``active`` itself or, where it has another dtype than the slice is stepped in, as ``wide``.
 It stays as it is until the first step, because DDP broadcasts parameters when it wraps the model.
 
+[Note: a weight that is overwritten] Between steps somebody may write into the weight. Bits that belonged to other
+numbers are void then. So a slice that is released remembers its weight's mark, as all slices do (`slices.drift`), and a
+digest of its rows. Where the next step finds another mark and another digest, the bits are dropped: the slice is what
+the weight says. Values that were written again as they were (weights that are averaged for an evaluation and put back,
+DDP's broadcast, a move) leave the digest as it was, and the bits stay.
+
 The gradient has the dtype of the parameter. So with ``gradient_dtype`` in sixteen bits the parameter is of sixteen, and
 optimizers never see it: they step over `stand_ins`, float32 parameters with its state and its gradient.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from .low_bits import joined, low_bits, lower_halves
+from .drift import Drift, weight_changed
+from .low_bits import digest, joined, low_bits, low_bits_of_cast
 from .ops import int8, sharding
 from .ops.rows import take_rows
+from .part import SliceState
+
+if TYPE_CHECKING:
+    from .slice import Slice
+
+logger = logging.getLogger(__name__)
 
 
-class Released:
+class Released(nn.Module):
     """The part of `grass_hf.slices.slice.Slice` that is released and held; its attributes are described there."""
 
-    weight: nn.Parameter
     active: nn.Parameter
     index: Tensor
     dim: int
@@ -35,7 +49,15 @@ class Released:
     stepped: torch.dtype
     low: Tensor | None
     wide: Tensor | None
+    digest: Tensor | None
+    state: SliceState
+    drift: Drift
     emptied = False
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The full weight, (..., m, n) or as it is stored."""
+        raise NotImplementedError
 
     @property
     def keeps_low(self) -> bool:
@@ -66,6 +88,7 @@ class Released:
     def hold(self) -> None:
         """Load a released slice from the weight, and what is kept beside it."""
         if self.keeps_low:
+            self._follow_weight()
             self.wide = joined(self.weight.detach(), self.index, self.dim, self.low)
         else:
             self.active.data = take_rows(self.weight.detach(), self.index, self.dim)
@@ -85,9 +108,29 @@ class Released:
         if self.resident:
             return
         if self.wide is not None:
-            self.low, self.wide = low_bits(self.wide, self.weight.detach(), self.index), None
+            weight = self.weight.detach()
+            self.low, self.wide = low_bits(self.wide, weight, self.index), None
+            self.digest = None if self.low is None else digest(weight, self.index, self.dim)
         self.emptied = True
         self.empty()
+        self.drift.note(cast("Slice", self))
+
+    @torch.no_grad()
+    def abandon(self) -> None:
+        """Forget what a step that was interrupted made of the slice; what was before it is in the weight."""
+        self.wide = None
+        if not self.keeps_low:
+            self.release()
+
+    def _follow_weight(self) -> None:
+        """See [Note: a weight that is overwritten]."""
+        slice_ = cast("Slice", self)
+        if self.low is None or self.digest is None or not weight_changed(slice_, self.drift):
+            return
+        now = digest(self.weight.detach(), self.index, self.dim)
+        if not torch.equal(now, self.digest.to(now.device)):
+            logger.info("%s: its weight was changed, and the slice follows it.", self.state.name)
+            self.low, self.state.owed = None, 1.0
 
     def empty(self) -> None:
         """Free what a copy or a move gave to a parameter that is to have no memory."""
@@ -105,12 +148,18 @@ class Released:
         device = self.index.device
         self.wide = None
         self.low = None if low is None or not self.keeps_low else low.to(device, copy=True)
-        whole = saved is not None and saved.dtype == torch.float32 and not saved.flatten()[:1].isnan().any()
-        if low is None and whole and self.keeps_low:
-            # of plain weights without a look at them: they may be loaded later
-            is_int8, saved = int8.is_int8(self.weight), saved.to(device)
-            self.low = low_bits(saved, self.weight, self.index) if is_int8 else lower_halves(saved)
+        if low is None and saved is not None and self.keeps_low and saved.dtype == torch.float32:
+            self.low = self._low_of(saved.to(device))
+        self.digest = None  # the weight may be loaded later
         self.release()
+
+    def _low_of(self, saved: Tensor) -> Tensor | None:
+        """The low bits of a slice that was resident; None if it was not."""
+        if saved.flatten()[:1].isnan().any():
+            return None
+        if int8.is_int8(self.weight):
+            return low_bits(saved, self.weight, self.index)
+        return low_bits_of_cast(saved)  # without a look at the weight
 
     def values(self) -> Tensor:
         """What the slice holds now, on this rank: ``wide`` while there is one, else ``active``."""

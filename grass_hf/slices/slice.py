@@ -81,6 +81,7 @@ class Slice(Released, Doors):
         rho, write: float buffers (..., r), not persistent; None unless the rule draws with replacement.
         drift: what it knows of the last moment when it and its weight held the same values.
         low: int16, shaped like the slice; of a released one the bits that the weight does not hold, None for zeros.
+        digest: of the rows of the weight that `low` belongs to; None where that is not known.
         wide: float32, its values while it is held, where ``active`` has another dtype or keeps low bits; else None.
         changes: what was written into the weight, while somebody keeps track of it (`grass_hf.WeightDelta`).
         norms: the leaf (..., size) that collects squared norms while an observation is due, else None.
@@ -157,6 +158,7 @@ class Slice(Released, Doors):
         self.stepped = stepped or self.active.dtype
         self.low: Tensor | None = None
         self.wide: Tensor | None = None
+        self.digest: Tensor | None = None
         self.vocabulary = vocabulary
         self.state = SliceState(name, size, rank, phase, leader or name, blocks, trained=trained)
         self.drift = Drift()

@@ -102,9 +102,8 @@ class Audit(TorchDispatchMode):
                 continue
             if torch.is_grad_enabled():
                 # a detached value carries no gradient in the plain model either
-                carries = (
-                    tensor is slice_.weight or tensor._base is slice_.weight or tensor is not plain or self._moving
-                )
+                own = tensor is slice_.weight or tensor._base is slice_.weight
+                carries = own or tensor is not plain or self._moving
             else:
                 carries = in_function
             if carries:

@@ -204,7 +204,8 @@ class Simulation:
 
     def _mark_state(self) -> None:
         if is_converted(self.model):
-            self.live.mark((slice_.low for slice_ in grass_slices(self.model)), "slices")
+            for slice_ in grass_slices(self.model):
+                self.live.mark((slice_.low, slice_.digest), "slices")
         for state in self.optimizer.state.values():
             self.live.mark(state.values(), "optimizer_state")
 
