@@ -19,11 +19,10 @@ from torch import Tensor
 
 from ..convert.audit.freeing import freed
 from ..convert.record import conversion_of
-from ..slices.low_bits import castable, joined
-from ..slices.ops.int8 import is_int8
 from ..slices.ops.selection import aligned, strided
 from ..slices.ops.sharding import is_sharded, local, shape_of, shard_range, shards, whole, world_size
 from ..slices.part import local_part
+from ..slices.released import unreleased
 from ..slices.slice import Slice
 from . import base_record, delta_state
 from .controller_protocol import Controller
@@ -224,18 +223,10 @@ def _restore_slice(slice_: Slice, entry: dict[str, Tensor]) -> bool:
         saved = local(saved) if is_sharded(saved) else saved[slice(*shard_range(slice_.active))]
     saved = whole(saved)
     if saved.flatten()[:1].isnan().any():  # it was released when it was saved, so the weight has its values
-        saved = joined(own.weight, own.index, slice_.dim, _own_low(slice_, entry.get("low")))
+        saved = unreleased(slice_, own, entry.get("low"))
     own.active.copy_(saved)
     slice_.drift.forget()  # whether they belong to these weights shows when both are loaded
     return True
-
-
-def _own_low(slice_: Slice, low: Tensor | None) -> Tensor | None:
-    """What this rank's part of a resident slice takes from the low bits of one that was released."""
-    if low is None or is_int8(slice_.weight):
-        return low
-    low = castable(whole(low)).to(slice_.index.device)
-    return low[slice(*shard_range(slice_.active))] if is_sharded(slice_.active) else low
 
 
 def check_meta(meta: dict[str, Any] | None, controller: Controller) -> dict[str, Any]:

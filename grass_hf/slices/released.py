@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from .drift import Drift, weight_changed
-from .low_bits import digest, joined, low_bits, low_bits_of_cast
+from .low_bits import castable, digest, joined, low_bits, low_bits_of_cast
 from .ops import int8, sharding
 from .ops.rows import take_rows
-from .part import SliceState
+from .part import Part, SliceState
 
 if TYPE_CHECKING:
     from .slice import Slice
@@ -164,3 +164,18 @@ class Released(nn.Module):
     def values(self) -> Tensor:
         """What the slice holds now, on this rank: ``wide`` while there is one, else ``active``."""
         return sharding.local(self.active) if self.wide is None else self.wide
+
+
+def unreleased(slice_: Slice, own: Part, low: Tensor | None) -> Tensor:
+    """What a slice that stays in memory holds where it goes on from one that was released.
+
+    Args:
+        slice_: the slice.
+        own: this rank's part of it.
+        low: all low bits of the one that was released, None for zeros.
+    """
+    if low is not None:
+        low = sharding.whole(low).to(own.index.device)
+        low = low if int8.is_int8(own.weight) else castable(low)
+        low = low[slice(*sharding.shard_range(slice_.active))] if sharding.is_sharded(slice_.active) else low
+    return joined(own.weight, own.index, slice_.dim, low)
