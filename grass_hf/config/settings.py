@@ -30,6 +30,7 @@ _CHOICES = {
     "rounding": ("stochastic", "nearest"),
     "weight_dtype": ("int8",),
     "slice_dtype": ("float32", "bfloat16", "float16", "float64"),
+    "gradient_dtype": ("float32", "bfloat16", "float16", "float64"),
 }
 
 # The least value of whole numbers, and what is said of smaller ones.
@@ -46,7 +47,6 @@ _LEAST = {
 _INT8_NEEDS = (
     ("side", ("input", "auto"), "output"),
     ("selection", WITH_REPLACEMENT, "multinomial_norm_nr"),
-    ("resident", (False,), True),
 )
 
 DEFAULT_DENSITY = 0.25
@@ -92,15 +92,18 @@ class GrassConfig:
         stagger: number of steps, spread evenly over the interval, on which a part each of the layers selects; 1
             lets all select at once (the paper). A step that observes keeps the whole inputs of its layers.
         decay: "all" lets weight decay reach the rows that are not being trained too (lazily); "active" not.
-        slice_dtype: dtype of the slices and so of their gradients and optimizer state; None means float32 over
+        slice_dtype: dtype in which slices are stepped, and of their optimizer state; None means float32 over
             half-precision weights, which would lose small updates otherwise, and else the weight's.
+        gradient_dtype: dtype of the gradients of slices. None means that of the slices, and with resident=False that
+            of the weights; "float32" sums up micro-batches and ranks in float32 there too.
         rounding: how a row is rounded to a half-precision weight when it leaves the slice: "stochastic" keeps the
             digits in the mean, "nearest" drops them.
         row_blocks: equal parts of the rows of a weight that each train their share of the slice. 1 chooses among
             all rows; fully sharded training needs a multiple of the number of shards, and takes that number by itself.
         resident: keep the slices in memory between steps. False holds a slice only while it is stepped: it is loaded
-            from the weight and released again, which saves r/m of the weights' memory (docs/memory.md). Slices then
-            have the weights' dtype.
+            from the weight and released again. Over bfloat16 and int8 weights the sixteen bits of each float32 number
+            that the weight does not hold stay in memory, and nothing is lost; slice_dtype="bfloat16" drops them, and
+            updates that are too small with them (docs/memory.md).
         weight_dtype: None keeps the weights as they are; "int8" stores the frozen weights of linear layers in eight
             bits, one scale per row (side "output"), and trains their slices in float32: docs/precision.md.
         seed: seed of the random selections.
@@ -128,6 +131,7 @@ class GrassConfig:
     stagger: int = 4
     decay: str = "all"
     slice_dtype: str | None = None
+    gradient_dtype: str | None = None
     rounding: str = "stochastic"
     row_blocks: int = 1
     resident: bool = True

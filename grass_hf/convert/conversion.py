@@ -11,11 +11,11 @@ from torch import nn
 from ..config.settings import GrassConfig
 from ..slices.evaluated import follow_weight
 from ..slices.ops.int8 import is_int8
-from ..slices.ops.rounding import loses_digits
 from ..slices.ops.selection import with_replacement
 from ..slices.ops.sharding import gathered, is_partitioned, is_sharded, shape_of
 from ..slices.ops.shared_columns import SharedColumns
 from .audit import watching
+from .dtypes import gradient_dtype, slice_dtype
 from .freezing import watch_flags
 from .modules import GrassModule
 from .record import Conversion, conversion_of, grass_slices
@@ -70,10 +70,10 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
 
 def _attach(targets: list[Target], config: GrassConfig, undo: ExitStack) -> None:
     weighted = with_replacement(config.selection)
-    dtypes = [slice_dtype(getattr(target.module, target.parameter).dtype, config) for target in targets]
+    dtypes = [_dtypes(target, config) for target in targets]
     phases = _phases(targets, config)
     columns = {target.leader: SharedColumns() for target in targets}
-    for target, dtype in zip(targets, dtypes, strict=True):
+    for target, (dtype, stepped) in zip(targets, dtypes, strict=True):
         with gathered(p for module in (target.module, *target.sharers) for p in module.parameters()):
             attach_slice(
                 target.module,
@@ -86,6 +86,7 @@ def _attach(targets: list[Target], config: GrassConfig, undo: ExitStack) -> None
                 side=target.side,
                 weighted=weighted,
                 dtype=dtype,
+                stepped=stepped,
                 phase=phases[target.leader],
                 leader=target.leader,
                 columns=columns[target.leader],
@@ -182,32 +183,18 @@ def describe_settings(config: GrassConfig) -> str:
     return "; ".join(f"{key}={value}" for key, value in config.to_dict().items())
 
 
+def _dtypes(target: Target, config: GrassConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Of the gradient, and in which the slice is stepped."""
+    weight = getattr(target.module, target.parameter)
+    # of a model with int8 weights those that stay plain have slices of the same dtype
+    stored = is_int8(weight) or _as_int8(target, config)
+    return gradient_dtype(weight.dtype, config, int8=stored), slice_dtype(weight.dtype, config, int8=stored)
+
+
 def _as_int8(target: Target, config: GrassConfig) -> bool:
     # of a weight with several users the other one would keep the plain parameter
     plain = isinstance(target.module, nn.Linear) and target.side == "output" and not target.sharers
     return config.weight_dtype == "int8" and plain
-
-
-def slice_dtype(weight_dtype: torch.dtype, config: GrassConfig) -> torch.dtype:
-    """The dtype of the slices over weights of a dtype.
-
-    Raises:
-        ValueError: it differs from the weights', and the slices are to be reloaded from them.
-    """
-    if not config.resident:
-        if config.slice_dtype not in (None, str(weight_dtype).removeprefix("torch.")):
-            raise ValueError(
-                f"resident=False reloads slices from the weights, which are {weight_dtype}, and "
-                f"slice_dtype={config.slice_dtype!r} holds more or other digits: leave slice_dtype out, or use "
-                "resident=True."
-            )
-        return weight_dtype
-    if config.slice_dtype is not None:
-        return getattr(torch, config.slice_dtype)
-    if config.weight_dtype == "int8":
-        return torch.promote_types(weight_dtype, torch.float32)
-    # An update below half a unit in the weight's last place would be lost at every step: docs/precision.md
-    return torch.float32 if loses_digits(weight_dtype, torch.float32) else weight_dtype
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from ..optim.driving import controller_of, plain_class
 from ..optim.parameter_groups import GROUP_KEY, VOCABULARY_KEY
 from ..slices.ops import products
 from ..slices.ops.sharding import shape_of
+from ..slices.slice import Slice
 from .coverage import Coverage, coverage_of
 from .table_text import render
 
@@ -167,8 +168,15 @@ def _reason(model: nn.Module, name: str, param: nn.Parameter) -> str:
 
 def _grass_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Bytes:
     trainable = [p for p in model.parameters() if p.requires_grad]
-    slices = sum(_bytes(slice_.active) for slice_ in grass_slices(model) if slice_.resident)
+    slices = sum(_slice_bytes(slice_) for slice_ in grass_slices(model))
     return Bytes(slices, sum(map(_bytes, trainable)), _state_bytes(optimizer))
+
+
+def _slice_bytes(slice_: Slice) -> int:
+    """Of one between steps: sixteen bits a number of a released one that has more digits than its weight."""
+    if slice_.resident:
+        return _bytes(slice_.active)
+    return shape_of(slice_.active).numel() * torch.int16.itemsize if slice_.keeps_low else 0
 
 
 def _adamw_bytes(model: nn.Module) -> Bytes:

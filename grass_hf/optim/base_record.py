@@ -69,7 +69,7 @@ def record(controller: Controller, names: list[str | None]) -> dict[str, Any]:
     return {
         "class": _name(base),
         "bits": _bits(base),
-        "dtypes": _dtypes(base),
+        "dtypes": _dtypes(controller),
         "settings": distinct,
         "of": numbers,
     }
@@ -138,7 +138,7 @@ def keep_dtypes(state_dict: dict[str, Any], meta: dict[str, Any] | None, control
     parameters in half precision (Adafactor's statistics, NAdam's product of momenta): its plain resume is not exact.
     """
     base = controller.base
-    if not meta or meta.get(KEY, {}).get("dtypes") != _dtypes(base):
+    if not meta or meta.get(KEY, {}).get("dtypes") != _dtypes(controller):
         return  # it belongs to parameters of another dtype
     for own, saved in zip(base.param_groups, state_dict["param_groups"], strict=True):
         for param, number in zip(own["params"], saved["params"], strict=True):
@@ -149,8 +149,9 @@ def keep_dtypes(state_dict: dict[str, Any], meta: dict[str, Any] | None, control
                     state[key] = value.detach().to(loaded.device, copy=True)
 
 
-def _dtypes(optimizer: torch.optim.Optimizer) -> list[str]:
-    return sorted({str(param.dtype) for group in optimizer.param_groups for param in group["params"]})
+def _dtypes(controller: Controller) -> list[str]:
+    groups = controller.base.param_groups
+    return sorted({str(controller.stepped_dtype(param)) for group in groups for param in group["params"]})
 
 
 def check_state(state_dict: dict[str, Any], key: str, controller: Controller) -> None:

@@ -4,15 +4,21 @@ An optimizer whose state is per parameter takes the same step whether it sees it
 
     for some slices at a time:  load them from the weights,  step,  write them back,  release them
 
-so that no more than `CHUNK_BYTES` of slices exist beside the weights: [Note: released slices] in `slices.exchange`.
+so that no more than `CHUNK_BYTES` of slices exist beside the weights: [Note: released slices] in `slices.released`.
+
+[Note: stand-ins] Where a slice is stepped in another dtype than its parameter has, or keeps bits beside its weight, the
+optimizer is given a float32 parameter in its place for that moment, with its gradient and its state. So state is made
+in float32, and the slice's own parameter, which DDP, schedulers and checkpoints know, is never exchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..slices.slice import Slice
 from .driving import plain_class
@@ -59,33 +65,85 @@ def step_in_chunks(
             for other in groups:
                 other["params"] = []
             for chunk in _chunks([own[id(param)] for param in params if id(param) in own]):
-                group["params"] = [slice_.active for slice_ in chunk]
-                _step_chunk(original, chunk)
+                _step_chunk(optimizer, group, original, chunk)
     finally:
         for group, params in zip(groups, members, strict=True):
             group["params"] = params
     return loss
 
 
-def _step_chunk(original: Callable, chunk: list[Slice]) -> None:
-    for slice_ in chunk:
-        if slice_.is_released:
-            slice_.hold()
-    original()
-    for slice_ in chunk:
-        slice_.write_back()
-        slice_.release()
+def stepped_dtype(param: nn.Parameter, slices: list[Slice]) -> torch.dtype:
+    """The dtype of what the optimizer is given for a parameter."""
+    return next((slice_.stepped for slice_ in slices if slice_.active is param), param.dtype)
+
+
+def widen_state(optimizer: torch.optim.Optimizer, slices: list[Slice]) -> None:
+    """Give state that an optimizer made with itself (Adagrad's) the dtype in which its slices are stepped."""
+    for slice_ in slices:
+        state = optimizer.state.get(slice_.active, {}) if slice_.keeps_low else {}
+        for key, value in state.items():
+            if isinstance(value, Tensor) and (value.shape, value.dtype) == (
+                slice_.active.shape,
+                slice_.active.dtype,
+            ):
+                state[key] = value.to(slice_.stepped)
+
+
+def _step_chunk(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], original: Callable, chunk: list[Slice]
+) -> None:
+    try:
+        for slice_ in chunk:
+            slice_.widen()
+        with _stand_ins(optimizer, group, chunk):
+            original()
+        for slice_ in chunk:
+            slice_.write_back()
+            slice_.release()
+    except BaseException:
+        for slice_ in chunk:
+            slice_.abandon()
+        raise
+
+
+@contextmanager
+def _stand_ins(optimizer: torch.optim.Optimizer, group: dict[str, Any], chunk: list[Slice]) -> Iterator[None]:
+    """A group of the slices of a chunk; see [Note: stand-ins]."""
+    params = [slice_.active if slice_.wide is None else _stand_in(slice_, slice_.wide) for slice_ in chunk]
+    pairs = [(slice_, param) for slice_, param in zip(chunk, params, strict=True) if slice_.wide is not None]
+    state = optimizer.state
+    for slice_, param in pairs:
+        if slice_.active in state:
+            state[param] = state.pop(slice_.active)
+    group["params"] = params
+    try:
+        yield
+    finally:
+        group["params"] = []
+        for slice_, param in pairs:
+            if param in state:
+                state[slice_.active] = state.pop(param)
+            slice_.wide, param.grad = param.detach(), None
+
+
+def _stand_in(slice_: Slice, wide: Tensor) -> nn.Parameter:
+    """See [Note: stand-ins]."""
+    param = nn.Parameter(wide)
+    if slice_.active.grad is not None:
+        param.grad = slice_.active.grad.to(param.dtype)
+    return param
 
 
 def _chunks(slices: list[Slice]) -> Iterator[list[Slice]]:
     chunk: list[Slice] = []
     size = 0
     for slice_ in slices:
-        if chunk and size + slice_.active.nbytes > CHUNK_BYTES:
+        nbytes = slice_.active.numel() * slice_.stepped.itemsize
+        if chunk and size + nbytes > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
         chunk.append(slice_)
-        size += slice_.active.nbytes
+        size += nbytes
     if chunk:
         yield chunk
 

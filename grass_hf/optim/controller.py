@@ -36,7 +36,7 @@ from ..slices.ops import selection
 from ..slices.ops.sharding import check_agreement, forget_residuals, local, world_size
 from ..slices.slice import Slice
 from . import base_record, driving, guards, rate_warmup, reselection, resume
-from .chunked_step import step_in_chunks
+from .chunked_step import step_in_chunks, stepped_dtype
 from .driving import driving_class, plain_class
 from .fresh_moments import Seed, seed_for
 from .link import Link
@@ -274,7 +274,7 @@ class GrassController(LettingGo):
 
     def stepped_dtype(self, param: nn.Parameter) -> torch.dtype:
         """The dtype of what the optimizer steps over for a parameter."""
-        return param.dtype
+        return param.dtype if self.config.resident else stepped_dtype(param, self.slices)
 
     def groups(self) -> dict[int, dict[str, Any]]:
         """The parameter group of each slice, by the id of its parameter."""

@@ -15,6 +15,7 @@ from ..convert.audit.freeing import freed
 from ..convert.conversion import grass_slices, is_converted
 from ..convert.record import conversion_of
 from ..slices.drift import check_shape
+from .chunked_step import widen_state
 from .controller import GrassController
 from .parameter_groups import GROUP_KEY, VOCABULARY_KEY
 
@@ -88,6 +89,7 @@ def attach(
     if not replace:
         conversion_of(model).refuse_second()
     watching.begin(model)
+    widen_state(optimizer, list(grass_slices(model)))
     _split_groups(optimizer, model)
     return GrassController(model, optimizer, replicas, replace=replace)
 

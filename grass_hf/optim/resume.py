@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..convert.audit.freeing import freed
 from ..convert.record import conversion_of
-from ..slices.ops.rows import take_rows
 from ..slices.ops.selection import aligned, strided
 from ..slices.ops.sharding import is_sharded, local, shape_of, shard_range, shards, whole, world_size
 from ..slices.part import local_part
+from ..slices.released import unreleased
 from ..slices.slice import Slice
 from . import base_record, delta_state
 from .controller_protocol import Controller
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 KEY = "grass"
 PREFIX = "grass_"
-VERSION = 4
+VERSION = 5  # 4 had no "low": whole slices, or none beside the weights
+_READ = (4, VERSION)
 # Of what is read, and not of what is written: the settings of each slice's parameter group.
 ASKED = "asked"
 
@@ -183,6 +184,8 @@ def _entry(slice_: Slice) -> dict[str, Tensor]:
     }
     if slice_.rho is not None and slice_.write is not None:
         entry |= {"rho": slice_.rho, "write": slice_.write}
+    if slice_.low is not None:
+        entry["low"] = slice_.low
     return {PREFIX + key: value for key, value in entry.items()}
 
 
@@ -209,10 +212,10 @@ def _restore_slice(slice_: Slice, entry: dict[str, Tensor]) -> bool:
     if slice_.rho is not None and slice_.write is not None:
         slice_.rho.copy_(whole(entry["rho"]))
         slice_.write.copy_(whole(entry["write"]))
-    if not slice_.resident:
-        slice_.release()  # its values are the weight's
-        return True
     saved = entry["active"]
+    if not slice_.resident:
+        slice_.take_saved(None if saved.is_meta else whole(saved), entry.get("low"))
+        return True
     if saved.is_meta:
         return True  # an engine brings it
     own = local_part(slice_)
@@ -220,7 +223,7 @@ def _restore_slice(slice_: Slice, entry: dict[str, Tensor]) -> bool:
         saved = local(saved) if is_sharded(saved) else saved[slice(*shard_range(slice_.active))]
     saved = whole(saved)
     if saved.flatten()[:1].isnan().any():  # it was released when it was saved, so the weight has its values
-        saved = take_rows(own.weight, own.index, slice_.dim)
+        saved = unreleased(slice_, own, entry.get("low"))
     own.active.copy_(saved)
     slice_.drift.forget()  # whether they belong to these weights shows when both are loaded
     return True
@@ -240,9 +243,10 @@ def check_meta(meta: dict[str, Any] | None, controller: Controller) -> dict[str,
             "this optimizer state was not written by a Grass run, it has no 'grass' entry: resume from a checkpoint of "
             "one, or start anew from its weights alone (model_name_or_path)."
         )
-    if meta["version"] != VERSION:
+    if meta["version"] not in _READ:
         raise ValueError(
-            f"this optimizer state has Grass format {meta['version']}, and this grass-hf reads format {VERSION}: "
+            f"this optimizer state has Grass format {meta['version']}, and this grass-hf reads "
+            f"{' and '.join(map(str, _READ))}: "
             "resume with the version that wrote it."
         )
     base_record.check(meta, meta[ASKED], controller)

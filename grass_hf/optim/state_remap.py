@@ -27,6 +27,8 @@ _SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "row_var", "col_var", "exp_av
 _SECOND_MOMENTS |= {"square_avg", "state2"}
 # bitsandbytes quantises optimizer state in blocks of this many elements (optimizer.py, init_state)
 _BNB_BLOCK = 256
+# Numbers that torchao quantises at a time.
+_QUANTISED = 2**20
 
 
 def carry_rows(
@@ -69,9 +71,21 @@ def carry_rows(
         if key in ("state1", "state2") and value.dtype == torch.uint8:
             _carry_bitsandbytes(state, key, shape, axis, move)
         elif callable(dequantize := getattr(value, "dequantize", None)) and type(value) is not Tensor:
-            value.copy_(move(dequantize(), axis))  # torchao: copy_ quantises
+            _quantise(value, move(dequantize(), axis))
         else:
             value.copy_(move(value, axis))
+
+
+def _quantise(state: Any, values: Tensor) -> None:
+    """Overwrite torchao's quantised state, whose own `copy_` does it; some at a time, because it looks for every code
+    in whole numbers of 64 bits."""
+    if type(state).__name__ != "OptimState8bit":
+        state.copy_(values)
+        return
+    blocks = _QUANTISED // state.block_size
+    pieces = state.codes.view(-1).split(blocks * state.block_size), state.scale.split(blocks)
+    for codes, scale, own in zip(*pieces, values.reshape(-1).split(blocks * state.block_size), strict=True):
+        type(state)(codes, scale, state.qmap, state.signed).copy_(own)
 
 
 def _row_axis(

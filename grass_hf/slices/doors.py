@@ -66,7 +66,7 @@ class Doors(nn.Module):
         rows = slice_.rank_part(slice_, False).loaded(old.dtype)
         if sharding.is_sharded(old):
             rows = sharding.sharded_like(old, rows)
-        slice_.active = nn.Parameter(rows, requires_grad=old.requires_grad)
+        slice_.active, slice_.emptied = nn.Parameter(rows, requires_grad=old.requires_grad), False
         slice_.drift.note(slice_)
 
     def settle_unfilled(self) -> None:
@@ -91,4 +91,7 @@ class Doors(nn.Module):
                 new.copy_(source)
         self.unfilled |= was_meta and not slice_.active.is_meta
         slice_._move_norms()
+        slice_.empty()
+        if slice_.low is not None:  # on the meta device the weight has lost its own bits
+            slice_.low = None if slice_.index.is_meta else slice_.low.to(slice_.index.device)
         return self

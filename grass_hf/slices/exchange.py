@@ -5,24 +5,19 @@ the weight is its nearest value, so copying is idempotent. When the row leaves, 
 place of the weight would be lost; rounding up or down at random, with the probabilities that make the mean exact,
 lets it arrive in the mean. The draws depend on (seed, step, name) alone, so resuming repeats them.
 
-[Note: released slices] With ``resident=False`` a slice of the weight's own dtype is the same as ``weight[index]``, so
-it need not exist twice. Between steps the parameter has its shape and no memory: one NaN, expanded. Its gradient, its
-optimizer state and its identity are what they were; `Slice.held` brings the values back while they are needed. It stays
-as it is until the first step, because DDP broadcasts parameters when it wraps the model.
-
 The functions are methods of `grass_hf.slices.slice.Slice`, whose class body names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .frozen_weight import FrozenWeight
+from .low_bits import rounded
 from .ops import sharding
 from .ops.rounding import loses_digits, round_stochastically
 from .ops.rows import along_slice, take_rows
@@ -31,30 +26,6 @@ from .part import local_part
 
 if TYPE_CHECKING:
     from .slice import Slice
-
-
-@contextmanager
-def held(slice_: Slice) -> Iterator[None]:
-    """The slice's values in memory, loaded from the weight if need be and released again."""
-    if slice_.is_released:
-        slice_.hold()
-        try:
-            yield
-        finally:
-            slice_.release()
-    else:
-        yield
-
-
-def hold(slice_: Slice) -> None:
-    """Load a released slice from the weight."""
-    slice_.active.data = take_rows(slice_.weight.detach(), slice_.index, slice_.dim)
-
-
-def release(slice_: Slice) -> None:
-    """Free the memory of a slice that is not resident; its values must be in the weight."""
-    if not slice_.resident:
-        slice_.active.data = slice_.active.new_full((), torch.nan).expand(slice_.active.shape)
 
 
 @torch.no_grad()
@@ -68,6 +39,8 @@ def write_back(slice_: Slice, seed: str | None = None) -> None:
         return
     own = slice_.rank_part(slice_, seed is not None)
     rows = own.active if own.write is None else own.active * along_slice(own.write, slice_.dim)
+    if seed is None and slice_.wide is not None and own.weight.dtype == torch.bfloat16 and own.is_plain:
+        rows = rounded(rows)
     if seed is not None and loses_digits(own.weight.dtype, rows.dtype):
         rows = round_stochastically(rows, own.weight.dtype, seeded(seed + own.place, rows.device))
     if own.write is not None:
@@ -177,6 +150,7 @@ def take_new_weight(slice_: Slice) -> None:
     before, as torch.distributed.checkpoint does, which loads the optimizer first."""
     if not slice_.state.recalled:
         slice_.state.owed = 1.0
+        slice_.low = None  # the bits belonged to other numbers
     slice_.reload()
 
 

@@ -209,7 +209,7 @@ def local_part(slice_: Slice, exact: bool = False) -> Part:
         slice_: the slice.
         exact: want the slice's values with all digits that are kept of them, which the slice itself has here.
     """
-    weight, active = sharding.local(slice_.weight), sharding.local(slice_.active)
+    weight, active = sharding.local(slice_.weight), slice_.values()
     if not sharding.is_sharded(slice_.active):
         kind = Int8Part if int8.is_int8(weight) else Part
         return kind(weight, active, slice_.index, slice_.rho, slice_.write, slice_.dim, "")

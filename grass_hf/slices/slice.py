@@ -36,6 +36,7 @@ from .ops.selection import strided
 from .ops.shared_columns import SharedColumns
 from .ops.tapped_linear import tapped_linear
 from .part import Part, SliceState, local_part
+from .released import Released
 
 # Of which `linear` knows all that happens to them; fake ones are an estimator's.
 _PLAIN = frozenset({Tensor, nn.Parameter, FrozenWeight, FakeTensor})
@@ -53,7 +54,7 @@ def living_slices() -> Iterator[Slice]:
     return iter(list(_LIVING))
 
 
-class Slice(Doors):
+class Slice(Released, Doors):
     """The trained rows or columns of one weight; a child ``<parameter>_slice`` of the module that holds the weight.
 
     Args:
@@ -64,13 +65,14 @@ class Slice(Doors):
         side: "output" or "input".
         transposed: the weight is stored (input, output).
         weighted: whether the selection rule carries multipliers (draws with replacement).
-        dtype: of the slice, None for the weight's.
+        dtype: of the parameter ``active`` and so of its gradient, None for the weight's.
+        stepped: dtype in which it is stepped, None for the same; see [Note: released slices].
         phase: step of the first selection.
         leader: name under which it chooses rows, None for its own.
         columns: what slices with the same leader keep for backward together.
         blocks: parts of the side that choose rows for themselves.
         by_sequence: what norms are of, see `ops.tap.tap`.
-        resident: whether the slice stays in memory between steps, see [Note: released slices] in `slices.exchange`.
+        resident: whether the slice stays in memory between steps, see [Note: released slices] in `slices.released`.
         vocabulary: whether the weight is an embedding, or the head, or both.
 
     Attributes:
@@ -78,6 +80,9 @@ class Slice(Doors):
         index: int64 buffer (..., r), not persistent.
         rho, write: float buffers (..., r), not persistent; None unless the rule draws with replacement.
         drift: what it knows of the last moment when it and its weight held the same values.
+        low: int16, shaped like the slice; of a released one the bits that the weight does not hold, None for zeros.
+        digest: of the rows of the weight that `low` belongs to; None where that is not known.
+        wide: float32, its values while it is held, where ``active`` has another dtype or keeps low bits; else None.
         changes: what was written into the weight, while somebody keeps track of it (`grass_hf.WeightDelta`).
         norms: the leaf (..., size) that collects squared norms while an observation is due, else None.
         dim: -2 or -1, the dimension of weight and slice along which rows (columns) are selected.
@@ -92,7 +97,6 @@ class Slice(Doors):
     write: Tensor | None
 
     # what moves values
-    held, hold, release = exchange.held, exchange.hold, exchange.release
     changes: Changes | None = None
     write_back = exchange.write_back
     settle_decay = exchange.settle_decay
@@ -115,6 +119,7 @@ class Slice(Doors):
         transposed: bool = False,
         weighted: bool = False,
         dtype: torch.dtype | None = None,
+        stepped: torch.dtype | None = None,
         phase: int = 0,
         leader: str | None = None,
         columns: SharedColumns | None = None,
@@ -151,6 +156,10 @@ class Slice(Doors):
         self.columns = columns
         self.by_sequence = by_sequence
         self.resident = resident
+        self.stepped = stepped or self.active.dtype
+        self.low: Tensor | None = None
+        self.wide: Tensor | None = None
+        self.digest: Tensor | None = None
         self.vocabulary = vocabulary
         self.state = SliceState(name, size, rank, phase, leader or name, blocks, trained=trained)
         self.drift = Drift()
@@ -158,6 +167,7 @@ class Slice(Doors):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        self.empty()
         if self.norms is not None:
             # as gradients are: a copy has none yet
             self.norms = torch.zeros_like(self.norms, requires_grad=True)
@@ -174,11 +184,6 @@ class Slice(Doors):
     def weight(self) -> nn.Parameter:
         """The full weight, (..., m, n) or as it is stored."""
         return getattr(self.owner, self.parameter)
-
-    @property
-    def is_released(self) -> bool:
-        """Whether the slice has no memory of its own now."""
-        return not self.resident and self.active.stride() == (0,) * self.active.dim()
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor | None:
         """`ops.tapped_linear.tapped_linear` of this weight, or None where product and tap cannot be one.

@@ -7,6 +7,7 @@ from torch import nn
 
 import grass_hf
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
+from grass_hf.convert.conversion import grass_slices
 from grass_hf.integrations.coverage import coverage_of
 
 
@@ -100,3 +101,19 @@ def test_what_is_no_grass_run_gets_a_sentence():
         grass_hf.summary(model, plain)
     with pytest.raises(ValueError, match="steps=0"):
         grass_hf.summary(model, optimizer, steps=0)
+
+
+def test_the_bytes_of_slices_are_those_between_steps():
+    def table_of(dtype, **settings):
+        model = tiny_llama().to(dtype)
+        report = grass_hf.summary(model, made(model, density=0.5, **settings))
+        return report.grass.slices, sum(slice_.active.numel() for slice_ in grass_slices(model))
+
+    for dtype, settings, each in (
+        (torch.bfloat16, {}, 4),
+        (torch.bfloat16, {"resident": False}, 2),
+        (torch.bfloat16, {"resident": False, "slice_dtype": "bfloat16"}, 0),
+        (torch.float32, {"resident": False}, 0),
+    ):
+        found, numbers = table_of(dtype, **settings)
+        assert found == each * numbers

@@ -97,6 +97,14 @@ SETTINGS = {
         64,
         False,
     ),
+    "small, released slices of int8 weights": (
+        small_llama,
+        {"rank": 64, "side": "output", "weight_dtype": "int8", "resident": False},
+        torch.bfloat16,
+        1,
+        16,
+        False,
+    ),
     "small, few tokens": (small_llama, {"rank": 80, "side": "output"}, torch.bfloat16, 1, 4, False),
 }
 

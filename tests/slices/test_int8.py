@@ -180,7 +180,6 @@ def test_no_gradient_of_full_size():
         ({"side": "input"}, "side='input', the default, does not go with: use side='output'"),
         ({"side": "auto"}, "side='auto' does not go with: use side='output'"),
         ({"selection": "uniform"}, "use selection='multinomial_norm_nr'"),
-        ({"resident": False}, "use resident=True"),
         ({"weight_dtype": "int4"}, "did you mean 'int8'"),
     ],
 )

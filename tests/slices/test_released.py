@@ -115,8 +115,8 @@ class Counting(torch.optim.SGD):
 
 
 def test_what_cannot_be_released_stops_with_a_sentence():
-    with pytest.raises(ValueError, match="slice_dtype='float32' holds more or other digits"):
-        convert_to_grass(tiny_llama().bfloat16(), GrassConfig(density=0.5, resident=False, slice_dtype="float32"))
+    with pytest.raises(ValueError, match="slice_dtype='float64' holds more or other digits"):
+        convert_to_grass(tiny_llama(), GrassConfig(density=0.5, resident=False, slice_dtype="float64"))
     with pytest.raises(ValueError, match="use resident=True, or uniform_nr"):
         GrassConfig(resident=False, selection="uniform")
     with pytest.raises(ValueError, match="Counting keeps counters in its parameter groups"):

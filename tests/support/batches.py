@@ -32,10 +32,15 @@ def train(file: str, ranks: int, settings: dict[str, dict[str, Any]]) -> None:
         torch.save(outcomes, file)
 
 
-def _run(accumulate=1, clip=None, bfloat16=False, checkpointing=False, ddp=None, **config) -> dict[str, Any]:
-    """Losses, rows and messages of every step, and weights; `config` is of Grass, `ddp` of torch's wrapper."""
+def _run(
+    accumulate=1, clip=None, bfloat16=False, checkpointing=False, ddp=None, cast="float32", **config
+) -> dict[str, Any]:
+    """Losses, rows and messages of every step, and weights; `config` is of Grass, `ddp` of torch's wrapper.
+
+    `cast` is the dtype of the model.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    model = tiny_llama()
+    model = tiny_llama().to(getattr(torch, cast))
     if checkpointing:
         enable_checkpointing(model)
     convert_to_grass(model, GrassConfig(**{**SETTINGS, **config}))

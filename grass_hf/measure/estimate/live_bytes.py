@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
-from ...integrations.simulation import resizes_told
+from ...integrations.simulation import replaced, resizes_told
 
 ACTIVATIONS, LOGITS, TEMPORARIES, COMMUNICATION = "activations", "logits", "temporaries", "communication"
 _COLLECTIVES = ("c10d", "_c10d_functional")
@@ -80,6 +80,7 @@ class LiveBytes(TorchDispatchMode):
         self._peak_at = 0
         self._clock = 0
         self._forward: _Forward | None = None
+        self._paused = False
         self._live: dict[int, _Storage] = {}
         self._history: list[_Storage] = []
 
@@ -105,6 +106,27 @@ class LiveBytes(TorchDispatchMode):
         finally:
             self._forward.end = self._clock
             self._forward = outer
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """An optimizer's step: what it compiles (torchao's 8-bit ones) runs as it is, and is not counted.
+
+        A compiled function makes one pass over its tensors, and under a counter nothing can be compiled.
+        """
+
+        def compile_(function: Callable, **options: Any) -> Callable:
+            @functools.wraps(function)
+            def uncounted(*args: Any, **kwargs: Any) -> Any:
+                before, self._paused = self._paused, True
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    self._paused = before
+
+            return uncounted
+
+        with replaced(torch, "compile", compile_):
+            yield
 
     def at_peak(self) -> dict[str, int]:
         """Bytes that lived at the peak by kind; their sum is `peak`."""
@@ -147,6 +169,8 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]) and args[0].dtype in _ANSWERS:
             return _ANSWERS[args[0].dtype]
         out = func(*args, **(kwargs or {}))
+        if self._paused:
+            return out
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)

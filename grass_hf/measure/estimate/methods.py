@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ...config.fields import unknown_key
 from ...config.settings import GrassConfig
-from ...convert.conversion import convert_to_grass, slice_dtype
+from ...convert.conversion import convert_to_grass
+from ...convert.dtypes import slice_dtype
 from ...convert.targets import Target, plan
 from ...optim.factory import grass_optimizer
 

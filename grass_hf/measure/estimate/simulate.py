@@ -142,7 +142,8 @@ class Simulation:
         self._observe_nothing()
         for param in self._trainable():
             param.grad = torch.zeros_like(param)
-        self.optimizer.step()
+        with self.live.compiled():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self._observe_nothing()
         self._mark_state()
@@ -192,7 +193,8 @@ class Simulation:
             loss.backward()
         del loss
         self.live.mark((param.grad for param in self._trainable()), "gradients")
-        self.optimizer.step()
+        with self.live.compiled():
+            self.optimizer.step()
         self._mark_state()
         self.optimizer.zero_grad()
         most = self.live.most_of((ACTIVATIONS, LOGITS, TEMPORARIES))
@@ -201,6 +203,9 @@ class Simulation:
         return Breakdown(**self.live.at_peak())
 
     def _mark_state(self) -> None:
+        if is_converted(self.model):
+            for slice_ in grass_slices(self.model):
+                self.live.mark((slice_.low, slice_.digest), "slices")
         for state in self.optimizer.state.values():
             self.live.mark(state.values(), "optimizer_state")
 

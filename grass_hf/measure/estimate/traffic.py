@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ...config.settings import GrassConfig
-from ...convert.conversion import slice_dtype
+from ...convert.dtypes import gradient_dtype
 from ...convert.targets import Target, plan
 from ...slices.ops.row_norms import accumulation_dtype
 from ...slices.ops.selection import needs_scores, with_replacement
@@ -148,7 +148,7 @@ def traffic(model: nn.Module, config: GrassConfig | None, engine: str = "ddp") -
         if target is None:
             parts.append(_plain(unit, module, param))
             continue
-        kind = slice_dtype(param.dtype, config) if engine == "ddp" else param.dtype
+        kind = gradient_dtype(param.dtype, config) if engine == "ddp" else param.dtype
         parts.append(_target(unit, module, param, target, kind.itemsize))
         experts = math.prod(param.shape[:-2])
         if needs_scores(config.selection):
