@@ -117,7 +117,7 @@ def _measured(setting: speed.Setting, dtype: torch.dtype, device: str, console: 
             if isinstance(result, speed.Timing):
                 return result
             progress.update(task, completed=result)
-    raise RuntimeError("the measurement ended without a timing")
+    raise RuntimeError(f"the measurement of {name} gave no timing: that is a mistake in grass-hf, please report it.")
 
 
 def _row(timing: speed.Timing, setting: speed.Setting) -> dict[str, Any]:
