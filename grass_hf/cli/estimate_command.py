@@ -18,15 +18,18 @@ def _default(value: Any, help: str) -> Any:
     return typer.Option(None, help=help, show_default=str(value))
 
 
-def _refuse_options(context: typer.Context, recipe: str, allowed: set[str]) -> None:
-    """Stop where options are given beside a recipe, which says these things itself."""
+def _estimate_recipe(context: typer.Context, recipe: str, **allowed: Any) -> None:
+    """Estimate a recipe, which says itself what other options say: they are refused."""
     for param in context.command.params:
         source = context.get_parameter_source(str(param.name))
-        if source is not None and source.name == "COMMANDLINE" and param.name not in allowed:
+        if source is not None and source.name == "COMMANDLINE" and param.name not in {"model", *allowed}:
             raise ValueError(
                 f"{param.opts[0]} does not go with {recipe}, whose own step is estimated: leave it out, and change the "
                 "recipe instead."
             )
+    from .recipe_memory import run_recipe_estimate
+
+    run_recipe_estimate(Path(recipe), **allowed)
 
 
 def estimate(
@@ -110,10 +113,7 @@ def estimate(
     What is counted, and what comes on top of it, stands in docs/memory.md and docs/communication.md.
     """
     if Path(model).suffix in (".yaml", ".yml"):
-        from .recipe_memory import run_recipe_estimate
-
-        _refuse_options(context, model, {"model", "within", "json"})
-        run_recipe_estimate(Path(model), within=within, json=json)
+        _estimate_recipe(context, model, within=within, json=json)
         return
     asked: dict[str, Any] = {
         "preset": preset,
