@@ -1,10 +1,10 @@
-"""``grass-hf estimate``: peaks of several methods side by side, or the largest rank that fits a card."""
+"""``grass-hf estimate``: peaks of several methods side by side, and what fits a card."""
 
 from __future__ import annotations
 
 import dataclasses
 import json as json_module
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import TrainingArguments
-from transformers.trainer import Trainer
 
 from ..config.extras import install
 from ..config.settings import GrassConfig
-from ..config.sizes import parse_bytes
-from ..integrations.base import base_class_and_kwargs
+from ..config.sizes import parse_bytes, shown_bytes
 from ..integrations.model_configs import causal_model
 from ..measure.bench.record import machine
 from ..measure.estimate.fake_ranks import check_engine
-from ..measure.estimate.memory import MemoryEstimate, estimate_memory, largest_rank
+from ..measure.estimate.memory import MemoryEstimate, estimate_memory
 from ..measure.estimate.methods import check_method
 from ..measure.estimate.simulate import Breakdown
-from . import traffic
+from . import fitting, traffic
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PARTS = tuple(field.name for field in dataclasses.fields(Breakdown))
@@ -46,36 +43,96 @@ def run_estimate(
     network: traffic.Network | None = None,
     **setting: Any,
 ) -> None:
-    """Estimate every method, print one table, write `json` and `png`; or find the largest rank that fits.
+    """Estimate every method, print one table, write `json` and `png`; first of all find what fits.
 
-    With `network`, what a step sends and how long it takes comes first.
+    With `network`, what a step sends and how long it takes comes first. Without `methods` it is grass, and AdamW over
+    all weights beside it.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known: choose one of {', '.join(_DTYPES)}.")
-    methods = list(dict.fromkeys(name.strip() for given in methods for name in given.split(",")))
-    for method in methods:
+    named = list(dict.fromkeys(name.strip() for given in methods for name in given.split(","))) or ["grass"]
+    for method in named:
         check_method(method)
         check_engine(setting["engine"], setting["world_size"], method)
     budget = parse_bytes(fit, "--fit") if fit else None
     limit = parse_bytes(within, "--within") if within else None
-    if budget and methods[0] != "grass":
-        raise ValueError(f"--fit finds the rank of grass, and --method {methods[0]} was given: leave --method out.")
+    if budget and named[0] != "grass":
+        raise ValueError(f"--fit finds settings of grass, and --method {named[0]} was given: leave --method out.")
     pyplot = pyplot_for_png() if png else None
+    plain, given = dict(setting), {*grass, *(["base"] if base else [])}
     if base:
-        setting |= dict(zip(("optimizer", "optimizer_args"), _base(base), strict=True))
+        setting |= dict(zip(("optimizer", "optimizer_args"), fitting.base(base), strict=True))
     config = GrassConfig(**grass)
     if budget and config.pattern:
         raise ValueError("--fit finds one rank for all layers: leave --rank-pattern and --density-pattern out.")
     model_config, factory = causal_model(model, getattr(torch, dtype))
     console = Console()
+    peak_of = _peaks(console, model, factory)
+    choice = fitting.Choice(config, setting)
     if budget:
-        config = _fit(console, model, model_config, factory, config, budget, setting)
-    steps = network and traffic.show_steps(console, model, factory, config, network, **setting)
+        choice, said = fitting.best(peak_of, choice, budget, _highest(model, model_config), given)
+        console.print(said)
+    steps = network and traffic.show_steps(console, model, factory, choice.config, network, **choice.setting)
     estimates = []
-    for method in methods:
+    for method in named if methods else (*named, "adamw"):
+        # AdamW that nobody asked for is the plain one
+        own = choice.setting if method in named else {**plain, **_same(choice.setting)}
         with _progress(console, f"{method}: simulating training steps of {model}"):
-            estimates.append(estimate_memory(factory, config, method=method, **setting))
-    title = (
+            estimates.append(estimate_memory(factory, choice.config, method=method, **own))
+    title = _title(model, dtype, choice)
+    console.print(table_of(estimates, title))
+    for line in remarks(estimates):
+        console.print(line)
+    if json is not None:
+        _write(json, model, dtype, base, choice.config, choice.setting, estimates, steps)
+    if png is not None:
+        _draw(pyplot, estimates, title, png)
+    if limit is not None and estimates[0].peak > limit:
+        hint = _hint(peak_of, choice, limit, given) if named[0] == "grass" else ""
+        raise ValueError(
+            f"--within {within}: {named[0]} needs {shown_bytes(estimates[0].peak)}, more than {shown_bytes(limit)}: "
+            f"{hint}--fit {within} finds the largest rank that fits."
+        )
+
+
+def _same(setting: dict[str, Any]) -> dict[str, Any]:
+    return {"gradient_checkpointing": setting["gradient_checkpointing"]}
+
+
+def _hint(peak_of: fitting.Peak, choice: fitting.Choice, limit: int, given: set[str]) -> str:
+    found = fitting.first_that_fits(peak_of, choice, limit, given)
+    if found is None:
+        return "fewer --sequence tokens, a smaller --density or --weight-dtype int8 need less, and "
+    return f"{' '.join(found[0].words)} brings it to {shown_bytes(found[1])}, and "
+
+
+def _highest(model: str, model_config: Any) -> int:
+    """The largest rank that a layer of the model can have."""
+    names = ("intermediate_size", "hidden_size")
+    found = max(getattr(model_config.get_text_config(), name, 0) or 0 for name in names)
+    if not found:
+        raise ValueError(f"--fit does not know how large a rank can be for {model}: give --rank instead.")
+    return found
+
+
+def _peaks(console: Console, model: str, factory: Callable[[], Any]) -> fitting.Peak:
+    """The peak of a choice, printed as it is found."""
+    known: dict[str, int] = {}
+
+    def peak_of(choice: fitting.Choice) -> int:
+        said = ", ".join((choice.config.shown_rank, *choice.words))
+        if said not in known:
+            with _progress(console, f"{said}: simulating training steps of {model}"):
+                known[said] = estimate_memory(factory, choice.config, **choice.setting).peak
+            console.print(f"{said}: {shown_bytes(known[said])}")
+        return known[said]
+
+    return peak_of
+
+
+def _title(model: str, dtype: str, choice: fitting.Choice) -> str:
+    config, setting = choice.config, choice.setting
+    return (
         f"{model}, {dtype}, {setting['batch']} x {setting['sequence']} tokens"
         + (", gradient checkpointing" if setting["gradient_checkpointing"] else "")
         + f", {escape(config.shown_rank)}, side={config.side}, {config.selection}"
@@ -84,48 +141,6 @@ def run_estimate(
         + ("" if config.resident else ", slices released between steps")
         + (f"; one of {setting['world_size']} ranks under {setting['engine']}" if setting["world_size"] > 1 else "")
     )
-    console.print(_table(estimates, title))
-    for line in _remarks(estimates):
-        console.print(line)
-    if json is not None:
-        _write(json, model, dtype, base, config, setting, estimates, steps)
-    if png is not None:
-        _draw(pyplot, estimates, title, png)
-    if limit is not None and estimates[0].peak > limit:
-        raise ValueError(
-            f"--within {within}: {methods[0]} needs {_gib(estimates[0].peak)} GiB, more than {_gib(limit)}: "
-            "--fit finds the largest rank that fits."
-        )
-
-
-def _fit(console: Console, model: str, model_config, factory, config: GrassConfig, budget: int, setting) -> GrassConfig:
-    """The config with the largest rank whose peak is within the budget."""
-    highest = max(
-        getattr(model_config.get_text_config(), name, 0) or 0 for name in ("intermediate_size", "hidden_size")
-    )
-    if not highest:
-        raise ValueError(f"--fit does not know how large a rank can be for {model}: give --rank instead.")
-
-    def peak_of(rank: int) -> int:
-        with _progress(console, f"rank {rank}: simulating training steps of {model}"):
-            tried = dataclasses.replace(config, rank=rank, density=None)
-            found = estimate_memory(factory, tried, **setting).peak
-        console.print(f"rank {rank}: {_gib(found)} GiB")
-        return found
-
-    found = largest_rank(peak_of, budget, highest)
-    if found is None:
-        raise ValueError(
-            f"--fit {_gib(budget)} GiB is less than {model} needs at rank 1: try --gradient-checkpointing, fewer "
-            "--sequence tokens, --slice-dtype bfloat16 or --targets all-matrices."
-        )
-    console.print(f"largest rank within {_gib(budget)} GiB ({budget:,} bytes): {found[0]}, peak {_gib(found[1])} GiB")
-    return dataclasses.replace(config, rank=found[0], density=None)
-
-
-def _base(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    args = TrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
-    return base_class_and_kwargs(args, name, {}, Trainer.get_optimizer_cls_and_kwargs)
 
 
 def _progress(console: Console, text: str) -> Progress:
@@ -135,27 +150,31 @@ def _progress(console: Console, text: str) -> Progress:
     return progress
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f}"
+def table_of(estimates: list[MemoryEstimate], title: str) -> Table:
+    """Peaks by what is in them, a column each; of small models in MiB."""
+    large = max(estimate.peak for estimate in estimates) >= 2**30
+    unit, name, digits = (2**30, "GiB (2^30 bytes)", 2) if large else (2**20, "MiB (2^20 bytes)", 1)
 
+    def shown(count: int) -> str:
+        return f"{count / unit:.{digits}f}"
 
-def _table(estimates: list[MemoryEstimate], title: str) -> Table:
-    table = Table(title=title, title_justify="left", caption="GiB (2^30 bytes) of live tensors", caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=f"{name} of live tensors", caption_justify="left")
     table.add_column("at the peak")
     for estimate in estimates:
         table.add_column(estimate.method + ("*" if estimate.computed else ""), justify="right")
     for part in _PARTS:
         if part == "communication" and not any(e.at_peak.communication for e in estimates):
             continue
-        table.add_row(part.replace("_", " "), *(_gib(getattr(e.at_peak, part)) for e in estimates))
+        table.add_row(part.replace("_", " "), *(shown(getattr(e.at_peak, part)) for e in estimates))
     table.add_section()
-    table.add_row("peak", *(_gib(e.peak) for e in estimates), style="bold")
-    table.add_row("peak of an ordinary step", *(_gib(e.step.total) for e in estimates))
-    table.add_row("peak of an observing step", *(_gib(e.observing.total) if e.observing else "-" for e in estimates))
+    table.add_row("peak", *(shown(e.peak) for e in estimates), style="bold")
+    table.add_row("peak of an ordinary step", *(shown(e.step.total) for e in estimates))
+    table.add_row("peak of an observing step", *(shown(e.observing.total) if e.observing else "-" for e in estimates))
     return table
 
 
-def _remarks(estimates: Iterable[MemoryEstimate]) -> Iterable[str]:
+def remarks(estimates: Iterable[MemoryEstimate]) -> Iterable[str]:
+    """What the figures are not."""
     yield "An allocator's fragmentation, kernels' own workspace and the driver's context come on top."
     if any(estimate.computed for estimate in estimates):
         yield "* what the optimizer (under ZeRO, the engine) holds is computed by formula; the rest is simulated"

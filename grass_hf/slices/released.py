@@ -130,7 +130,7 @@ class Released(nn.Module):
         now = digest(self.weight.detach(), self.index, self.dim)
         if not torch.equal(now, self.digest.to(now.device)):
             logger.info("%s: its weight was changed, and the slice follows it.", self.state.name)
-            self.low, self.state.owed = None, 1.0
+            self.low = None
 
     def empty(self) -> None:
         """Free what a copy or a move gave to a parameter that is to have no memory."""

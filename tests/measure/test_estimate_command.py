@@ -92,11 +92,11 @@ def test_a_missing_matplotlib_gets_a_sentence(folder, estimate_command, monkeypa
 
 
 def test_command_finds_the_largest_rank(folder, estimate_command):
-    code, out, err = estimate_command(folder / "config.json", "--sequence", "16", "--dtype", "float32", "--fit", "3MB")
+    code, out, err = estimate_command(folder / "config.json", "--sequence", "16", "--dtype", "float32", "--fit", "4MB")
     assert code == 0, err
     found = int(out.split("largest rank within")[1].split("bytes): ")[1].split(",")[0])
     peaks = [estimate_memory(small_llama(layers=1), GrassConfig(rank=r), sequence=16).peak for r in (found, found + 1)]
-    assert peaks[0] <= 3_000_000 < peaks[1]
+    assert peaks[0] <= 4_000_000 < peaks[1]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_command_finds_the_largest_rank(folder, estimate_command):
         (["llama_9m", "--rank-pattern", "q_proj"], "--rank-pattern: rank_pattern: 'q_proj' is not of the form"),
         (["llama_9m", "--fit", "much"], "--fit 'much' is not a size: write 40GB"),
         (["FOLDER", "--fit", "1kB"], "needs at rank 1"),
-        (["FOLDER", "--sequence", "16", "--within", "1MB"], "more than 0.00: --fit finds the largest rank"),
+        (["FOLDER", "--sequence", "16", "--within", "1MB"], "finds the largest rank"),
         (["llama_9m", "--base", "adamm"], "an optimizer of the installed Trainer"),
         (["llama_9m", "--rank", "0"], "rank=0 is not a positive number of rows"),
     ],
