@@ -72,7 +72,8 @@ def looked_at(model: nn.Module) -> Iterator[WeightReads]:
     """
     # What torch.compile has made runs as it was written: no operation of it would be seen, and what it compiles under a
     # mode is of no use later.
-    with torch.compiler.set_stance("force_eager"), _StepReads(model) as reads, _Pointers(reads), ExitStack() as hooks:
+    reads = _StepReads(model)
+    with torch.compiler.set_stance("force_eager"), reads, _Pointers(reads), ExitStack() as hooks:
         hooks.callback(model.register_forward_pre_hook(reads.begin, prepend=True).remove)
         hooks.callback(model.register_forward_hook(reads.end, always_call=True).remove)
         yield reads
