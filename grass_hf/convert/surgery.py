@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..slices.frozen_weight import track, untrack
+from ..slices.frozen_weight import keep_frozen, track, untrack
 from ..slices.ops import int8
 from ..slices.slice import Slice
 from .modules import GrassModule, converted_class, plain_class
@@ -172,7 +172,7 @@ def _set_class(module: nn.Module, cls: type[nn.Module], undo: ExitStack) -> None
 
 def _set_gradient(module: nn.Module, parameter: str, requires_grad: bool, grad: Tensor | None) -> None:
     weight: nn.Parameter = getattr(module, parameter)
-    weight.requires_grad_(requires_grad)
+    keep_frozen(weight, requires_grad)
     weight.grad = grad
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,23 @@ from .marks import marked, original_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+
+class _StepReads(WeightReads):
+    """Of a training step, in which the model's forward may run under `no_grad` too, to give a reference."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self._began: list[bool] = []
+
+    def begin(self, *_: Any) -> None:
+        self._began.append(torch.is_grad_enabled())
+
+    def end(self, *_: Any) -> None:
+        self._began.pop()
+
+    def wants_gradients(self) -> bool:
+        return not self._began or self._began[-1]
 
 
 class _Pointers(TorchFunctionMode):
@@ -55,7 +72,10 @@ def looked_at(model: nn.Module) -> Iterator[WeightReads]:
     """
     # What torch.compile has made runs as it was written: no operation of it would be seen, and what it compiles under a
     # mode is of no use later.
-    with torch.compiler.set_stance("force_eager"), WeightReads(model) as reads, _Pointers(reads):
+    reads = _StepReads(model)
+    with torch.compiler.set_stance("force_eager"), reads, _Pointers(reads), ExitStack() as hooks:
+        hooks.callback(model.register_forward_pre_hook(reads.begin, prepend=True).remove)
+        hooks.callback(model.register_forward_hook(reads.end, always_call=True).remove)
         yield reads
 
 

@@ -89,5 +89,5 @@ def untrack(weight: nn.Parameter) -> None:
 
 
 def keep_frozen(weight: nn.Parameter, requires_grad: bool = False) -> None:
-    """Set a weight's ``requires_grad`` and tell nobody: it says nothing about its slice."""
+    """Set a weight's ``requires_grad``, or put it back, and tell nobody: it says nothing about its slice."""
     Tensor.requires_grad_(weight, requires_grad)

@@ -121,6 +121,28 @@ class FusedLoss(Reader):
         return _FusedLoss.apply(x[:, :-1].flatten(0, 1), self.head.weight, ids[:, 1:].flatten())
 
 
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids)
+        ctx.rows = len(weight)
+        return weight[ids]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, torch.ops.aten.embedding_dense_backward(grad, *ctx.saved_tensors, ctx.rows, -1, False)
+
+
+class Lookup(Reader):
+    """A function that is given a frozen weight, and nothing that requires a gradient."""
+
+    behind = ("table",)
+
+    def forward(self, ids):
+        logits = self.head(self.body(_Lookup.apply(ids, self.table.weight)))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
 class Checkpointed(Routers):
     """The same inside a checkpoint that runs its forward without gradients."""
 
@@ -151,7 +173,7 @@ class Noisy(Routers):
         return F.dropout(x, 0.3, self.training)
 
 
-READERS = [Routers, Matmul, Both, Rows, TiedHead, FusedLoss, Checkpointed, CheckpointedAnew, Noisy]
+READERS = [Routers, Matmul, Both, Rows, TiedHead, FusedLoss, Lookup, Checkpointed, CheckpointedAnew, Noisy]
 
 
 def tokens(seed: int = 0) -> Tensor:

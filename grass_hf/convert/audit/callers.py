@@ -19,12 +19,12 @@ _APPLY = cast(Any, Function.apply).__func__.__code__
 _COMPILED = "/torch/_dynamo/eval_frame.py"
 
 
-def caller(uses: Callable[[Any], bool], *, checkpoints: bool = True) -> tuple[bool, bool]:
+def caller(uses: Callable[[Any], bool], *, certain: bool = False) -> tuple[bool, bool]:
     """Who runs an operation on a weight.
 
     Args:
         uses: says whether an object is one of the modules that have the weight.
-        checkpoints: count reentrant checkpoints as such functions; they run again in backward, with gradients on.
+        certain: leave out functions that may run under `no_grad`, and reentrant checkpoints, which run again later.
 
     Returns:
         Whether one of these modules makes its tapped product; and whether an autograd function runs whose gradients are
@@ -36,7 +36,7 @@ def caller(uses: Callable[[Any], bool], *, checkpoints: bool = True) -> tuple[bo
     while frame is not None:
         code = frame.f_code
         if code is _APPLY:
-            is_recorded = is_recorded or _records(below, checkpoints)
+            is_recorded = is_recorded or _records(below, certain)
         elif code in tapped and uses(frame.f_locals.get("self")):
             return True, is_recorded
         below, frame = frame, frame.f_back
@@ -56,16 +56,22 @@ def in_compiled() -> bool:
     return False
 
 
-def _records(forward: FrameType | None, checkpoints: bool) -> bool:
-    """Whether autograd records the function whose forward this is; under `no_grad` nothing follows it in backward."""
+def _records(forward: FrameType | None, certain: bool) -> bool:
+    """Whether autograd records the function whose forward this is.
+
+    Nothing follows it in backward under `no_grad`, nor where it is given nothing that requires a gradient: frozen
+    weights alone, which would require one without Grass. The two are told apart only where something does.
+    """
     if forward is None or not forward.f_code.co_varnames:
         return True
     context = forward.f_locals.get(forward.f_code.co_varnames[0])
     if isinstance(context, tuple) and context:  # a decorator that hands its arguments on
         context = context[0]
-    if not checkpoints and type(context).__name__ == "CheckpointFunctionBackward":
+    if certain and type(context).__name__ == "CheckpointFunctionBackward":
         return False
-    return getattr(context, "next_functions", None) != ()
+    if getattr(context, "next_functions", None) != ():
+        return True
+    return not certain and not any(getattr(context, "needs_input_grad", None) or ())
 
 
 @functools.cache

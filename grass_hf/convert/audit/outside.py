@@ -141,7 +141,7 @@ def _refuse_in_function(weight: FrozenWeight) -> FrozenWeight:
 
 
 def _is_own(weight: FrozenWeight) -> tuple[bool, bool]:
-    is_own, is_recorded = caller(lambda module: has(module, weight), checkpoints=False)
+    is_own, is_recorded = caller(lambda module: has(module, weight), certain=True)
     return is_own or in_compiled(), is_recorded
 
 

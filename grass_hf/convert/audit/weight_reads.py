@@ -96,6 +96,10 @@ class WeightReads(TorchDispatchMode):
     def ignore_compile_internals(cls) -> bool:
         return True  # a compiled kernel of attention runs compiled; modules that are compiled are not audited
 
+    def wants_gradients(self) -> bool:
+        """Whether gradients are wanted of what autograd functions compute just now."""
+        return True
+
     def before(self, schema: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Called before every operation that has a schema."""
 
@@ -139,7 +143,7 @@ class WeightReads(TorchDispatchMode):
                 own = tensor is slice_.weight or tensor._base is slice_.weight
                 carries = own or tensor is not plain or self._moving
             else:
-                carries = is_recorded
+                carries = is_recorded and self.wants_gradients()
             if carries:
                 self.found[slice_] = None
 
