@@ -90,10 +90,10 @@ class Slice(Doors):
     index: Tensor
     rho: Tensor | None
     write: Tensor | None
+    changes: Changes | None = None  # nobody keeps track of what is written
 
     # what moves values
     held, hold, release = exchange.held, exchange.hold, exchange.release
-    changes: Changes | None = None
     write_back = exchange.write_back
     settle_decay = exchange.settle_decay
     load_selection, current_selection = exchange.load_selection, exchange.current_selection
