@@ -124,8 +124,9 @@ bench-smoke: $(VENV)/.stamp-dev ## The same with every method in seconds: does t
 	$(BIN)/grass-hf bench quality studies/smoke.yaml --out runs/quality_smoke.jsonl
 	$(BIN)/grass-hf bench report runs/quality_smoke.jsonl --out runs
 
-bench-speed: $(VENV)/.stamp-dev ## Time Grass against AdamW and the frozen limit (runs/bench_speed.json)
-	$(BIN)/grass-hf bench speed --json runs/bench_speed.json
+bench-speed: $(VENV)/.stamp-dev ## Time Grass against AdamW and the frozen limit, small steps first (runs/bench_speed.json)
+	$(BIN)/grass-hf bench speed --host --rounds 60 --json runs/bench_speed.json
+	$(BIN)/grass-hf bench speed --side input --json runs/bench_speed.json
 
 bench-net: $(VENV)/.stamp-dev ## Time AdamW and Grass over rate-limited links (root; runs/bench_net.json, .png)
 	$(BIN)/grass-hf bench net --json runs/bench_net.json --png runs/bench_net.png
