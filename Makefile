@@ -152,5 +152,5 @@ proof-gpu: $(VENV)/.stamp-proof ## Train LLaMA-13B in bfloat16 on a GPU that is 
 ##@ Clean up
 
 clean: ## Remove the environment and everything that was generated
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-tools .venv-wheel build dist site runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-tools .venv-wheel build dist site runs *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -46,7 +46,7 @@ THEMES = {
     ),
     "engines": ("integrations", "slices/ops/sharding.py", "_import_hook.py", "__init__.py"),
     "recipes": ("recipes",),
-    "estimate": ("measure/estimate", "cli/estimate.py", "cli/traffic.py", "integrations/model_configs.py"),
+    "estimate": ("measure/estimate", "cli/estimate", "cli/traffic.py", "integrations/model_configs.py"),
     "export": ("integrations/adapters", "cli/adapters.py", "integrations/saving.py"),
     "rollouts": ("integrations/rollouts", "optim/delta_", "optim/weight_delta.py"),
     "benchmarks": (

@@ -51,10 +51,12 @@ def estimate(
     rank_pattern: str | None = typer.Option(None, help="The same for ranks: '(q|k|v|o)_proj:512'."),
     side: str | None = _default(GrassConfig.side, "Side that is selected: input (columns), output (rows) or auto."),
     selection: str | None = _default(
-        GrassConfig.selection, "Rule by which rows are chosen; uniform_nr never observes."
+        GrassConfig.selection,
+        "Rule by which rows are chosen; uniform_nr never observes; multinomial_stale_nr is research.",
     ),
     state_policy: str | None = _default(
-        GrassConfig.state_policy, "What becomes of optimizer state at a selection (GrassConfig.state_policy)."
+        GrassConfig.state_policy,
+        "What becomes of optimizer state at a selection: carry_seeded or reset; carry and reset_warmup are research.",
     ),
     stagger: int | None = _default(
         GrassConfig.stagger, "Number of steps among which the layers' selections are divided; 1 for all at once."

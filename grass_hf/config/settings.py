@@ -20,6 +20,8 @@ from . import fields, presets, written
 WITH_REPLACEMENT = ("multinomial_norm", "multinomial_norm2", "uniform")
 _WITHOUT = ("top_r", "multinomial_norm_nr", "multinomial_norm2_nr", "multinomial_stale_nr", "uniform_nr", "cycle")
 SELECTIONS = (*_WITHOUT, *WITH_REPLACEMENT)
+# Values that are neither the paper's nor in a default or a preset: they are kept for the studies in docs/.
+RESEARCH = {"selection": ("multinomial_stale_nr",), "state_policy": ("carry", "reset_warmup")}
 SIDES = ("output", "input", "auto")
 _CHOICES = {
     "selection": SELECTIONS,
@@ -57,7 +59,7 @@ class GrassConfig:
     """Settings of Grass (arXiv 2406.17660, Algorithm 1).
 
     The defaults of `selection`, `side` and `state_policy` are not the paper's, which `preset("paper")` gives; why, says
-    docs/concepts.md.
+    docs/concepts.md. "Research" marks values that no default and no preset uses, only a study in docs/.
 
     Args:
         rank: number r of rows (or columns) of every target matrix that are trained at a time. A layer whose
@@ -71,6 +73,7 @@ class GrassConfig:
         select_until: optimizer steps after which no layer selects any more; None selects until the end.
         selection: how rows are chosen from the row norms of the gradient, see `slices.ops.selection`. By default drawn
             without replacement, as likely as their norms are large; "top_r" takes the largest (the paper).
+            "multinomial_stale_nr" is research.
         score_by: what the norms are of. "batch": the gradient of what one backward pass sees, as in the paper.
             "sequence": every sequence's own gradient, and their squares are added up, so that the rows do not depend
             on how a batch is split into micro-batches and ranks (experts score by batch).
@@ -87,8 +90,9 @@ class GrassConfig:
             whatever `side` says.
         exclude_modules: suffixes or a regular expression of modules never to compress: PEFT's semantics.
         state_policy: at reselection the optimizer state of rows that stay is kept, and fresh rows start with the second
-            moment that the slice and their norms make likely ("carry_seeded") or with zero ("carry"); or all of it is
-            dropped ("reset", the paper), or dropped and the slices' learning rate ramped up again ("reset_warmup").
+            moment that the slice and their norms make likely ("carry_seeded") or with zero ("carry", research); or all
+            of it is dropped ("reset", the paper), or dropped and the slices' learning rate ramped up again
+            ("reset_warmup", research).
         stagger: number of steps, spread evenly over the interval, on which a part each of the layers selects; 1
             lets all select at once (the paper). A step that observes keeps the whole inputs of its layers.
         decay: "all" lets weight decay reach the rows that are not being trained too (lazily); "active" not.

@@ -31,7 +31,7 @@ _DECAYED_AT_A_TIME = 2**20
 
 
 def rank_part(slice_: Slice, exact: bool = False) -> Part:
-    """What this rank holds of a slice and its weight; as `slice_.local_part`.
+    """What this rank holds of a slice and its weight; as `part.local_part`.
 
     Args:
         slice_: the slice.

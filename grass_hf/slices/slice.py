@@ -87,7 +87,7 @@ class Slice(Released, Doors):
         norms: the leaf (..., size) that collects squared norms while an observation is due, else None.
         dim: -2 or -1, the dimension of weight and slice along which rows (columns) are selected.
         before: what the weight was before, `surgery.Before`.
-        rank_part: says what this rank has of the weight and the slice; `slice_.local_part`, or an engine's own.
+        rank_part: says what this rank has of the weight and the slice; `part.local_part`, or an engine's own.
     """
 
     owner: nn.Module
@@ -95,9 +95,9 @@ class Slice(Released, Doors):
     index: Tensor
     rho: Tensor | None
     write: Tensor | None
+    changes: Changes | None = None  # nobody keeps track of what is written
 
     # what moves values
-    changes: Changes | None = None
     write_back = exchange.write_back
     settle_decay = exchange.settle_decay
     load_selection, current_selection = exchange.load_selection, exchange.current_selection

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from grass_hf import GrassConfig
+from grass_hf.config import settings
 from grass_hf.config.optim_args import parse_optim_args
 from grass_hf.config.presets import PRESETS
 
@@ -171,3 +172,27 @@ def test_yaml(tmp_path):
 )
 def test_rank_for(config, size, rank):
     assert GrassConfig(**config).rank_for(size) == rank
+
+
+# Algorithm 1's rules, section 3.3 and Table 1 of the paper.
+OF_THE_PAPER = {
+    "selection": {
+        "top_r",
+        "uniform",
+        "uniform_nr",
+        "multinomial_norm",
+        "multinomial_norm_nr",
+        "multinomial_norm2",
+        "multinomial_norm2_nr",
+    },
+    "state_policy": {"reset"},
+}
+
+
+@pytest.mark.parametrize("field", OF_THE_PAPER)
+def test_what_is_neither_the_papers_nor_in_use_is_marked_as_research(field):
+    in_use = {getattr(GrassConfig(), field), *(preset.get(field) for preset in PRESETS.values())}
+    assert set(settings.RESEARCH[field]) == set(settings._CHOICES[field]) - OF_THE_PAPER[field] - in_use
+    for value in settings.RESEARCH[field]:
+        said = " ".join(GrassConfig.__doc__.split())
+        assert f'"{value}", research)' in said or f'"{value}" is research' in said

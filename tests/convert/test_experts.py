@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from allocations import Allocations
+from helpers import check_resumes
 from model_matrix import CAUSAL, SHAPE, batch, build, needs_interface, step
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -240,16 +241,7 @@ def test_resumes_bit_for_bit(model_type):
         model = convert_to_grass(build(model_type), config)
         return model, grass_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
 
-    whole, optimizer = start()
-    run(whole, optimizer, range(4))
-    state = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
-    expected = run(whole, optimizer, range(4, 8))
-    resumed, optimizer = start()
-    resumed.load_state_dict(state[0])
-    optimizer.load_state_dict(state[1])
-    assert run(resumed, optimizer, range(4, 8)) == expected
-    for (name, ours), theirs in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs), name
+    check_resumes(start, run)
 
 
 @needs_interface

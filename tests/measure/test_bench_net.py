@@ -1,6 +1,7 @@
 """Rate-limited links between processes: they have their rates, and nothing of them is left behind."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -12,7 +13,6 @@ from pathlib import Path
 import pytest
 from helpers import tiny_llama
 
-from grass_hf.cli import main
 from grass_hf.measure.bench import switch
 
 
@@ -69,15 +69,9 @@ def running_in(namespaces: set[str]) -> list[str]:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr("sys.argv", ["grass-hf", "bench", "net", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
+def command(command):
+    """`grass-hf bench net ...`, as `conftest.command` runs it."""
+    return functools.partial(command, "bench", "net")
 
 
 def test_without_root_it_is_refused_with_a_sentence(command, monkeypatch):

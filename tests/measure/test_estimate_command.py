@@ -1,6 +1,7 @@
 """The command grass-hf estimate: its table, files, settings and mistakes."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -10,7 +11,6 @@ import torch
 from test_memory import small_llama
 
 from grass_hf import GrassConfig, estimate_memory
-from grass_hf.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +24,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def estimate_command(monkeypatch, capsys):
-    """`grass-hf estimate` in this process: exit code, what it printed, its error."""
-
-    def run(*words):
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr("sys.argv", ["grass-hf", "estimate", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
+def estimate_command(command):
+    return functools.partial(command, "estimate")
 
 
 def test_command_prints_a_table_and_writes_files(folder, estimate_command):

@@ -9,7 +9,6 @@ from helpers import tiny_llama
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grass_hf import GrassConfig, estimate_memory
-from grass_hf.cli import main
 from grass_hf.measure.bench import memory as bench
 from grass_hf.measure.bench.memory import Case, Comparison
 from grass_hf.measure.estimate.zero_sizes import BUCKET_ELEMENTS
@@ -20,20 +19,6 @@ CASES = {
     "FSDP2, columns": dataclasses.replace(SMALL, dtype="float32", checkpointing=True, grass={"side": "input"}),
     "DDP, float32 slices": dataclasses.replace(SMALL, engine="ddp"),
 }
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """`grass-hf ...` in this process: exit code, what it printed, its error."""
-
-    def run(*words):
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr("sys.argv", ["grass-hf", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from grass_hf import GrassConfig, convert_to_grass
-from grass_hf.cli import main
 from grass_hf.convert.conversion import grass_slices
 from grass_hf.measure.estimate.network_model import MEASURED_ERROR
 from grass_hf.measure.estimate.traffic import KINDS, layers, ring_bytes, traffic
@@ -119,20 +118,6 @@ def test_operations_are_those_that_torch_counts(config):
 def test_an_unknown_engine_gets_a_sentence():
     with pytest.raises(ValueError, match="engine='ddq' is not known: choose one of ddp, fsdp2"):
         traffic(tiny_llama(), None, "ddq")
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """`grass-hf` in this process: exit code, what it printed, its error."""
-
-    def run(*words):
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr("sys.argv", ["grass-hf", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

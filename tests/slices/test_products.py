@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from allocations import Allocations
+from helpers import check_resumes
 from matrix_cases import build, case
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -307,11 +308,4 @@ def test_resumes_bit_for_bit(name):
         model = convert_to_grass(build(case(name)).eval(), GrassConfig(density=0.25, update_interval=3))
         return model, grass_optimizer(model, torch.optim.AdamW, lr=1e-2)
 
-    whole, optimizer = start()
-    run(whole, optimizer, range(4))
-    state = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
-    expected = run(whole, optimizer, range(4, 8))
-    resumed, optimizer = start()
-    resumed.load_state_dict(state[0])
-    optimizer.load_state_dict(state[1])
-    assert run(resumed, optimizer, range(4, 8)) == expected
+    check_resumes(start, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 
@@ -84,6 +85,25 @@ def leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def check_resumes(start, run) -> None:
+    """Check that a run which is resumed in mid-interval goes on bit for bit: losses and weights.
+
+    Args:
+        start: makes a model and its optimizer.
+        run: trains them the steps of these numbers, and returns the losses.
+    """
+    whole, optimizer = start()
+    run(whole, optimizer, range(4))
+    state = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
+    expected = run(whole, optimizer, range(4, 8))
+    resumed, optimizer = start()
+    resumed.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    assert run(resumed, optimizer, range(4, 8)) == expected
+    for (name, ours), theirs in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def plain_state(model) -> dict[str, torch.Tensor]:

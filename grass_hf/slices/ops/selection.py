@@ -11,9 +11,9 @@ With ``s_i = ||G_i||^2`` the observed squared norm of row i of m, r rows to choo
     uniform / uniform_nr     1/m           with / without replacement    sqrt(m / r)      /  1
     cycle                    -             the next r of a permutation   1
 
-`multinomial_stale_nr` is not the paper's: norms times staleness. a_i is 1 for a row in the slice, one more with every
-turn since it left, and for a row that was never in it one more than if it had left in the first turn. Large
-gradients still count, and no row that has one waits for ever.
+`multinomial_stale_nr` is research, and not the paper's: norms times staleness. a_i is 1 for a row in the slice, one
+more with every turn since it left, and for a row that was never in it one more than if it had left in the first turn.
+Large gradients still count, and no row that has one waits for ever.
 
 `cycle` is not the paper's. It draws one permutation of the rows per layer and walks through it, r rows a turn and over
 its end to its beginning, so that after ceil(m / r) turns every row was trained, and no row ever more than one turn
