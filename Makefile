@@ -8,7 +8,7 @@ METADATA := setup.cfg pyproject.toml constraints/dev.txt
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo finetune test test-slow test-dist test-tools stress mutate test-oldest test-newest test-gpu support-table quality dist test-wheel bench bench-smoke bench-speed \
+.PHONY: help venv demo finetune test test-slow test-dist test-tools stress mutate test-oldest test-newest test-gpu support-table quality dist test-wheel bench bench-finetune bench-smoke bench-speed \
 	bench-net bench-memory proof-13b proof-7b proof-13b-int8 proof-gpu docs clean
 
 help: ## List the commands
@@ -92,9 +92,16 @@ bench: $(VENV)/.stamp-dev ## Compare Grass with its peers, each at its own best 
 	$(BIN)/grass-hf bench quality studies/peers.yaml --out runs/quality_peers.jsonl --workers $(BENCH_WORKERS)
 	$(BIN)/grass-hf bench report runs/quality_peers.jsonl --out docs/results
 
+bench-finetune: $(VENV)/.stamp-packaged ## The same in finetuning: two tasks of MiniLM, two of SmolLM2 (hours; goes on where it was)
+	for task in sentiment replies dialogues arithmetic; do \
+		$(BIN)/grass-hf bench quality studies/finetune_$$task.yaml --out runs/quality_finetune_$$task.jsonl --workers $(BENCH_WORKERS) && \
+		$(BIN)/grass-hf bench report runs/quality_finetune_$$task.jsonl --out docs/results || exit 1; done
+
 bench-smoke: $(VENV)/.stamp-dev ## The same with every method in seconds: does the instrument work?
 	$(BIN)/grass-hf bench quality studies/smoke.yaml --out runs/quality_smoke.jsonl
 	$(BIN)/grass-hf bench report runs/quality_smoke.jsonl --out runs
+	$(BIN)/grass-hf bench quality studies/smoke_finetune.yaml --out runs/quality_smoke_finetune.jsonl
+	$(BIN)/grass-hf bench report runs/quality_smoke_finetune.jsonl --out runs
 
 bench-speed: $(VENV)/.stamp-dev ## Time Grass against AdamW and the frozen limit (runs/bench_speed.json)
 	$(BIN)/grass-hf bench speed --json runs/bench_speed.json
