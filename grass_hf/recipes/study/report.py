@@ -15,7 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .rate_plot import draw_rates
 from .rows import Row, deciding
+from .task_scores import before, cells, figure, headings, measure_of, task_of
 
 Point = tuple[float, float]
 
@@ -70,7 +72,9 @@ def entries(rows: Iterable[Row]) -> list[Entry]:
     found: dict[str, dict[Point, dict[int, Row]]] = {}
     names: dict[str, str] = {}
     for row in rows:
-        what = json.dumps([row["kind"], deciding(row["kind"], row["settings"])], sort_keys=True)
+        # what one rate for everything means is a multiplier's matter, so in finetuning it makes another method
+        own = [] if task_of(row) == "pretraining" else [row["method"], row.get("frozen")]
+        what = json.dumps([row["kind"], deciding(row["kind"], row["settings"]), *own], sort_keys=True)
         names.setdefault(what, row["method"])
         points = found.setdefault(what, defaultdict(dict))
         points[row["learning_rate"], row["multiplier"]][row["seed"]] = row
@@ -81,7 +85,7 @@ def entries(rows: Iterable[Row]) -> list[Entry]:
 
 
 def write_report(rows: Sequence[Row], folder: Path, name: str, command: str, title: str = "") -> list[Path]:
-    """Write NAME.md and, where matplotlib is installed, NAME.png.
+    """Write NAME.md and, where matplotlib is installed, NAME.png; of a finetuning task NAME_rates.png too.
 
     Args:
         rows: of one comparison.
@@ -101,6 +105,9 @@ def write_report(rows: Sequence[Row], folder: Path, name: str, command: str, tit
     if drawn:
         files.append(folder / f"{name}.png")
         lines += [f"![loss against tokens, seconds and bytes]({name}.png)", ""]
+    if task_of(rows[0]) != "pretraining" and draw_rates(found, folder / f"{name}_rates.png"):
+        files.append(folder / f"{name}_rates.png")
+        lines += [f"![loss against the learning rate]({name}_rates.png)", ""]
     for entry in found:
         lines += [f"## {entry.name}", "", *grid_table(entry), ""]
     files[0].write_text("\n".join(lines), encoding="utf-8")
@@ -109,19 +116,21 @@ def write_report(rows: Sequence[Row], folder: Path, name: str, command: str, tit
 
 def best_table(found: list[Entry]) -> list[str]:
     """Markdown lines: one per method, at its best point."""
-    heads = ["method", "perplexity", "over seeds", "seeds", "rate", "multiplier", "at the edge", "points"]
-    heads += ["trained", "peak MiB", "s a step", "tokens/s"]
+    first = found[0].rows[0]
+    heads = ["method", measure_of(first), "over seeds", *headings(first)]
+    heads += ["seeds", "rate", "multiplier", "at the edge", "points", "trained", "peak MiB", "s a step", "tokens/s"]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for entry in found:
         rows, (rate, multiplier) = entry.rows, entry.best
         losses = [row["loss"] for row in rows if row["loss"] is not None]
-        spread = f"{math.exp(min(losses)):.1f} to {math.exp(max(losses)):.1f}" if len(losses) > 1 else "-"
+        spread = f"{figure(first, min(losses))} to {figure(first, max(losses))}" if len(losses) > 1 else "-"
         timed = [row for row in rows if row["workers"] == 1 and row["tokens_per_second"]]
         speed = statistics.fmean(row["tokens_per_second"] for row in timed) if timed else None
-        cells = [
+        shown = [
             entry.name,
-            _perplexity(entry.loss(entry.best)),
+            figure(first, entry.loss(entry.best)),
             spread,
+            *cells(rows),
             str(len(rows)),
             f"{rate:g}",
             "-" if rows[0]["kind"] == "frozen" else f"{multiplier:g}",
@@ -132,7 +141,7 @@ def best_table(found: list[Entry]) -> list[str]:
             f"{rows[0]['tokens_per_step'] / speed:.3f}" if speed else "-",
             f"{speed:.0f}" if speed else "-",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(shown) + " |")
     return lines
 
 
@@ -143,17 +152,13 @@ def grid_table(entry: Entry) -> list[str]:
     lines = ["| rate \\ multiplier | " + " | ".join(f"{m:g}" for m in multipliers) + " |"]
     lines.append("|---" + "|---:" * len(multipliers) + "|")
     for rate in rates:
-        cells = []
+        shown = []
         for multiplier in multipliers:
             rows = entry.points.get((rate, multiplier))
-            text = "" if rows is None else _perplexity(entry.loss((rate, multiplier)))
-            cells.append(f"**{text}**" if (rate, multiplier) == entry.best else text)
-        lines.append(f"| {rate:g} | " + " | ".join(cells) + " |")
+            text = "" if rows is None else figure(rows[0], entry.loss((rate, multiplier)))
+            shown.append(f"**{text}**" if (rate, multiplier) == entry.best else text)
+        lines.append(f"| {rate:g} | " + " | ".join(shown) + " |")
     return lines
-
-
-def _perplexity(loss: float) -> str:
-    return "diverged" if loss == math.inf else f"{math.exp(min(loss, 700.0)):.1f}"
 
 
 def _setting(rows: Sequence[Row], command: str) -> list[str]:
@@ -163,14 +168,16 @@ def _setting(rows: Sequence[Row], command: str) -> list[str]:
     said = {name: sorted({json.dumps(row[name]) for row in rows}) for name in names}
     seeds = sorted({row["seed"] for row in rows})
     dates = sorted(row["date"] for row in rows)
-    tokens, untrained = max(row["tokens"] for row in rows), math.exp(first["loss_before"])
+    tokens, pretrained = max(row["tokens"] for row in rows), task_of(first) == "pretraining"
+    held_out = "documents" if pretrained else f"rows of task {task_of(first)}"
     commits = ", ".join(json.loads(value) or "unknown" for value in said["commit"])
     studies = ", ".join(f"`{json.loads(value)}`" for value in said["study"])
     lines = [
         f"* `{command}`, rows of study {studies}",
         f"* model {json.dumps(first['document']['model'])}, text {json.dumps(first['document']['data'])}",
         f"* training {json.dumps(training)}: {tokens:,} tokens a run",
-        f"* held-out documents: {first['evaluated_tokens']:,} tokens, perplexity {untrained:.0f} untrained",
+        f"* held-out {held_out}: {first['evaluated_tokens']:,} {'rows' if measure_of(first) == 'loss' else 'tokens'}, "
+        + (f"perplexity {math.exp(first['loss_before']):.0f} untrained" if pretrained else f"{before(first)} before"),
         f"* {len(rows)} runs, seeds {', '.join(map(str, seeds))}, from {dates[0]} to {dates[-1]}",
         f"* commit {commits}; {', '.join(map(json.loads, said['device']))}",
     ]

@@ -14,73 +14,28 @@ evaluations.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ...integrations.base import base_class_and_kwargs
 from ...integrations.trainer import GrassCallback
 from ...measure.bench import record
-from ...measure.bench.methods import KINDS, PACKAGES, check_installed, make_ready, target_names, trainer_flags
+from ...measure.bench.methods import KINDS, PACKAGES, check_installed, make_ready, trainer_flags
 from ...measure.estimate.live_bytes import LiveBytes
-from ..encode import block_collator
-from ..models import empty_model, load_model
+from ..models import load_model
 from ..parse import build_recipe
 from ..schema import Recipe
-from ..tasks import Prepared, prepare
-from .grid import Method, Run, Study
+from .grid import Method, Run
+from .text import Text, shared_text
 from .two_rates import TwoRateTrainer, grass_config
 
 _COUNTED_GAP, _COUNTED_RATE = 2, 1e-4
 _LOGGED_POINTS = 20
-
-
-@dataclass(frozen=True)
-class Text:
-    """What all runs of a study share.
-
-    Attributes:
-        prepared: rows, tokenizer and the model's config.
-        names: of the target matrices.
-        held_out: (blocks, length) int64, what is evaluated.
-        digest: of all training blocks and `held_out`.
-    """
-
-    prepared: Prepared
-    names: list[str]
-    held_out: Tensor
-    digest: str
-
-
-_texts: dict[str, Text] = {}
-
-
-def shared_text(study: Study) -> Text:
-    """Read and tokenise once per process."""
-    if study.name not in _texts:
-        recipe = build_recipe(study.document, study.path, ["--output_dir", tempfile.gettempdir()], grass=False)
-        prepared = prepare(recipe)
-        if prepared.evaluation is None or prepared.train.streaming:
-            raise ValueError(
-                f"{study.path}: a study needs held-out documents, and rows that are not streamed: give data.holdout, "
-                "and leave data.streaming out."
-            )
-        whole = recipe.data.sequence_length
-        blocks = torch.tensor([ids for ids in prepared.evaluation.dataset["input_ids"] if len(ids) == whole])
-        count = min(study.eval_blocks, len(blocks))
-        held_out = blocks[torch.arange(count) * len(blocks) // count]
-        digest = hashlib.sha256(repr(prepared.train.dataset["input_ids"][:]).encode())
-        digest.update(held_out.numpy().tobytes())
-        names = target_names(empty_model(recipe, prepared.config), study.target_modules)
-        _texts[study.name] = Text(prepared, names, held_out, digest.hexdigest()[:16])
-    return _texts[study.name]
 
 
 def run_row(run: Run, workers: int = 1) -> dict[str, Any]:
@@ -104,14 +59,15 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
     follow = _Follow(run, text)
     trainer, recipe = _trainer(run, text, [follow], folder)
     model: Any = trainer.model
-    started = held_out_loss(model, text.held_out, recipe.training.per_device_eval_batch_size)
+    started, scored = text.held_out.evaluate(model)
+    scored |= text.held_out.costly(model)
     try:
         trainer.train()
     except FloatingPointError:  # Grass refuses gradients that are not finite; the others go on with them
         follow.diverged = True
     steps = trainer.state.global_step
     tokens_a_step = recipe.training.train_batch_size * recipe.training.gradient_accumulation_steps
-    tokens_a_step *= recipe.data.sequence_length
+    tokens_a_step = round(tokens_a_step * text.row_tokens)
     loss = None if follow.diverged else follow.validation[-1][1]
     history = [[h["step"], h["loss"]] for h in trainer.state.log_history if math.isfinite(h.get("loss", math.nan))]
     seconds = sum(follow.seconds)
@@ -134,7 +90,7 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         "steps": steps,
         "tokens": steps * tokens_a_step,
         "tokens_per_step": tokens_a_step,
-        "evaluated_tokens": text.held_out.numel(),
+        "evaluated_tokens": text.held_out.size,
         "loss": loss,
         "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
         "loss_before": started,
@@ -146,21 +102,12 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         "tokens_per_second": len(follow.seconds) * tokens_a_step / seconds if seconds else None,
         "workers": workers,
     }
+    if run.study.finetunes:
+        scores = None if follow.diverged else follow.scores | text.held_out.costly(model)
+        row |= {"scores_before": scored, "scores": scores}
+    if run.method.frozen is not None:
+        row["frozen"] = run.method.frozen
     return row | record.machine(*PACKAGES)
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, blocks: Tensor, batch: int) -> float:
-    """Mean loss over the predicted tokens of blocks (n, length) of equal length."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    total = 0.0
-    for part in blocks.split(batch):
-        part = part.to(device)
-        total += float(model(input_ids=part, labels=part).loss) * len(part)
-    model.train(was_training)
-    return total / len(blocks)
 
 
 def _trainer(
@@ -178,7 +125,9 @@ def _trainer(
     if recipe.training.max_steps < 1:
         raise ValueError(f"{run.study.path}: training.max_steps={recipe.training.max_steps}: give the steps of a run.")
     set_seed(run.seed)
-    model, targets = make_ready(method.kind, load_model(recipe, text.prepared.config), method.settings, text.names)
+    model, targets = make_ready(
+        method.kind, load_model(recipe, text.prepared.config), method.settings, text.names, method.frozen
+    )
     if method.kind == "grass":
         config = grass_config(method.settings, run.multiplier, run.study.target_warmup)
         callbacks = [GrassCallback(config), *callbacks]
@@ -190,7 +139,7 @@ def _trainer(
         model=model,
         args=recipe.training,
         train_dataset=text.prepared.train.dataset,
-        data_collator=block_collator(text.prepared.tokenizer),
+        data_collator=text.collate,
         callbacks=callbacks,
         targets=targets,
         multiplier=run.multiplier,
@@ -206,13 +155,13 @@ _peaks: dict[str, int] = {}
 def _counted_bytes(run: Run, text: Text, folder: str) -> int:
     """Peak of live bytes in training; see [Note: counted bytes]."""
     method = run.method
-    name = repr((run.study.name, method.kind, sorted(method.settings.items(), key=str)))
+    name = repr((run.study, method.kind, method.frozen, sorted(method.settings.items(), key=str)))
     if name not in _peaks:
         settings, gap = dict(method.settings), KINDS[method.kind].gap
         steps = max(_COUNTED_GAP, settings.get("stagger", 1))
         if gap is not None and settings[gap] < 10**6:
             settings[gap] = steps
-        short = Method(method.name, method.kind, settings, method.learning_rates, method.multipliers)
+        short = Method(method.name, method.kind, settings, method.learning_rates, method.multipliers, method.frozen)
         counter = _Count(2 * steps)
         again = Run(run.study, short, _COUNTED_RATE, 1.0, run.seed)
         trainer, _ = _trainer(again, text, [counter], folder, max_steps=2 * steps)
@@ -245,6 +194,7 @@ class _Follow(TrainerCallback):
     Attributes:
         seconds: of every step.
         validation: [step, loss on held-out text, seconds of training until then].
+        scores: what else the last evaluation has shown.
         diverged: whether a loss was not finite.
     """
 
@@ -252,6 +202,7 @@ class _Follow(TrainerCallback):
         self.text, self.evaluations = text, run.study.evaluations
         self.seconds: list[float] = []
         self.validation: list[list[float]] = []
+        self.scores: dict[str, float] = {}
         self.diverged = False
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -263,7 +214,7 @@ class _Follow(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.begun)
         step, steps = state.global_step, state.max_steps
         if step * self.evaluations // steps > (step - 1) * self.evaluations // steps:
-            loss = held_out_loss(model, self.text.held_out, args.per_device_eval_batch_size)
+            loss, self.scores = self.text.held_out.evaluate(model)
             if not math.isfinite(loss):
                 self.diverged = control.should_training_stop = True
             else:
