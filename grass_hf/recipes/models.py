@@ -27,6 +27,7 @@ from transformers.integrations import deepspeed
 from ..integrations.model_configs import language_model_class, model_config, train_language_only
 from .encode import PLAIN_TEMPLATE
 from .packaged import MODELS
+from .places import first_line
 from .schema import ModelSection, Recipe
 
 END_OF_TEXT = "<|endoftext|>"
@@ -65,7 +66,7 @@ def load_tokenizer(model: ModelSection, texts: Any = None, cached: Path | None =
         except (OSError, ValueError, KeyError) as error:
             way = " or tokenizer_vocab_size" if model.from_scratch else ""
             raise ValueError(
-                f"the tokenizer {name!r} cannot be loaded ({_first_line(error)}): give model.tokenizer_name{way}."
+                f"the tokenizer {name!r} cannot be loaded ({first_line(error)}): give model.tokenizer_name{way}."
             ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -119,7 +120,7 @@ def load_config(model: ModelSection) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model.model_name_or_path={model.model_name_or_path!r} is no folder with a config.json, and cannot be "
-            f"loaded from the hub ({_first_line(error)}): packaged models are {', '.join(MODELS)}."
+            f"loaded from the hub ({first_line(error)}): packaged models are {', '.join(MODELS)}."
         ) from error
 
 
@@ -203,7 +204,7 @@ def load_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
             made = kind.from_pretrained(place, config=config, dtype=dtype, **options)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
-                f"{model.model_name_or_path}: its weights cannot be loaded ({_first_line(error)})."
+                f"{model.model_name_or_path}: its weights cannot be loaded ({first_line(error)})."
             ) from error
     if getattr(made, "generation_config", None) is not None:
         mend_generation(made.generation_config)
@@ -279,9 +280,5 @@ def from_config(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
         return model if recipe.task in ("classification", "reward") else train_language_only(model)
     except (ValueError, ImportError) as error:
         raise ValueError(
-            f"{recipe.model.name} cannot be built for task={recipe.task} ({_first_line(error)})."
+            f"{recipe.model.name} cannot be built for task={recipe.task} ({first_line(error)})."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .places import BadRow, place
+from .places import BadRow, first_line, place
 
 EVERY = range(sys.maxsize)
 
@@ -142,7 +142,7 @@ class _Batch:
             result = self.function({name: _without_nulls(row[name], self.features.get(name)) for name in row})
         except Exception as error:  # a template raises what it likes
             known = isinstance(error, BadRow)
-            reason = str(error) if known else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
             number = self.numbers[number]
             where = place(self.files, number) if self.files else f"{self.name}, row {number + 1}"
             if not self.skip:

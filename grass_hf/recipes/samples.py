@@ -44,7 +44,7 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], most: int, **
         options: of `generate`.
     """
     training, pad = model.training, tokenizer.pad_token_id
-    padded = {"batch_first": True, "padding_side": "left"}
+    padded: Any = {"batch_first": True, "padding_side": "left"}
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=pad, **padded)
     mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], **padded)
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
