@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +153,7 @@ class _Batch:
 
 def versions() -> tuple[str, ...]:
     """Of what makes tokens, since code that is imported is not hashed; our own changes between versions too."""
-    found = []
-    for package in ("trl", "transformers", "tokenizers", "jinja2"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
+    found = (f"{package} {version(package)}" for package in ("trl", "transformers", "tokenizers", "jinja2"))
     own = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("chats", "encode", "layouts", "turns"))
     return (*found, *(hashlib.sha256(code).hexdigest() for code in own))
 

@@ -56,7 +56,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, json_file: Path | None = N
     results = _results(trainer, recipe, prepared, done, time.perf_counter() - started)
     if training.process_index != 0:
         return results
-    run = as_json(recipe, results, done.samples)
+    asked = json_file is not None or recipe.evaluation.report  # it makes other arguments, which ends accelerate's state
+    run = as_json(recipe, results, done.samples) if asked else {}
     for path in report_run(run, recipe, trainer, output):
         say(f"written: {path}")
     if json_file is not None:

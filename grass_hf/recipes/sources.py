@@ -85,7 +85,7 @@ def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
             dataset = dataset[split]
         return Rows(dataset, name), None
     source, options, files = _found(data, name, path)
-    splits = list(files) if path.exists() or _is_pattern(name) else []
+    splits = list(files) if path.exists() or glob.has_magic(name) else []
     named = [part.split("[")[0].strip() for part in split.split("+")]
     if splits and not set(named) <= set(splits):
         raise ValueError(_no_split(split, splits, name))
@@ -143,10 +143,6 @@ def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any
     return source, options, files
 
 
-def _is_pattern(name: str) -> bool:
-    return any(sign in name for sign in "*?[")
-
-
 def check_local(data: DataSection) -> None:
     """Check that datasets whose names are paths exist, without reading them.
 
@@ -163,9 +159,9 @@ def _where(name: str, path: Path) -> tuple[str, dict[str, Any]]:
         return str(path.parent.absolute()), {"data_files": {"train": [glob.escape(path.name)]}}
     if path.is_dir():
         return str(path.absolute()), {}
-    if _is_pattern(name):
+    if glob.has_magic(name):
         parts = path.absolute().parts
-        first = next(number for number, part in enumerate(parts) if _is_pattern(part))
+        first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
         return str(Path(*parts[:first])), {"data_files": {"train": ["/".join(parts[first:])]}}
     if path.suffix in KINDS or name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"data: {name} is not a file or folder: give the path of one, a packaged text, or a hub id.")
@@ -181,7 +177,7 @@ def _reason(error: Exception, files: list[str], name: str, split: str, data: Dat
     while cause.__cause__ is not None:
         cause = cause.__cause__
     first = first_line(cause)
-    if _is_pattern(name) or Path(name).expanduser().exists():
+    if glob.has_magic(name) or Path(name).expanduser().exists():
         return f"data: {name} (split {split}) cannot be read: {first}."
     return (
         f"data: {name!r} (configuration {data.dataset_config or 'default'}, split {split}) is no local file and cannot "
