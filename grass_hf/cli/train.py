@@ -65,6 +65,8 @@ def run_validate(
     from ..recipes.tasks import prepare
 
     prepared = prepare(recipe)
+    first = recipe.training.process_index == 0
+    _console.quiet = not first
     remarks = check_settings(recipe, prepared)
     model, plan = check_model(recipe, prepared)
     for line in (*preview.describe(prepared, recipe.task), *remarks):
@@ -86,7 +88,9 @@ def run_validate(
     if memory:
         found["memory"] = _check_memory(recipe, prepared, model, limit)
     _console.print(f"{path}: nothing is wrong with it")
-    _write(json, found)
+    if first:
+        _write(json, found)
+    _leave()
 
 
 def _dry_run(recipe, prepared) -> str:

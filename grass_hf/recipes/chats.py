@@ -21,7 +21,7 @@ from trl.chat_template_utils import (
 )
 from trl.data_utils import common_prefix_length
 
-from .places import BadRow, shown
+from .places import BadRow, first_line, shown
 
 Row = dict[str, Any]
 Span = tuple[int, int]
@@ -117,7 +117,7 @@ class ChatEncoder:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template raises what it likes
-            raise BadRow(f"the chat template refuses the chat: {(str(error).splitlines() or [''])[0]}") from error
+            raise BadRow(f"the chat template refuses the chat: {first_line(error)}") from error
 
     def count(self, turns: list[Row], prompt: bool, options: Row) -> int:
         """How many tokens a chat has of which the template leaves nothing out."""

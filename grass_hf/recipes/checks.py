@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
 from ..convert.targets import Plan, plan
 from ..integrations.deepspeed import check_config
@@ -171,34 +171,25 @@ def _check_scheduler(training: Any) -> None:
         ) from error
 
 
+def uses_fsdp(training: TrainingArguments) -> bool:
+    """Whether recipe or launcher ask for it."""
+    return bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def _check_engine(recipe: Recipe) -> None:
     """Refuse what Grass cannot do under FSDP and DeepSpeed, whoever says it: the recipe or the launcher."""
-    training, said = recipe.training, os.environ
+    training = recipe.training
     if recipe.grass is None:
         return
-    version = 0
-    if training.fsdp:
-        plugin = getattr(training, "fsdp_plugin_args", None) or {}
-        version = int(plugin.get("fsdp_version") or (training.fsdp_config or {}).get("version", 1))
-    elif said.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        version = int(said.get("FSDP_VERSION", 1))
-    if version == 1:
+    plugin = getattr(training, "fsdp_plugin_args", None) or {}
+    version = plugin.get("fsdp_version") or (training.fsdp_config or {}).get("version", 1)
+    if uses_fsdp(training) and int(version if training.fsdp else os.environ.get("FSDP_VERSION", 1)) == 1:
         raise ValueError(
             "grass-hf does not run under FSDP1, which flattens parameters: use FSDP2 (training.fsdp_config: "
             "{version: 2}, or fsdp_version: 2 in the accelerate config), or DDP."
         )
-    engine = getattr(training, "hf_deepspeed_config", None)
-    if engine is not None:
-        check_config(engine.config, recipe.grass)
-    elif said.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        file = said.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        if file != "none":
-            check_config(json.loads(Path(file).read_text(encoding="utf-8")), recipe.grass)
-            return
-        zero: dict[str, Any] = {"stage": int(said.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))}
-        for name in ("offload_optimizer", "offload_param"):
-            zero[name] = {"device": said.get(f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE", "none")}
-        check_config({"zero_optimization": zero}, recipe.grass)
+    if training.deepspeed_plugin is not None:  # of the recipe or of the launcher
+        check_config(training.deepspeed_plugin.deepspeed_config, recipe.grass)
 
 
 def check_resumed(recipe: Recipe, checkpoint: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +45,17 @@ def find_checkpoint(output_dir: str, resume: Any) -> str | None:
     if resume in (None, False) or str(resume).lower() in ("false", "none", "null"):
         return None
     if str(resume).lower() == "true":
-        matches = map(_NUMBERED.fullmatch, _folders(output_dir))
-        numbered = [(int(match[1]), match[0]) for match in matches if match]
+        # as transformers.trainer_utils.get_last_checkpoint, whose import takes seconds
+        found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+        numbered = [(int(path.name[11:]), path) for path in found if path.name[11:].isdecimal()]
         if not numbered:
             raise ValueError(
                 f"training.resume_from_checkpoint=true, but {output_dir} has no checkpoint: leave it out to start anew."
             )
-        return os.path.join(output_dir, max(numbered)[1])
+        return str(max(numbered)[1])
     if not os.path.isfile(os.path.join(resume, "trainer_state.json")):
         what = "has no trainer_state.json" if os.path.isdir(resume) else "is no folder"
         raise ValueError(
             f"training.resume_from_checkpoint={resume} {what}: give a folder checkpoint-N that the Trainer wrote."
         )
     return str(resume)
-
-
-# As transformers.trainer_utils.get_last_checkpoint, whose import takes seconds.
-_NUMBERED = re.compile(r"checkpoint-(\d+)")
-
-
-def _folders(output_dir: str) -> list[str]:
-    output = Path(output_dir)
-    return [entry.name for entry in output.iterdir() if entry.is_dir()] if output.is_dir() else []

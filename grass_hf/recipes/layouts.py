@@ -153,12 +153,8 @@ def _text(row: Row) -> Row | None:
     return {"text": text} if text.strip() else None  # an empty line is no document
 
 
-def _messages(row: Row) -> Row:
-    return {"messages": _with_system(row, chat(row["messages"], "messages"))}
-
-
-def _sharegpt(row: Row) -> Row:
-    return {"messages": _with_system(row, chat(row["conversations"], "conversations"))}
+def _chat(name: str, row: Row) -> Row:
+    return {"messages": _with_system(row, chat(row[name], name))}
 
 
 def _alpaca(row: Row) -> Row:
@@ -251,8 +247,8 @@ def _classification(row: Row, classes: tuple) -> Row:
 
 _CONVERTERS: dict[str, Callable[[Row], Row | None]] = {
     "text": _text,
-    "messages": _messages,
-    "sharegpt": _sharegpt,
+    "messages": partial(_chat, "messages"),
+    "sharegpt": partial(_chat, "conversations"),
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "preference": _preference,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, TrainerCallback
 
 from ..config.fields import unknown_key
+from .samples import generate
 from .schema import Recipe
 
 IGNORED = -100
@@ -244,31 +245,18 @@ class MeasureReplies(TrainerCallback):
             if entry is not None and "eval_loss" in entry:
                 entry |= added
 
-    @torch.no_grad()
     def _generated(self, rows: list[tuple[list[int], list[int]]]) -> tuple[list[str], list[str]]:
         """What the model says after each prompt, and what it should say: every process makes the same texts."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model, size = (
+            self.trainer.accelerator.unwrap_model(self.trainer.model),
+            self.trainer.args.per_device_eval_batch_size,
+        )
         tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
-        training, size = model.training, self.trainer.args.per_device_eval_batch_size
-        said: list[str] = []
-        model.eval()
+        options, said = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id}, list[str]()
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
-            longest, most = (max(len(row[part]) for row in batch) for part in (0, 1))
-            ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
-            for line, (prompt, _) in zip(ids, batch, strict=True):
-                line[longest - len(prompt) :] = torch.tensor(prompt)
-            mask = torch.arange(longest) >= longest - torch.tensor([len(prompt) for prompt, _ in batch])[:, None]
-            made = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.long().to(model.device),
-                max_new_tokens=most,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-            said += tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
-        model.train(training)
+            most = max(len(reply) for _, reply in batch)
+            said += generate(model, tokenizer, [prompt for prompt, _ in batch], most, **options)
         self.sums = []
         wanted = tokenizer.batch_decode([reply for _, reply in rows], skip_special_tokens=True)
         return [text.strip() for text in said], [text.strip() for text in wanted]

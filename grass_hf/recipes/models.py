@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -18,13 +22,26 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import deepspeed
 
 from ..integrations.model_configs import language_model_class, model_config, train_language_only
 from .encode import PLAIN_TEMPLATE
 from .packaged import MODELS
+from .places import first_line
 from .schema import ModelSection, Recipe
 
 END_OF_TEXT = "<|endoftext|>"
+
+
+def found(name: str, model: ModelSection) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds a model or a tokenizer of a recipe, and the options that it needs for that.
+
+    Raises:
+        ValueError: it is in a package that is not installed.
+    """
+    if name in MODELS:
+        return str(MODELS[name].path), MODELS[name].options
+    return name, {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
 
 
 def load_tokenizer(model: ModelSection, texts: Any = None, cached: Path | None = None) -> PreTrainedTokenizerBase:
@@ -43,16 +60,13 @@ def load_tokenizer(model: ModelSection, texts: Any = None, cached: Path | None =
         tokenizer = train_tokenizer(texts, model.tokenizer_vocab_size, cached)
     else:
         name = model.tokenizer_name or model.name
-        options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
         try:
-            if name in MODELS:
-                tokenizer = MODELS[name].tokenizer()
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            place, options = found(name, model)
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
         except (OSError, ValueError, KeyError) as error:
             way = " or tokenizer_vocab_size" if model.from_scratch else ""
             raise ValueError(
-                f"the tokenizer {name!r} cannot be loaded ({_first_line(error)}): give model.tokenizer_name{way}."
+                f"the tokenizer {name!r} cannot be loaded ({first_line(error)}): give model.tokenizer_name{way}."
             ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -74,34 +88,22 @@ def _template(name: str) -> str:
 
 def train_tokenizer(texts: Any, vocab_size: int, cached: Path | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on texts: it can spell anything, so it needs no unknown token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
-        raise ValueError(
-            f"model.tokenizer_vocab_size={vocab_size} cannot hold the {len(alphabet)} bytes: give 512 or more."
-        )
+    if vocab_size <= 256:
+        raise ValueError(f"model.tokenizer_vocab_size={vocab_size} cannot hold the 256 bytes: give 512 or more.")
     if cached is not None and cached.is_file():
-        return _with_special_tokens(Tokenizer.from_file(str(cached)))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    if cached is not None:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:  # whole, or not there
-            tokenizer.save(f"{folder}/tokenizer.json")
-            os.replace(f"{folder}/tokenizer.json", cached)
-    return _with_special_tokens(tokenizer)
-
-
-def _with_special_tokens(tokenizer: Any) -> PreTrainedTokenizerFast:
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        pieces: Any = Tokenizer.from_file(str(cached))
+    else:
+        pieces, special = ByteLevelBPETokenizer(), [END_OF_TEXT]
+        pieces.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=special)
+        if cached is not None:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cached.parent) as folder:  # whole, or not there
+                pieces.save(f"{folder}/tokenizer.json")
+                os.replace(f"{folder}/tokenizer.json", cached)
+        pieces = pieces._tokenizer
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     inputs = ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, model_input_names=inputs, **names)
 
 
 def load_config(model: ModelSection) -> PretrainedConfig:
@@ -110,17 +112,15 @@ def load_config(model: ModelSection) -> PretrainedConfig:
     Raises:
         ValueError: it cannot be found.
     """
-    if model.model_name_or_path in MODELS:
-        return MODELS[model.model_name_or_path].config()
     if model.config_name is not None:
         return model_config(model.config_name, "model.config_name")
-    options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+    place, options = found(model.name, model)
     try:
-        return AutoConfig.from_pretrained(model.name, **options)
+        return AutoConfig.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model.model_name_or_path={model.model_name_or_path!r} is no folder with a config.json, and cannot be "
-            f"loaded from the hub ({_first_line(error)}): packaged models are {', '.join(MODELS)}."
+            f"loaded from the hub ({first_line(error)}): packaged models are {', '.join(MODELS)}."
         ) from error
 
 
@@ -164,8 +164,24 @@ def auto_class(task: str, config: PretrainedConfig) -> Any:
 
 def empty_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device: shapes without memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), whole(recipe):
         return from_config(recipe, config)
+
+
+@contextlib.contextmanager
+def whole(recipe: Recipe) -> Iterator[None]:
+    """Let transformers build whole models, also where ZeRO-3 would shard them as they are made."""
+    training = recipe.training
+    if training.deepspeed_plugin is None:
+        yield
+        return
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        known = getattr(training, "hf_deepspeed_config", None) or getattr(training.deepspeed_plugin, "dschf", None)
+        if known is not None:
+            deepspeed.set_hf_deepspeed_config(known)
 
 
 def load_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
@@ -180,16 +196,16 @@ def load_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     if model.model_name_or_path in MODELS:
         made = MODELS[model.model_name_or_path].load(kind, config, dtype_of(model, config))
     else:
-        options: dict[str, Any] = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+        place, options = found(model.name, model)
         if model.attn_implementation:
             options["attn_implementation"] = model.attn_implementation
         dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
         try:
-            made = kind.from_pretrained(model.model_name_or_path, config=config, dtype=dtype, **options)
+            made = kind.from_pretrained(place, config=config, dtype=dtype, **options)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
                 f"model.model_name_or_path={model.model_name_or_path}: its weights cannot be loaded "
-                f"({_first_line(error)}): save the model anew with save_pretrained, or give another one."
+                f"({first_line(error)}): save the model anew with save_pretrained, or give another one."
             ) from error
     if getattr(made, "generation_config", None) is not None:
         mend_generation(made.generation_config)
@@ -265,10 +281,6 @@ def from_config(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
         return model if recipe.task in ("classification", "reward") else train_language_only(model)
     except (ValueError, ImportError) as error:
         raise ValueError(
-            f"{recipe.model.name} cannot be built for task={recipe.task} ({_first_line(error)}): give another model, "
+            f"{recipe.model.name} cannot be built for task={recipe.task} ({first_line(error)}): give another model, "
             "or another task."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -181,25 +181,16 @@ class PackagedModel:
         return Path(folders[0]) / self.folder
 
     @property
-    def _options(self) -> dict[str, str]:
+    def options(self) -> dict[str, str]:
+        """What ``from_pretrained`` of a config or a tokenizer needs beside `path`."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
-
-    def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.path, **self._options)
-
-    def config(self) -> PretrainedConfig:
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.path, **self._options)
 
     def load(self, kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """The model as an ordinary one, its weights dequantised.
 
         Args:
             kind: an auto class.
-            config: of `config`, perhaps changed.
+            config: the package's, perhaps changed.
             dtype: of the weights.
         """
         import torch
@@ -243,9 +234,10 @@ def unpack(name: str, folder: Path) -> None:
     if name not in MODELS:
         raise ValueError(unknown_key(name, MODELS, "a packaged model"))
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     packaged = MODELS[name]
+    place, options = packaged.path, packaged.options
     kind = AutoModelForCausalLM if packaged.gguf_file else AutoModel
-    packaged.load(kind, packaged.config(), torch.float32).save_pretrained(folder)
-    packaged.tokenizer().save_pretrained(folder)
+    packaged.load(kind, AutoConfig.from_pretrained(place, **options), torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(place, **options).save_pretrained(folder)

@@ -27,7 +27,7 @@ from ..config.shipped_files import find_recipe, model_config_file
 from . import folders, sources
 from .grass_section import WORDS, base_of, read_grass
 from .names import ALTERNATIVES, ELSEWHERE, RENAMED, TRL, check_kind, connect, unknown
-from .schema import TASKS, DataSection, EvaluationSection, LoraSection, ModelSection, Recipe, choose
+from .schema import TASKS, DataSection, EvaluationSection, LoraSection, ModelSection, Recipe
 from .trainer_fields import argument_names, argument_parser
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def build_recipe(
 ) -> Recipe:
     """`load_recipe` for what a file holds."""
     task = _task(document, flags)
-    choose("task", task, TASKS)
+    if task not in TASKS:
+        raise ValueError("task: " + unknown_key(task, TASKS, "known here"))
     for package in ("datasets", "trl"):
         check_installed(package, "a recipe")
     fields = {section: _names(kind) for section, kind in _KINDS.items()}

@@ -56,6 +56,11 @@ def complaint(files: Iterable[str]) -> str | None:
     return f"{empty[0]} is empty" if empty else None
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says first, for a sentence; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def shown(value: Any) -> str:
     """A value in a sentence, at most 60 characters of it."""
     text = "missing" if value is None else repr(value)

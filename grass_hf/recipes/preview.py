@@ -8,7 +8,6 @@ import warnings
 from typing import Any
 
 import yaml
-from transformers import TrainingArguments
 from trl.data_utils import maybe_apply_chat_template
 
 from .schema import Recipe
@@ -24,9 +23,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about names that are not given here
         defaults = type(training)(**given)
-    for field in dataclasses.fields(TrainingArguments) + tuple(
-        f for f in dataclasses.fields(training) if f.name not in TrainingArguments.__dataclass_fields__
-    ):
+    for field in dataclasses.fields(training):
         if not field.init or field.name.startswith("_") or field.name == "hub_token":
             continue
         value, usual = _plain(getattr(training, field.name)), _plain(getattr(defaults, field.name))
@@ -35,7 +32,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     return {
         "task": recipe.task,
         "model": dataclasses.asdict(recipe.model),
-        "data": {f.name: getattr(recipe.data, f.name) for f in dataclasses.fields(recipe.data)},
+        "data": dataclasses.asdict(recipe.data),
         **({} if recipe.grass is None else {"grass": recipe.grass.to_dict() | base}),
         **({} if recipe.lora is None else {"lora": dataclasses.asdict(recipe.lora)}),
         "training": shown,

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PretrainedConfig, set_seed
 
 from ..config.settings import GrassConfig
 from ..convert.targets import plan
+from .checks import uses_fsdp
 from .models import empty_model, from_config
 from .names import text_of
 from .runner import carry_out, new_trainer
@@ -57,13 +59,13 @@ def rehearse(recipe: Recipe, prepared: Prepared) -> str:
     Raises:
         Exception: what stops the run, whoever raises it.
     """
-    if recipe.training.fsdp or recipe.training.deepspeed or recipe.training.world_size > 1:
-        return "dry run: left out, as FSDP, DeepSpeed and several processes need their launcher"
+    if uses_fsdp(recipe.training) or recipe.training.deepspeed_plugin is not None:
+        return "dry run: left out, as the small model would not be sharded by FSDP or DeepSpeed as the real one is"
     state = torch.random.get_rng_state()
     small = _small_config(recipe, prepared.config)
     if small is None:
         return f"dry run: left out, as no small {prepared.config.model_type} could be made"
-    with tempfile.TemporaryDirectory() as folder:
+    with _one_folder() as folder:
         tried = _small_recipe(recipe, dataclasses.replace(prepared, config=small), Path(folder))
         try:
             with _quietly():
@@ -74,8 +76,17 @@ def rehearse(recipe: Recipe, prepared: Prepared) -> str:
                 carry_out(trainer, tried, prepared, None, Path(folder))
         finally:
             torch.random.set_rng_state(state)
-    count = sum(param.numel() for param in model.parameters())
-    return f"dry run: two steps of a {prepared.config.model_type} of {count:,} parameters, evaluated and saved"
+    count = model.num_parameters()
+    others = f", in {trainer.args.world_size} processes" if trainer.args.world_size > 1 else ""
+    return f"dry run: two steps of a {prepared.config.model_type} of {count:,} parameters, evaluated and saved{others}"
+
+
+@contextlib.contextmanager
+def _one_folder() -> Iterator[str]:
+    """A new folder, the same in all processes, which is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield broadcast_object_list([folder])[0]
+        PartialState().wait_for_everyone()
 
 
 @contextlib.contextmanager
@@ -87,21 +98,21 @@ def _quietly() -> Iterator[None]:
 
 def _small_config(recipe: Recipe, config: PretrainedConfig) -> PretrainedConfig | None:
     """The config itself if its model is small, else one of its type that is; None where none can be built and run."""
-    if _size(empty_model(recipe, config)) <= SMALL:
+    if empty_model(recipe, config).num_parameters() <= SMALL:
         return copy.deepcopy(config)
     for skipped in ((), ("head_dim",), ("num_attention_heads", "num_key_value_heads", "head_dim")):
         small = copy.deepcopy(config)
-        for part in (small.get_text_config(), *_towers(small)):
+        for part in (small, *(getattr(small, name) for name in small.sub_configs)):
             for name, value in _WIDTHS.items():
                 if getattr(part, name, None) is not None and name not in skipped:
                     with contextlib.suppress(Exception):  # some are computed
                         setattr(part, name, min(value, getattr(part, name)))
-            kinds = getattr(part, "layer_types", None)
-            if kinds is not None:
-                part.layer_types = _two_kinds(kinds)
+            if kinds := getattr(part, "layer_types", None):  # two layers, of both kinds where the model has two
+                part.layer_types = [kinds[0], next((kind for kind in kinds if kind != kinds[0]), kinds[0])]
         try:
             with _quietly():
-                if _size(empty_model(recipe, small)) > SMALL + 2 * 64 * small.get_text_config().vocab_size:
+                most = SMALL + 2 * 64 * small.get_text_config().vocab_size
+                if empty_model(recipe, small).num_parameters() > most:
                     continue
                 model = from_config(recipe, small)
                 model.eval()(input_ids=torch.ones(1, 4, dtype=torch.long))
@@ -109,20 +120,6 @@ def _small_config(recipe: Recipe, config: PretrainedConfig) -> PretrainedConfig 
         except Exception:  # of the model's own code: these sizes do not go together
             continue
     return None
-
-
-def _two_kinds(kinds: list[str]) -> list[str]:
-    """Two layers: of both kinds where the model has two."""
-    return [kinds[0], next((kind for kind in kinds if kind != kinds[0]), kinds[0])]
-
-
-def _towers(config: PretrainedConfig) -> list[Any]:
-    found = (getattr(config, name, None) for name in ("vision_config", "audio_config"))
-    return [part for part in found if isinstance(part, PretrainedConfig)]
-
-
-def _size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _small_recipe(recipe: Recipe, prepared: Prepared, folder: Path) -> Recipe:

@@ -13,11 +13,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .places import BadRow, place
+from .places import BadRow, first_line, place
 
 EVERY = range(sys.maxsize)
 
@@ -142,7 +142,7 @@ class _Batch:
             result = self.function({name: _without_nulls(row[name], self.features.get(name)) for name in row})
         except Exception as error:  # a template raises what it likes
             known = isinstance(error, BadRow)
-            reason = str(error) if known else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
             number = self.numbers[number]
             where = place(self.files, number) if self.files else f"{self.name}, row {number + 1}"
             if not self.skip:
@@ -153,12 +153,7 @@ class _Batch:
 
 def versions() -> tuple[str, ...]:
     """Of what makes tokens, since code that is imported is not hashed; our own changes between versions too."""
-    found = []
-    for package in ("trl", "transformers", "tokenizers", "jinja2"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
+    found = (f"{package} {version(package)}" for package in ("trl", "transformers", "tokenizers", "jinja2"))
     own = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("chats", "encode", "layouts", "turns"))
     return (*found, *(hashlib.sha256(code).hexdigest() for code in own))
 

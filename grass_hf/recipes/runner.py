@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from . import folders, preview
 from .checks import check_model, check_settings, find_checkpoint
 from .models import load_model
-from .report import Run, report_run
+from .report import as_json, report_run
 from .samples import write_samples
 from .schema import Recipe
 from .tasks import Prepared, build_trainer, prepare
@@ -57,12 +56,13 @@ def train(recipe: Recipe, *, overwrite: bool = False, json_file: Path | None = N
     results = _results(trainer, recipe, prepared, done, time.perf_counter() - started)
     if training.process_index != 0:
         return results
-    run = Run(recipe, results, trainer.state.log_history, done.samples, " ".join(sys.argv))
-    for path in report_run(run, trainer, output):
+    asked = json_file is not None or recipe.evaluation.report  # it makes other arguments, which ends accelerate's state
+    run = as_json(recipe, results, done.samples) if asked else {}
+    for path in report_run(run, recipe, trainer, output):
         say(f"written: {path}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(run.as_json(), indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     for prompt, text in done.samples:
         say(f"generated: {escape(prompt)} {escape(text)}")
     say(closing(recipe.task, done.before, done.after))
@@ -120,7 +120,7 @@ def carry_out(
     try:
         after = {} if prepared.evaluation is None else trainer.evaluate()
         trainer.save_state()
-        samples = write_samples(trainer, recipe, prepared)
+        samples = write_samples(trainer, recipe, prepared.tokenizer)
     except Exception:
         (say or _nothing)(f"the trained weights are in {output}; what came after training has failed:")
         raise

@@ -1,60 +1,56 @@
-"""What the model writes after training."""
+"""What the model writes: after the prompts of a recipe, and for metrics that compare replies."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer
 
-from .schema import EvaluationSection, Recipe
-from .tasks import Prepared
+from .schema import Recipe
 
 
-def write_samples(trainer: Trainer, recipe: Recipe, prepared: Prepared) -> list[tuple[str, str]]:
+def write_samples(trainer: Trainer, recipe: Recipe, tokenizer: Any) -> list[tuple[str, str]]:
     """(prompt, continuation) of every prompt of the recipe; none for classifiers and for sharded models."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if (
-        sharded
-        or not trainer.accelerator.unwrap_model(trainer.model).can_generate()
-        or not recipe.evaluation.prompts
-        or not trainer.is_world_process_zero()
-    ):
-        return []
+    said = recipe.evaluation
     model = trainer.accelerator.unwrap_model(trainer.model)
-    chat = recipe.task != "pretraining" and prepared.tokenizer.chat_template is not None
-    return [
-        (
-            prompt,
-            write(model, prepared.tokenizer, prompt, recipe.evaluation, chat=chat, system=recipe.data.system_prompt),
-        )
-        for prompt in recipe.evaluation.prompts
-    ]
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded or not model.can_generate() or not trainer.is_world_process_zero():
+        return []
+    chat = recipe.task != "pretraining" and tokenizer.chat_template is not None
+    system = [{"role": "system", "content": recipe.data.system_prompt}] if recipe.data.system_prompt else []
+    drawn = {"do_sample": True, "top_k": 40, "temperature": 0.8} if said.do_sample else {"do_sample": False}
+    samples = []
+    for prompt in said.prompts:
+        text: Any = prompt
+        if chat:
+            turns = [*system, {"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        (made,) = generate(model, tokenizer, [ids], said.max_new_tokens, **drawn)
+        samples.append((prompt, " ".join(made.split())))
+    return samples
 
 
 @torch.no_grad()
-def write(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    settings: EvaluationSection,
-    *,
-    chat: bool,
-    system: str | None = None,
-) -> str:
-    """What the model says after a prompt, or in reply to it as a chat."""
+def generate(model: Any, tokenizer: Any, prompts: list[list[int]], most: int, **options: Any) -> list[str]:
+    """What a model says after prompts, as one batch.
+
+    Args:
+        model, tokenizer: of each other; the model's mode is left as it is.
+        prompts: token ids of each.
+        most: new tokens of each.
+        options: of `generate`.
+    """
+    training, pad = model.training, tokenizer.pad_token_id
+    padded: Any = {"batch_first": True, "padding_side": "left"}
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=pad, **padded)
+    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], **padded)
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     model.eval()
-    if chat:
-        turns = [{"role": "system", "content": system}] if system else []
-        turns.append({"role": "user", "content": prompt})
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not chat)
-    inputs = inputs.to(model.device)
-    options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
-    if settings.do_sample:
-        options |= {"do_sample": True, "top_k": 40, "temperature": 0.8}
-    else:
-        options |= {"do_sample": False}
-    tokens = model.generate(**inputs, **options)
-    text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(text.split())
+    try:
+        made = model.generate(**inputs, max_new_tokens=most, pad_token_id=pad, **options)
+    finally:
+        model.train(training)
+    return tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)

@@ -9,23 +9,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, get_args
 
-from ..config.fields import unknown_key
 from ..config.settings import GrassConfig
 
-if TYPE_CHECKING:
-    pass
-
 TASKS = ("pretraining", "sft", "dpo", "kto", "reward", "grpo", "classification")
-LAYOUTS = (
-    *("auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "unpaired_preference"),
-    *("prompt", "classification"),
-)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-LOSS_ON = ("replies", "last_reply", "everything")
-BAD_ROWS = ("stop", "skip")
-SAMPLE_BY = ("document", "paragraph", "line")
+Layout = Literal[
+    "auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "unpaired_preference",
+    "prompt", "classification",
+]  # fmt: skip
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -34,12 +26,6 @@ def _help(text: str, default: Any = None) -> Any:
 
 def _help_list(text: str) -> Any:
     return field(default_factory=list, metadata={"help": text})
-
-
-def choose(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of the choices, with the nearest one."""
-    if value not in choices:
-        raise ValueError(f"{name}: " + unknown_key(str(value), choices, "known here"))
 
 
 @dataclass
@@ -60,7 +46,9 @@ class ModelSection:
     chat_template: str | None = _help(
         "A Jinja file, or `plain` (### User: ... ### Assistant: ...), for a tokenizer without a template of its own."
     )
-    dtype: str = _help("Of the weights: float32, bfloat16, float16, or auto for the checkpoint's.", "float32")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _help(
+        "Of the weights: float32, bfloat16, float16, or auto for the checkpoint's.", "float32"
+    )
     attn_implementation: str | None = _help("sdpa, eager, flash_attention_2, ...; the model's default if not given.")
     model_revision: str = _help("Branch, tag or commit on the hub.", "main")
     trust_remote_code: bool = _help("Run code that comes with a model or tokenizer of the hub.", False)
@@ -82,7 +70,6 @@ class ModelSection:
                 "model: tokenizer_vocab_size trains a new tokenizer, which the weights of model_name_or_path have not "
                 "seen: leave it out, or train from scratch with config_name."
             )
-        choose("model.dtype", self.dtype, DTYPES)
 
     @property
     def from_scratch(self) -> bool:
@@ -108,12 +95,16 @@ class DataSection:
     eval_split: str | None = _help("Split to evaluate on; without it `holdout` rows are held out.")
     holdout: float = _help("Rows held out for evaluation: a share below 1, or a number of rows; 0 for none.", 0.05)
     streaming: bool = _help("Read rows as they are needed instead of preparing the dataset first.", False)
-    layout: str = _help(f"How rows are laid out: {', '.join(LAYOUTS)}.", "auto")
+    layout: Layout = _help(f"How rows are laid out: {', '.join(get_args(Layout))}.", "auto")
     columns: str | None = _help("Our name: name of the column, where they differ: {text: body, label: stars}.")
     labels: list[str] = _help_list("Classification: names of the classes in order; found in the rows if not given.")
-    sample_by: str = _help("What is one text in a .txt file: document (all of it), paragraph or line.", "document")
+    sample_by: Literal["document", "paragraph", "line"] = _help(
+        "What is one text in a .txt file: document (all of it), paragraph or line.", "document"
+    )
     sequence_length: int = _help("Tokens of a packed block, or the most of one example.", 512)
-    loss_on: str = _help("Finetuning: replies (every turn of the assistant), last_reply, or everything.", "replies")
+    loss_on: Literal["replies", "last_reply", "everything"] = _help(
+        "Finetuning: replies (every turn of the assistant), last_reply, or everything.", "replies"
+    )
     system_prompt: str | None = _help(
         "Put before chats that have no system turn of their own; in grpo before plain prompts too."
     )
@@ -121,7 +112,9 @@ class DataSection:
     reward_funcs: list[str] = _help_list(
         "grpo: functions that score what the model writes, as module.function beside the recipe or installed."
     )
-    bad_rows: str = _help("stop names the first unusable row and stops; skip leaves such rows out.", "stop")
+    bad_rows: Literal["stop", "skip"] = _help(
+        "stop names the first unusable row and stops; skip leaves such rows out.", "stop"
+    )
     max_train_rows: int | None = _help("Use only the first so many rows (what is held out is of these).")
     max_eval_rows: int | None = _help("Use only the first so many rows for evaluation.")
     preprocessing_workers: int = _help("Processes that prepare the rows.", 1)
@@ -137,10 +130,6 @@ class DataSection:
                 f"data.weights={self.weights} does not fit the {len(self.dataset)} datasets of data.dataset: give a "
                 "positive weight for each."
             )
-        choose("data.layout", self.layout, LAYOUTS)
-        choose("data.loss_on", self.loss_on, LOSS_ON)
-        choose("data.bad_rows", self.bad_rows, BAD_ROWS)
-        choose("data.sample_by", self.sample_by, SAMPLE_BY)
         for name in ("sequence_length", "preprocessing_workers", "max_train_rows", "max_eval_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import glob
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .packaged import TEXTS
-from .places import complaint
+from .places import complaint, first_line
 from .rows import Rows
 from .schema import DataSection
 
@@ -69,11 +69,12 @@ def hold_out(rows: Rows, data: DataSection, seed: int) -> tuple[Rows, Rows | Non
 
 def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
     """The rows of a split, and those for evaluation that a folder or a packaged text has beside it."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
     path = Path(name).expanduser()
     if name in TEXTS:
-        sets = [_cached(part) if part else None for part in TEXTS[name]()]
+        # in the cache of `datasets`, named by their hash: what is made of rows in memory would be made in every run
+        sets = [Dataset.from_generator(partial(iter, part)) if part else None for part in TEXTS[name]()]
         parts = [part.to_iterable_dataset() if part and data.streaming else part for part in sets]
         return Rows(parts[0], name), None if parts[1] is None else Rows(parts[1], f"{name} (evaluation)")
     if path.is_dir() and any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
@@ -84,7 +85,7 @@ def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
             dataset = dataset[split]
         return Rows(dataset, name), None
     source, options, files = _found(data, name, path)
-    splits = list(files) if path.exists() or _is_pattern(name) else []
+    splits = list(files) if path.exists() or glob.has_magic(name) else []
     named = [part.split("[")[0].strip() for part in split.split("+")]
     if splits and not set(named) <= set(splits):
         raise ValueError(_no_split(split, splits, name))
@@ -101,30 +102,6 @@ def _load(data: DataSection, name: str, split: str) -> tuple[Rows, Rows | None]:
         shown = name if splits and part == split else f"{name} ({'evaluation' if splits else part})"
         read.append(Rows(dataset, shown, files.get(part, []) if numbered and splits else []))
     return read[0], read[1] if beside else None
-
-
-def _cached(rows: list[dict[str, Any]]) -> Any:
-    """Rows as a dataset in the cache of `datasets`: what is made of rows in memory would be made in every run again."""
-    from datasets import Dataset, disable_progress_bars, enable_progress_bars
-    from datasets.utils import are_progress_bars_disabled
-
-    silent = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        return Dataset.from_generator(_InMemory(rows))
-    finally:
-        if not silent:
-            enable_progress_bars()
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    """A generator function over rows, whose hash is theirs."""
-
-    rows: list[dict[str, Any]]
-
-    def __call__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
 
 
 def _no_split(split: str, splits: Any, name: str) -> str:
@@ -166,10 +143,6 @@ def _found(data: DataSection, name: str, path: Path) -> tuple[str, dict[str, Any
     return source, options, files
 
 
-def _is_pattern(name: str) -> bool:
-    return any(sign in name for sign in "*?[")
-
-
 def check_local(data: DataSection) -> None:
     """Check that datasets whose names are paths exist, without reading them.
 
@@ -186,9 +159,9 @@ def _where(name: str, path: Path) -> tuple[str, dict[str, Any]]:
         return str(path.parent.absolute()), {"data_files": {"train": [glob.escape(path.name)]}}
     if path.is_dir():
         return str(path.absolute()), {}
-    if _is_pattern(name):
+    if glob.has_magic(name):
         parts = path.absolute().parts
-        first = next(number for number, part in enumerate(parts) if _is_pattern(part))
+        first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
         return str(Path(*parts[:first])), {"data_files": {"train": ["/".join(parts[first:])]}}
     if path.suffix in KINDS or name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"data: {name} is not a file or folder: give the path of one, a packaged text, or a hub id.")
@@ -203,8 +176,8 @@ def _reason(error: Exception, files: list[str], name: str, split: str, data: Dat
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    first = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
-    if _is_pattern(name) or Path(name).expanduser().exists():
+    first = first_line(cause)
+    if glob.has_magic(name) or Path(name).expanduser().exists():
         return f"data: {name} (split {split}) cannot be read: {first}."
     return (
         f"data: {name!r} (configuration {data.dataset_config or 'default'}, split {split}) is no local file and cannot "

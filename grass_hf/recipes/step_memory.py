@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..integrations.base import base_class_and_kwargs
 from ..integrations.model_configs import shapes_of
 from ..measure.estimate.memory import MemoryEstimate, estimate_memory
 from ..measure.estimate.simulate import Loss, causal_loss, vocabulary_of
-from .models import auto_class, from_config
+from .models import auto_class, from_config, whole
 from .schema import Recipe
 from .tasks import Prepared
 
@@ -29,6 +30,7 @@ def estimate(recipe: Recipe, prepared: Prepared) -> MemoryEstimate:
         ValueError: it cannot be estimated.
     """
     training = recipe.training
+    gc.freeze()  # what was imported is no garbage, and a simulated step begins with a collection
     cls, options = base_class_and_kwargs(training, recipe.base, {}, Trainer.get_optimizer_cls_and_kwargs)
     batch = training.per_device_train_batch_size * (2 if recipe.task == "dpo" else 1)
     kind, adapters = type(prepared.config), None
@@ -40,7 +42,8 @@ def estimate(recipe: Recipe, prepared: Prepared) -> MemoryEstimate:
     _ = auto_class(recipe.task, prepared.config)._model_mapping[kind]  # imported here, not under fake tensors
 
     def make() -> nn.Module:
-        return shapes_of(lambda: from_config(recipe, prepared.config))
+        with whole(recipe):
+            return shapes_of(lambda: from_config(recipe, prepared.config))
 
     return estimate_memory(
         make,

@@ -29,6 +29,7 @@ from . import encode
 from .layouts import converter, find_layout
 from .metrics import Metrics, measure
 from .models import fit_config, load_config, load_tokenizer
+from .names import TRL
 from .places import BadRow
 from .rows import Rows, join, versions
 from .schema import ModelSection, Recipe
@@ -246,22 +247,18 @@ def _trainer_of_task(recipe: Recipe, prepared: Prepared, model: PreTrainedModel)
         return Trainer(data_collator=DataCollatorWithPadding(prepared.tokenizer), **options)
     import trl
 
+    kind = getattr(trl, TRL[recipe.task].replace("Config", "Trainer"))
     if lora is not None:
-        options |= {"peft_config": lora}
-    if recipe.task == "sft":
-        if recipe.grass is None or not head_is_target(model, recipe.grass):
-            return trl.SFTTrainer(**options)
-        return plain_head_trainer()(**options)
-    if recipe.task == "reward":
-        return trl.RewardTrainer(**options)
-    if recipe.task == "grpo":
-        return trl.GRPOTrainer(reward_funcs=list[Any](reward_functions(recipe)), **options)
-    # Whole, and from before the policy is converted. Log-probabilities that are computed in advance need none, and with
-    # adapters it is the model without them.
-    reference = None
-    if lora is None and (not training.precompute_ref_log_probs or training.fsdp):
-        reference = copy.deepcopy(model).requires_grad_(False).eval()
-    return {"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer}[recipe.task](ref_model=reference, **options)
+        options["peft_config"] = lora
+    if recipe.task == "sft" and recipe.grass is not None and head_is_target(model, recipe.grass):
+        kind = plain_head_trainer()
+    elif recipe.task == "grpo":
+        options["reward_funcs"] = reward_functions(recipe)
+    elif recipe.task in ("dpo", "kto") and lora is None and (not training.precompute_ref_log_probs or training.fsdp):
+        # Whole, and from before the policy is converted. Log-probabilities that are computed in advance need none, and
+        # with adapters it is the model without them.
+        options["ref_model"] = copy.deepcopy(model).requires_grad_(False).eval()
+    return kind(**options)
 
 
 def reward_functions(recipe: Recipe) -> list[Callable]:

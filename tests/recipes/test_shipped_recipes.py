@@ -113,18 +113,51 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_a_recipe_trains_as_it_says(path, tmp_path, monkeypatch):
+def tiny(path, folder, monkeypatch):
+    """What a recipe says, its kind of model, and the flags that put tiny things in place of its own."""
     said = yaml.safe_load(path.read_text(encoding="utf-8"))
     kind = model_type(said["model"])
-    flags = {**STEPS, "output_dir": tmp_path / "out", **model(said, kind, tmp_path), **data(said, tmp_path)}
-    recipe = load_recipe(path, [word for key, value in flags.items() for word in (f"--{key}", str(value))])
-    for name, value in said["training"].items():
-        if name not in flags and isinstance(value, (bool, int, float)):
-            assert getattr(recipe.training, name) == value
     if said["task"] == "grpo":  # a random model solves no problem: something must tell its replies apart
         monkeypatch.syspath_prepend(path.parent)
         monkeypatch.setattr("gsm8k_rewards.has_result", letters)
+    flags = {**STEPS, "output_dir": folder / "out", **model(said, kind, folder), **data(said, folder)}
+    return said, kind, flags
+
+
+def words_of(flags):
+    return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+
+
+# In `make test`; the whole walk is in `make test-slow`.
+SAMPLE = ("finetune/qwen3_8b_ultrachat.yaml",)
+
+
+@pytest.mark.parametrize(
+    "path", [p if name_of(p) in SAMPLE else pytest.param(p, marks=pytest.mark.slow) for p in RECIPES], ids=name_of
+)
+def test_what_validate_passes_trains(path, tmp_path, monkeypatch, capsys):
+    flags = words_of(tiny(path, tmp_path, monkeypatch)[2])
+    assert files.grass(monkeypatch, "validate", path, *flags) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert "dry run: two steps" in told and not (tmp_path / "out").exists()
+    assert files.grass(monkeypatch, "train", path, *flags) == 0, capsys.readouterr().err
+    lines = (tmp_path / "out" / "training.jsonl").read_text().splitlines()
+    assert [entry["step"] for entry in map(json.loads, lines) if "grad_norm" in entry] == [1, 2]
+    example = [line for line in told.splitlines() if line.startswith(("layout", "training", "evaluation"))]
+    assert example and set(example) <= set(capsys.readouterr().out.splitlines())  # both saw the same rows
+
+
+def test_the_sample_is_shipped():
+    assert set(SAMPLE) <= set(map(name_of, RECIPES))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_trains_as_it_says(path, tmp_path, monkeypatch):
+    said, kind, flags = tiny(path, tmp_path, monkeypatch)
+    recipe = load_recipe(path, words_of(flags))
+    for name, value in said["training"].items():
+        if name not in flags and isinstance(value, (bool, int, float)):
+            assert getattr(recipe.training, name) == value
     built, shown = [], []
     build, describe = runner.build_trainer, runner.preview.describe
     monkeypatch.setattr(runner, "build_trainer", lambda *args: built.append(converted(build(*args))) or built[0][0])

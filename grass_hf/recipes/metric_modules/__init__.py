@@ -1,6 +1,6 @@
 """Metrics as modules of `evaluate`, for machines without a hub: ``evaluate.load("<path of a file here>")``.
 
-They have the names, arguments and values of the modules on the hub and need neither scikit-learn nor rouge_score.
+They have the names, arguments and values of the modules on the hub; those of classes are scikit-learn's, as there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 
 import datasets
 import evaluate
-import numpy as np
 
 FOLDER = Path(__file__).parent
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("[a-z]*.py")))
@@ -22,38 +21,18 @@ def info(text: str, kind: str) -> evaluate.MetricInfo:
     return evaluate.MetricInfo(description=text, citation="", inputs_description="", features=features)
 
 
-def averaged(predictions: Any, references: Any, average: str | None, pos_label: int, score: Any) -> Any:
-    """A score of counts per class, averaged as in scikit-learn.
+class OfClasses(evaluate.Metric):
+    """A score of scikit-learn's for the numbers of classes; the name of its module here is that of the metric."""
 
-    Args:
-        predictions, references: numbers of classes, of equal length.
-        average: binary (the class `pos_label`), macro, weighted, micro, or None for one value per class.
-        score: of the arrays true positives, false positives, false negatives.
-
-    Raises:
-        ValueError: the average is unknown, or is binary and there are more than two classes.
-    """
-    predicted, true = np.asarray(predictions), np.asarray(references)
-    classes = np.unique(np.concatenate([predicted, true]))
-    if average == "binary":
-        if len(classes) > 2:
-            raise ValueError("average='binary' with more than two classes: give average='macro'.")
-        classes = np.array([pos_label])
-    counts = [
-        ((predicted == k) & (true == k), (predicted == k) & (true != k), (predicted != k) & (true == k))
-        for k in classes
-    ]
-    hits, wrong, missed = (np.array([c[part].sum() for c in counts], float) for part in range(3))
-    if average == "micro":
-        hits, wrong, missed = (np.array([part.sum()]) for part in (hits, wrong, missed))
-    scores = score(hits, wrong, missed)
-    if average is None:
-        return scores
-    if average not in ("binary", "macro", "micro", "weighted"):
-        raise ValueError(f"average={average!r} is not known: choose one of binary, macro, micro, weighted, None.")
-    return float(np.average(scores, weights=hits + missed if average == "weighted" else None))
+    def _info(self) -> evaluate.MetricInfo:
+        return info(str(self.__doc__), "int64")
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """A quotient that is 0 where nothing was found and nothing is there."""
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+class Averaged(OfClasses):
+    """A score per class, averaged: binary (of the class `pos_label`), macro, weighted, micro, or None for each."""
+
+    score: Any
+
+    def _compute(self, predictions, references, average="binary", pos_label=1):
+        score = self.score(references, predictions, average=average, pos_label=pos_label, zero_division=0)
+        return {self.name: score if average is None else float(score)}

@@ -1,14 +1,9 @@
-"""Share of what was predicted that is true: TP / (TP + FP)."""
+import sklearn.metrics
 
-import evaluate
-
-from grass_hf.recipes.metric_modules import averaged, info, ratio
+from grass_hf.recipes import metric_modules
 
 
-class Precision(evaluate.Metric):
-    def _info(self):
-        return info(__doc__, "int64")
+class Precision(metric_modules.Averaged):
+    """Share of what was predicted that is true."""
 
-    def _compute(self, predictions, references, average="binary", pos_label=1):
-        score = averaged(predictions, references, average, pos_label, lambda tp, fp, fn: ratio(tp, tp + fp))
-        return {"precision": score}
+    score = staticmethod(sklearn.metrics.precision_score)

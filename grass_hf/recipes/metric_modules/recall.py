@@ -1,14 +1,9 @@
-"""Share of what is true that was predicted: TP / (TP + FN)."""
+import sklearn.metrics
 
-import evaluate
-
-from grass_hf.recipes.metric_modules import averaged, info, ratio
+from grass_hf.recipes import metric_modules
 
 
-class Recall(evaluate.Metric):
-    def _info(self):
-        return info(__doc__, "int64")
+class Recall(metric_modules.Averaged):
+    """Share of what is true that was predicted."""
 
-    def _compute(self, predictions, references, average="binary", pos_label=1):
-        score = averaged(predictions, references, average, pos_label, lambda tp, fp, fn: ratio(tp, tp + fn))
-        return {"recall": score}
+    score = staticmethod(sklearn.metrics.recall_score)
