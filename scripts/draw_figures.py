@@ -1,13 +1,16 @@
-"""The two figures of the README and the docs, drawn from rows in docs/results and from the method's own shapes.
+"""The figures of the README and the docs: quality beside memory, the method, and a start table.
 
-    draw_figures.py              # docs/memory_quality.png and docs/how_it_works.png
+    draw_figures.py              # memory_quality.png, how_it_works.png and start_table.svg in docs/
     draw_figures.py --out DIR    # the same into another folder
 
-`make figures` runs it. The first one has the best point of every method over two seeds, beside the peak of its step.
+`make figures` runs it. The first one has the best point of every method over two seeds, from rows in docs/results,
+beside the peak of its step. The last one is of the model of `make demo`, with the defaults of the package.
 """
 
 import argparse
+import io
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,8 +18,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grass_hf import GrassConfig, convert_to_grass, grass_optimizer
+from grass_hf.integrations.start_table import render, start_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -38,7 +47,7 @@ METHODS = {
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for the two images")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for the images")
     return parser.parse_args()
 
 
@@ -136,6 +145,21 @@ def draw_how_it_works(path: Path) -> None:
     save(figure, path)
 
 
+def draw_start_table(path: Path) -> None:
+    """The table at the start of a run, as a terminal shows it."""
+    config = AutoConfig.from_pretrained(ROOT / "configs" / "llama_9m.json", vocab_size=4096)
+    model = AutoModelForCausalLM.from_config(config)
+    convert_to_grass(model, GrassConfig(density=0.25, update_interval=100))
+    optimizer = grass_optimizer(model, torch.optim.AdamW, lr=5e-3)
+    console = Console(record=True, width=92, file=io.StringIO())
+    console.print(render(start_report(model, optimizer, steps=500)))
+    drawing = console.export_svg(title="grass_hf.summary(model, optimizer, steps=500)", unique_id="start")
+    # a reader's own fonts: the page loads nothing from elsewhere
+    drawing = re.sub(r"@font-face \{.*?\}", "", drawing, flags=re.S).replace("Fira Code, monospace", "monospace")
+    path.write_text("\n".join(line.rstrip() for line in drawing.splitlines()) + "\n", encoding="utf-8")
+    print(path)
+
+
 def save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # without the version of matplotlib in it, the same data make the same file
@@ -148,6 +172,7 @@ def main() -> None:
     out = parsed().out
     draw_memory_and_quality(out / "memory_quality.png")
     draw_how_it_works(out / "how_it_works.png")
+    draw_start_table(out / "start_table.svg")
 
 
 if __name__ == "__main__":
