@@ -9,7 +9,7 @@ RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo finetune test test-slow test-dist test-tools stress mutate test-oldest test-newest test-gpu support-table quality dist test-wheel bench bench-smoke bench-speed \
-	bench-net bench-memory proof-13b proof-7b proof-13b-int8 proof-gpu docs clean
+	bench-net bench-memory proof-13b proof-7b proof-13b-int8 proof-gpu docs docs-pages figures clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -126,8 +126,14 @@ $(VENV)/.stamp-proof: $(METADATA) | $(VENV)/.stamp-dev
 	$(PIP) -e '.[proof]'
 	@touch $@
 
-docs: $(VENV)/.stamp-docs ## Build the documentation site (site/)
-	$(BIN)/mkdocs build --strict
+docs: $(VENV)/.stamp-docs ## Build the documentation site, strictly: a broken link stops it (site/)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-pages: $(VENV)/.stamp-dev ## Write the page of the command line anew (docs/cli.md)
+	$(BIN)/python -m typer grass_hf.cli.app utils docs --name grass-hf --output docs/cli.md
+
+figures: $(VENV)/.stamp-dev ## Draw the figures of the README and the docs from docs/results
+	$(BIN)/python scripts/draw_figures.py
 
 clean: ## Remove the environment and everything that was generated
 	rm -rf $(VENV) .venv-oldest .venv-tools .venv-wheel build dist site runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
