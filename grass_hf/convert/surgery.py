@@ -191,7 +191,8 @@ def _put_plain(module: nn.Module, parameter: str, plain: nn.Parameter | None) ->
         return
     if plain is None:
         logger.warning(
-            "%s of a %s was stored in eight bits when the conversion failed, and keeps its rounded values.",
+            "%s of a %s was stored in eight bits when the conversion failed, and keeps its rounded values: load the "
+            "model again before you convert it without weight_dtype.",
             parameter,
             type(module).__name__,
         )

@@ -136,7 +136,9 @@ def test_the_figures_can_be_drawn(tmp_path):
         assert (tmp_path / name).stat().st_size > 10_000
         assert (ROOT / "docs" / name).is_file()
     # of the table nothing depends on versions of a drawing library but its colours
-    text = [re.findall(r">([^<]+)</text>", (path / "start_table.svg").read_text()) for path in (tmp_path, ROOT / "docs")]
+    text = [
+        re.findall(r">([^<]+)</text>", (path / "start_table.svg").read_text()) for path in (tmp_path, ROOT / "docs")
+    ]
     assert text[0] == text[1]
 
 
