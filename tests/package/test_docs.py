@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -130,24 +131,28 @@ def test_every_page_stands_in_the_menu():
     assert [page.name for page in PAGES[1:] if page.name not in menu] == []
 
 
-def test_the_figures_can_be_drawn(tmp_path):
-    subprocess.run([sys.executable, "scripts/draw_figures.py", "--out", str(tmp_path)], cwd=ROOT, check=True)
+@pytest.fixture
+def figures(monkeypatch):
+    """scripts/draw_figures.py, imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("draw_figures")
+
+
+def test_the_figures_can_be_drawn(figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["draw_figures.py", "--out", str(tmp_path)])
+    figures.main()
     for name in ("memory_quality.png", "how_it_works.png", "start_table.svg"):
         assert (tmp_path / name).stat().st_size > 10_000
         assert (ROOT / "docs" / name).is_file()
     # of the table nothing depends on versions of a drawing library but its colours
-    text = [
-        re.findall(r">([^<]+)</text>", (path / "start_table.svg").read_text()) for path in (tmp_path, ROOT / "docs")
-    ]
+    files = [folder / "start_table.svg" for folder in (tmp_path, ROOT / "docs")]
+    text = [re.findall(r">([^<]+)</text>", file.read_text()) for file in files]
     assert text[0] == text[1]
 
 
-def test_the_figure_shows_what_the_page_says(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from draw_figures import best_points
-
+def test_the_figure_shows_what_the_page_says(figures):
     page = (ROOT / "docs" / "quality.md").read_text().split("## In short")[1].split("\n## ")[0]
-    for perplexity, peak in best_points().values():
+    for perplexity, peak in figures.best_points().values():
         assert any(f"{perplexity:.1f}" in row and f"{peak:.1f}" in row for row in page.splitlines()), (perplexity, peak)
 
 
