@@ -126,6 +126,13 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_that_was_not_run_says_so(recipe):
+    head = recipe.read_text().split("\n\n")[0]
+    ran = recipe.stem in ("llama_demo_sotu", "smollm2_135m_chitchat", "minilm_sentiment")
+    assert ran or ("Not run at this size by us" in head and re.search(r"GiB of tensors|was not estimated", head))
+
+
 def test_every_page_stands_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     assert [page.name for page in PAGES[1:] if page.name not in menu] == []
