@@ -139,7 +139,9 @@ def detach_slice(module: GrassModule, slice_: Slice, undo: ExitStack) -> None:
         undo.callback(_put_int8, module, slice_.parameter)
         setattr(module, slice_.parameter, nn.Parameter(int8.dequantize(weight)))
     undo.callback(_set_gradient, module, slice_.parameter, weight.requires_grad, weight.grad)
-    getattr(module, slice_.parameter).requires_grad_(slice_.before.requires_grad)
+    # one that was frozen since stays so
+    trained = slice_.before.requires_grad and slice_.active.requires_grad
+    getattr(module, slice_.parameter).requires_grad_(trained)
     if not module.own_slices():
         _set_class(module, plain_class(module), undo)
 
