@@ -8,7 +8,7 @@ METADATA := setup.cfg pyproject.toml constraints/dev.txt
 RECIPE := recipes/pretrain/llama_demo_sotu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test quality demo finetune test-slow test-dist test-tools test-gpu stress mutate support-table docs \
+.PHONY: help venv test quality demo finetune test-slow test-dist test-tools test-gpu stress mutate support-table docs docs-pages figures \
 	dist test-wheel test-oldest test-newest release-check bench bench-finetune bench-smoke bench-speed bench-net bench-memory proof-13b \
 	proof-7b proof-13b-int8 proof-gpu clean
 
@@ -84,9 +84,15 @@ support-table: $(VENV)/.stamp-dev ## Try every model of the matrix and write doc
 
 ##@ Docs and release
 
-docs: $(VENV)/.stamp-docs ## Build the documentation site (site/)
+docs: $(VENV)/.stamp-docs ## Build the documentation site, strictly: a broken link stops it (site/)
 	$(BIN)/python scripts/write_messages.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-pages: $(VENV)/.stamp-dev ## Write the page of the command line anew (docs/cli.md)
+	$(BIN)/python -m typer grass_hf.cli.app utils docs --name grass-hf --output docs/cli.md
+
+figures: $(VENV)/.stamp-dev ## Draw the figures of the README and the docs from docs/results
+	$(BIN)/python scripts/draw_figures.py
 
 dist: $(VENV)/.stamp-dev ## Build the sdist, and the wheel from it (dist/)
 	rm -rf dist build

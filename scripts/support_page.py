@@ -125,4 +125,7 @@ def _shorter(reason: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    # brackets are links to Markdown
+    for sign, written in {"|": "\\|", "<": "&lt;", "[": "\\[", "]": "\\]", "\n": " "}.items():
+        text = text.replace(sign, written)
+    return text

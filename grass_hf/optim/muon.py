@@ -43,7 +43,9 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         params: of a converted model.
         lr: of both. Muon's updates are scaled to the size of AdamW's (``adjust_lr_fn="match_rms_adamw"``).
-        betas, eps, fused: of AdamW.
+        betas: of AdamW.
+        eps: of AdamW.
+        fused: of AdamW.
         weight_decay: of both, decoupled.
         momentum: share of the past in Muon's running mean of gradients, from 0 up to, but not including, 1.
         nesterov: orthogonalise the mean of gradient and running mean instead of the running mean.

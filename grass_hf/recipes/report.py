@@ -33,7 +33,7 @@ h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6r
 .cards { display: flex; flex-wrap: wrap; gap: .8rem }
 .card { border: 1px solid #d9e2ec; border-radius: 8px; padding: .6rem 1rem; min-width: 9.5rem }
 .card b { display: block; font-size: 1.35rem; font-weight: 600 } .card span { color: #627d98; font-size: .85rem }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1rem 1.6rem }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem 1.6rem }
 figure { margin: 0 } figure svg { width: 100%; height: auto; display: block }
 figcaption { color: #486581; font-size: .9rem }
 pre { background: #f5f7fa; border-radius: 6px; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere;

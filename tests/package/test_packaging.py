@@ -8,10 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_ci_runs_make_test_and_make_quality_and_nothing_else():
+def test_ci_runs_make_test_quality_and_docs_and_nothing_else():
     lines = (ROOT / ".ci/run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith("#")]
-    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test", "make quality"]
+    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test", "make quality", "make docs"]
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
 
 

