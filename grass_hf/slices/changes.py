@@ -2,8 +2,8 @@
 
 [Note: the delta is known] A weight with a slice changes in two ways only: a slice is written back, or decay is
 multiplied into all of it. So the columns that were in the slice bound what can have changed, and where a slice is
-written back the old values are still there to be compared with: r/m of the weight, one bit of memory per element of the
-slice, and no copy of anything. A slice that takes other columns opens another entry; bits count from where its first
+written back the old values are still there to be compared with: r/m of the weight, at most one bit of memory per element
+of the slice, and no copy of anything. A slice that takes other columns opens another entry; changes count from where its first
 write began, so an element that has changed twice is there once.
 
 Whatever else changes the weight (a state dict that is loaded, an edit by hand) leaves another mark on it than the last
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .frozen_weight import FrozenWeight
-from .ops.bits import as_bits, pack, positions
+from .ops.bits import Elements, differing
 from .ops.int8 import is_int8
 from .ops.sharding import is_partitioned, is_sharded
 from .part import Part, local_part
@@ -41,7 +41,7 @@ class Entry:
         index: the same as this rank's part numbers them.
         version: mark of the slice's index.
         shape: of this rank's part of the slice.
-        bits: `ops.bits.pack` of the changed elements of that part; None for all of them.
+        elements: that changed in that part; None for all of them.
         settling: whether it holds but rows that the selection before has too, at their nearest values.
         is_all: whether it is all columns, which decay was multiplied into.
     """
@@ -50,7 +50,7 @@ class Entry:
     index: Tensor
     version: tuple[int, int]
     shape: torch.Size
-    bits: Tensor | None = None
+    elements: Elements | None = None
     settling: bool = False
     is_all: bool = False
 
@@ -82,17 +82,12 @@ class Changes:
         """`Part.put`, with a note of what it changes."""
         self.look()
         entry = self._entry(held)
-        if entry is None or self.whole or not (compared := self._compares(self.slice)):
+        if entry is not None and not self.whole and not self._compares(self.slice):
+            entry.elements = None
+        if entry is None or entry.elements is None or self.whole:
             held.put(rows, seed)
-            if entry is not None and not self.whole and not compared:
-                entry.bits = None
         else:
-            before = as_bits(held.stored())
-            held.put(rows, seed)
-            after = as_bits(rows.to(held.weight.dtype) if held.is_plain else held.stored())
-            changed = pack(before != after)
-            if entry.bits is not None:
-                entry.bits.bitwise_or_(changed)
+            held.replace(rows, seed, entry.elements)
         self._mark = self._now()
 
     def look(self) -> None:
@@ -104,13 +99,14 @@ class Changes:
         """`Part.decay`, with a note of what it changes; a copy of this one weight exists meanwhile."""
         self.look()
         compared = self.whole is None and held.is_plain and self._compares(self.slice)
-        before = as_bits(held.weight).clone() if compared else None
+        before = held.weight.clone(memory_format=torch.contiguous_format) if compared else None
         held.decay(factor, seed)
         if before is not None:
             every = torch.arange(held.weight.shape[held.dim], device=held.weight.device)
             every = every.expand(*held.weight.shape[:-2], -1)
-            bits = pack(before.ne(as_bits(held.weight)))
-            self.entries.append(Entry(self._every(), every, (-1, -1), held.weight.shape, bits, is_all=True))
+            changed = Elements(before.numel(), before.device)
+            changed.add(differing(before, held.weight.contiguous()))
+            self.entries.append(Entry(self._every(), every, (-1, -1), held.weight.shape, changed, is_all=True))
         else:
             self.whole = self.whole or DECAYED
         self._mark = self._now()
@@ -144,8 +140,7 @@ class Changes:
         own = columns if held.index is index else held.index.detach().clone()
         shape = held.active.shape
         # no element is known to be changed yet
-        bits = torch.zeros(-(-shape.numel() // 8), dtype=torch.uint8, device=index.device)
-        self.entries.append(Entry(columns, own, version, shape, bits, settling))
+        self.entries.append(Entry(columns, own, version, shape, Elements(shape.numel(), index.device), settling))
         return self.entries[-1]
 
     def _now(self) -> tuple:
@@ -176,7 +171,7 @@ def flat_positions(entry: Entry, dim: int, shape: torch.Size) -> Tensor:
         shape: of that weight.
     """
     every, device = entry.shape.numel(), entry.index.device
-    own = torch.arange(every, device=device) if entry.bits is None else positions(entry.bits)
+    own = torch.arange(every, device=device) if entry.elements is None else entry.elements.positions()
     p, q = entry.shape[-2:]
     matrix, within = own // (p * q), own % (p * q)
     row, column = within // q, within % q

@@ -177,7 +177,7 @@ class _Clock:
 def _tracker_bytes(delta: WeightDelta) -> int:
     entries = [entry for slice_ in grass_slices(delta.model) for entry in changes_of(slice_).entries]
     return delta.copied_bytes + sum(
-        entry.columns.nbytes + (0 if entry.bits is None else entry.bits.nbytes) for entry in entries
+        entry.columns.nbytes + (0 if entry.elements is None else entry.elements.nbytes) for entry in entries
     )
 
 
