@@ -9,11 +9,12 @@ so that no more than `CHUNK_BYTES` of slices exist beside the weights: [Note: re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ..slices.ops.grouping import groups_by_size
 from ..slices.slice import Slice
 from .driving import plain_class
 
@@ -58,7 +59,8 @@ def step_in_chunks(
         for group, params in zip(groups, members, strict=True):
             for other in groups:
                 other["params"] = []
-            for chunk in _chunks([own[id(param)] for param in params if id(param) in own]):
+            released = [own[id(param)] for param in params if id(param) in own]
+            for chunk in groups_by_size(released, lambda slice_: slice_.active.nbytes, CHUNK_BYTES):
                 group["params"] = [slice_.active for slice_ in chunk]
                 _step_chunk(original, chunk)
     finally:
@@ -75,19 +77,6 @@ def _step_chunk(original: Callable, chunk: list[Slice]) -> None:
     for slice_ in chunk:
         slice_.write_back()
         slice_.release()
-
-
-def _chunks(slices: list[Slice]) -> Iterator[list[Slice]]:
-    chunk: list[Slice] = []
-    size = 0
-    for slice_ in slices:
-        if chunk and size + slice_.active.nbytes > CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(slice_)
-        size += slice_.active.nbytes
-    if chunk:
-        yield chunk
 
 
 def _numbers(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

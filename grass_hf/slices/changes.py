@@ -173,15 +173,20 @@ def flat_positions(entry: Entry, dim: int, shape: torch.Size) -> Tensor:
     every, device = entry.shape.numel(), entry.index.device
     own = torch.arange(every, device=device) if entry.elements is None else entry.elements.positions()
     p, q = entry.shape[-2:]
-    matrix, within = own // (p * q), own % (p * q)
-    row, column = within // q, within % q
-    index = entry.index.reshape(-1, entry.index.shape[-1])
+    index, width = entry.index, shape[-1]
+    row = own // q  # counted over all matrices
+    column = own - row * q
+    if index.dim() == 1 and len(entry.shape) == 2:
+        return index[row] * width + column if dim == -2 else row * width + index[column]
+    matrix = row // p
+    row = row - matrix * p
+    index = index.reshape(-1, index.shape[-1])
     matrix_of_index = matrix if index.shape[0] > 1 else torch.zeros_like(matrix)
     if dim == -2:
         row = index[matrix_of_index, row]
     else:
         column = index[matrix_of_index, column]
-    return (matrix * shape[-2] + row) * shape[-1] + column
+    return (matrix * shape[-2] + row) * width + column
 
 
 def changes_of(slice_: Slice) -> Changes:

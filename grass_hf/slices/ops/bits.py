@@ -31,7 +31,8 @@ def positions(bits: Tensor) -> Tensor:
     some = bits.nonzero().squeeze(1)
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     own = (bits[some].unsqueeze(1) >> places).bitwise_and_(1).view(-1).nonzero().squeeze(1)
-    return some[own // 8] * 8 + own % 8
+    byte = own // 8
+    return some[byte] * 8 + (own - byte * 8)
 
 
 def differing(old: Tensor, new: Tensor) -> Tensor:
@@ -52,7 +53,8 @@ def differing(old: Tensor, new: Tensor) -> Tensor:
         if words.numel() * per * _FEW <= left.numel():
             left, right = (as_words.index_select(0, words).view(left.dtype) for as_words in pair)
             own = (left != right).nonzero().squeeze(1)
-            return words[own // per] * per + own % per
+            word = own // per
+            return words[word] * per + (own - word * per)
     return (left != right).view(old.shape)
 
 

@@ -49,7 +49,8 @@ def replace_rows(tensor: Tensor, index: Tensor, rows: Tensor, dim: int, changed:
         if found.dtype is torch.bool:
             own.index_copy_(dim, numbers, new)
         elif found.numel():
-            line, within = found // rows.shape[1], found % rows.shape[1]
+            line = found // rows.shape[1]
+            within = found - line * rows.shape[1]
             flat = line * width + numbers[within] if dim == -1 else numbers[line] * width + within
             own.view(-1).index_copy_(0, flat, new.reshape(-1)[found])
         changed.add(found, first * rows.shape[1])
