@@ -12,7 +12,7 @@ write left, and the whole weight counts as changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,10 @@ from .part import Part, local_part
 
 if TYPE_CHECKING:
     from .slice import Slice
+
+_LARGEST = torch.iinfo(torch.int32).max
+# Elements whose places are computed at a time, so that what is made on the way stays in a CPU's caches.
+_AT_A_TIME = 2**18
 
 OUTSIDE = "changed by something other than its slice"
 DECAYED = "multiplied by the weight decay that its columns were owed"
@@ -162,31 +166,48 @@ def mark(weight: Any) -> tuple:
 
 
 def flat_positions(entry: Entry, dim: int, shape: torch.Size) -> Tensor:
-    """int64: where the changed elements of an entry are in the weight of which `Entry.index` numbers the columns, read
-    flat.
+    """Where the changed elements of an entry are in the weight of which `Entry.index` numbers the columns, read flat;
+    int32 where that fits, else int64.
 
     Args:
         entry: of the weight.
         dim: along which columns (rows) are numbered.
         shape: of that weight.
     """
-    every, device = entry.shape.numel(), entry.index.device
-    own = torch.arange(every, device=device) if entry.elements is None else entry.elements.positions()
-    p, q = entry.shape[-2:]
-    index, width = entry.index, shape[-1]
+    dtype = index_dtype(shape)
+    if entry.elements is not None:
+        own: Iterable[Tensor] = entry.elements.blocks()
+    else:
+        own = torch.arange(entry.shape.numel(), device=entry.index.device).split(_AT_A_TIME)
+    index = entry.index.to(dtype)
+    return torch.cat([_flat(numbers.to(dtype), index, entry.shape, dim, shape) for numbers in own])
+
+
+def _flat(own: Tensor, index: Tensor, part: torch.Size, dim: int, shape: torch.Size) -> Tensor:
+    p, q = part[-2:]
+    width = shape[-1]
     row = own // q  # counted over all matrices
     column = own - row * q
-    if index.dim() == 1 and len(entry.shape) == 2:
-        return index[row] * width + column if dim == -2 else row * width + index[column]
+    if index.dim() == 1 and len(part) == 2:
+        if dim == -2:
+            return index.index_select(0, row) * width + column
+        return row * width + index.index_select(0, column)
     matrix = row // p
     row = row - matrix * p
     index = index.reshape(-1, index.shape[-1])
-    matrix_of_index = matrix if index.shape[0] > 1 else torch.zeros_like(matrix)
+    line = row if dim == -2 else column
+    # one index for all matrices, or one for each
+    chosen = index.reshape(-1).index_select(0, line + matrix * index.shape[-1] if index.shape[0] > 1 else line)
     if dim == -2:
-        row = index[matrix_of_index, row]
+        row = chosen
     else:
-        column = index[matrix_of_index, column]
+        column = chosen
     return (matrix * shape[-2] + row) * width + column
+
+
+def index_dtype(shape: torch.Size) -> torch.dtype:
+    """int32 where the numbers of a tensor's elements fit."""
+    return torch.int32 if shape.numel() - 1 <= _LARGEST else torch.int64
 
 
 def changes_of(slice_: Slice) -> Changes:

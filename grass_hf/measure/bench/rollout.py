@@ -173,6 +173,7 @@ class _Clock:
 
         return timed
 
+    @torch.no_grad()
     def write_again(self) -> None:
         """After a step. Columns that a selection has replaced are not written again: their writes count in full."""
         for changes, version, held, rows, seed in self._again:

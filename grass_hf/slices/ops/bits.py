@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 # Moves the lowest bit of byte i of eight bytes to bit i of the highest byte; no two of the sums meet, so none carries.
 _GATHER = sum(1 << (56 - 7 * i) for i in range(8))
+# Bytes of a set that are read at a time.
+_AT_A_TIME = 2**15
 # Words of eight bytes that differ are few while there are so many times more.
 _FEW = 4
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -94,11 +98,17 @@ class Elements:
 
     def positions(self) -> Tensor:
         """int64 (k,), ascending, each once."""
+        return torch.cat(list(self.blocks()))
+
+    def blocks(self) -> Iterator[Tensor]:
+        """`positions` in parts of limited size, what is made of which stays in a CPU's caches."""
         if self._bits is None and len(self._numbers) == 1:
-            return self._numbers[0].long()
-        if self._bits is None and self._numbers:
-            return torch.cat(self._numbers).unique().long()
-        return positions(self._as_bits())
+            yield self._numbers[0].long()
+        elif self._bits is None and self._numbers:
+            yield torch.cat(self._numbers).unique().long()
+        else:
+            for number, bits in enumerate(self._as_bits().split(_AT_A_TIME)):
+                yield positions(bits) + number * _AT_A_TIME * 8
 
     def _as_bits(self) -> Tensor:
         """With the numbers in them."""
