@@ -90,6 +90,20 @@ def test_without_grass_nothing_is_another(tmp_path, serve, caplog):
     assert len(compared) == 5 and "sends all weights" not in caplog.text
 
 
+def test_a_model_without_slices_is_sent_whole(tmp_path, serve):
+    """Before training, by AdamW, and after `restore_model`, over the server that takes patches only."""
+    model = model_for("grpo")
+    server = serve(model)
+    run, compared = run_grpo(tmp_path, server, model, optim="adamw_torch", optim_args=None)
+    assert len(compared) == 5 and len(set(server.syncs)) == 1
+    server = serve(model)
+    run, compared = run_grpo(tmp_path, server, model, max_steps=2)
+    restore_model(run.model)
+    run.vllm_generation.sync_weights()
+    total = sum(weight.numel() for weight in server.model.parameters())
+    assert server.syncs[0] == server.syncs[-1] == total > max(server.syncs[1:-1])
+
+
 def test_what_a_server_refuses_comes_again(tmp_path, serve):
     model = model_for("grpo")
     server = serve(model)

@@ -169,6 +169,16 @@ def test_memory_is_at_most_a_bit_for_each_element_of_a_slice(lr):
     assert all(entry.elements is None for slice_ in _slices(run.model) for entry in slice_.changes.entries)
 
 
+@pytest.mark.parametrize("targets", ["all-matrices", "all-linear"])
+def test_a_tied_head_comes_once(targets):
+    run = Run(lambda: tiny_llama(**TIED), target_modules=targets)
+    for given in (run.delta.full, run.delta.patches):
+        run.step()
+        names = [name for name, _, _ in given()]
+        assert names.count("model.embed_tokens.weight") == 1 and "lm_head.weight" not in names
+        assert run.delta.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
 def test_nothing_changed_and_nothing_is_sent():
     run = Run()
     assert list(run.delta.patches()) == []

@@ -68,6 +68,10 @@ class PatchStream:
             indices = None if indices is None else indices.to(self._device)
             yield patch_of(make, name, indices, values.to(self._device), delta.shape(name))
 
+    def failed(self) -> None:
+        """What the server has of it is not known."""
+        self.delta.all_changed(_FAILED)
+
     def _gathered(self, found: list[Triple], names: list[str]) -> Iterator[Triple]:
         """The same of all ranks on the first one, some tensors at a time."""
         own = {name: (indices, values) for name, indices, values in found}
@@ -87,45 +91,59 @@ def _joined(parts: list[tuple[Tensor | None, Tensor]]) -> tuple[Tensor | None, T
     return torch.cat([indices for indices, _ in parts if indices is not None]), torch.cat([values for _, values in parts])
 
 
-def patch_stream(model: nn.Module, device: torch.device, ask: Callable[[], str | None], place: Any) -> PatchStream | None:
+class Everything:
+    """All parameters as patches, for a model without slices: before conversion, after `restore_model`, of AdamW.
+
+    Args:
+        walk: gives them by the names that vLLM knows; every rank walks.
+    """
+
+    def __init__(self, walk: Callable[[], Iterable[tuple[str, Tensor]]]):
+        self._walk = walk
+
+    def __iter__(self) -> Iterator[Any]:
+        for name, param in self._walk():
+            yield patch_of(sparse_engine().SparseWeightPatch, name, None, param.detach(), param.shape)
+
+    def failed(self) -> None:
+        """Nothing is known of the server anyway."""
+
+
+def stream_for(
+    model: nn.Module, device: torch.device, client: Any, walk: Callable[[], Iterable[tuple[str, Tensor]]], place: Any
+) -> PatchStream | Everything | None:
     """What to send a server, None for all parameters as TRL does it; every rank must ask.
 
     Args:
         model: that is trained, or a wrapper around it.
         device: of the trainer.
-        ask: gives the server's backend of weight transfer on the first rank, None elsewhere and where there is none.
+        client: of TRL's, of the server; None on ranks but the first, and where there is no server.
+        walk: gives all parameters.
         place: of TRL, keeps what the server answered.
     """
-    converted = converted_part(model)
-    if converted is None or hasattr(model, "merge_adapter"):  # an adapter changes all weights as it is merged
-        return None
     kept = vars(place)
     if "grass_backend" not in kept:
-        kept["grass_backend"] = broadcast_object_list([ask()], from_process=0)[0]
-        _say(kept["grass_backend"])
-    if kept["grass_backend"] != _SPARSE:
+        kept["grass_backend"] = broadcast_object_list([_backend(client)], from_process=0)[0]
+    backend, converted = kept["grass_backend"], converted_part(model)
+    if backend != _SPARSE:
+        if converted is not None and backend is not None:
+            logger.warning_once(
+                f"Every synchronisation sends all weights: the vLLM server's weight transfer is {backend!r}. Start it "
+                f"with --weight-transfer-config '{{\"backend\": \"{_SPARSE}\"}}', and Grass sends what has changed."
+            )
         return None
-    conversion = conversion_of(converted)
+    conversion = None if converted is None else conversion_of(converted)
+    link = conversion.driver() if conversion is not None and conversion.driver is not None else None
+    if converted is None or link is None or hasattr(model, "merge_adapter"):  # which changes all weights
+        kept.pop("grass_delta", None)
+        return Everything(walk)
     is_known = (delta := kept.get("grass_delta")) is not None and delta.conversion is conversion
     if not is_known:
-        link = conversion.driver() if conversion.driver is not None else None
-        if link is None:
-            return None
         delta = kept["grass_delta"] = WeightDelta(converted, link.optimizer)
     return PatchStream(delta, device, is_known)
 
 
-def _say(backend: str | None) -> None:
-    if backend == _SPARSE:
-        logger.info("Weights are synchronised by Grass: the vLLM server is sent what has changed.")
-    elif backend is not None:
-        logger.warning_once(
-            f"Every synchronisation sends all weights: the vLLM server's weight transfer is {backend!r}. Start it with "
-            f"--weight-transfer-config '{{\"backend\": \"{_SPARSE}\"}}', and Grass sends what has changed."
-        )
-
-
-def send(stream: PatchStream, url: str, communicator: Any) -> None:
+def send(stream: PatchStream | Everything, url: str, communicator: Any) -> None:
     """Send patches to a server, over the connection that TRL has opened, by vLLM's own trainer engine."""
     clients: Any = importlib.import_module("vllm.distributed.weight_transfer.clients")
     client = clients.HTTPVLLMWeightSyncClient(url)
@@ -137,7 +155,7 @@ def send(stream: PatchStream, url: str, communicator: Any) -> None:
             engine.send_weight_chunk(group)
         client.finish_weight_update()
     except BaseException:
-        stream.delta.all_changed(_FAILED)  # what the server has of it is not known
+        stream.failed()
         raise
 
 
@@ -151,9 +169,10 @@ def extend_generation(generation: ModuleType) -> None:
     @functools.wraps(original)
     @torch.no_grad()  # it is called within a training step, and what it reads of weights is in no loss
     def sync_weights(self) -> None:
-        main = self.accelerator.is_main_process
-        ask = functools.partial(_backend, self.vllm_client if main and self.mode == "server" else None)
-        stream = patch_stream(self.model, self.accelerator.device, ask, self) if self.mode == "server" else None
+        main, stream = self.accelerator.is_main_process, None
+        if self.mode == "server":
+            client = self.vllm_client if main else None
+            stream = stream_for(self.model, self.accelerator.device, client, self._iter_named_params, self)
         if stream is None:
             original(self)
         elif main:
@@ -180,12 +199,13 @@ def extend_async(trainer_module: ModuleType) -> None:
     def _streaming_iter(self) -> Iterable[Any]:
         transfer = self.weight_transfer
         theirs = transfer.vllm if isinstance(transfer, client) else None  # others take tensors by name
-        stream = patch_stream(self.model, self.accelerator.device, functools.partial(_backend, theirs), self)
+        walk = functools.partial(streaming, self)
+        stream = stream_for(self.model, self.accelerator.device, theirs, walk, self)
         return streaming(self) if stream is None else stream
 
     @functools.wraps(sending)
     def send_weights(self, iterator: Iterable[Any]) -> None:
-        if not isinstance(iterator, PatchStream):
+        if not isinstance(iterator, (PatchStream, Everything)):
             sending(self, iterator)
         elif self.model_update_group is not None:
             send(iterator, self.vllm.server_url, self.model_update_group)
