@@ -97,7 +97,7 @@ def extend_trl_async(trainer_module: ModuleType) -> None:
     trl.extend_async(trainer_module)
 
 
-def extend_trl_async_distillation(trainer_module: ModuleType) -> None:
+def extend_trl_async_distillation(trainer_module: Any) -> None:
     """See `trl_callbacks.plain_walk`."""
     from .trl_callbacks import plain_walk
 

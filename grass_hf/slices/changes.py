@@ -2,9 +2,9 @@
 
 [Note: the delta is known] A weight with a slice changes in two ways only: a slice is written back, or decay is
 multiplied into all of it. So the columns that were in the slice bound what can have changed, and where a slice is
-written back the old values are still there to be compared with: r/m of the weight, at most one bit of memory per element
-of the slice, and no copy of anything. A slice that takes other columns opens another entry; changes count from where its first
-write began, so an element that has changed twice is there once.
+written back the old values are still there to be compared with: r/m of the weight, at most one bit of memory per
+element of the slice, and no copy of anything. A slice that takes other columns opens another entry; changes count from
+where its first write began, so an element that has changed twice is there once.
 
 Whatever else changes the weight (a state dict that is loaded, an edit by hand) leaves another mark on it than the last
 write left, and the whole weight counts as changed.

@@ -64,7 +64,7 @@ def run_grpo(tmp_path, server, model, **options):
 def test_grpo_sends_what_changed(tmp_path, serve, caplog, tied, bf16):
     model = model_for("grpo", tied).to(torch.bfloat16 if bf16 else torch.float32)
     server = serve(model)
-    run, compared = run_grpo(tmp_path, server, model, bf16=bf16)
+    _, compared = run_grpo(tmp_path, server, model, bf16=bf16)
     total = sum(weight.numel() for weight in server.model.parameters())
     assert compared == [0, 1, 2, 3, 4] and server.syncs[0] == total
     assert len(server.syncs) == 5 and all(0 < count < 0.7 * total for count in server.syncs[1:])
@@ -195,9 +195,7 @@ def test_online_dpo_sends_the_weights(monkeypatch, int8):
     trainer = object.__new__(theirs.OnlineDPOTrainer)
     client = SimpleNamespace(update_named_param=lambda name, tensor: sent.update({name: tensor.clone()}))
     state = SimpleNamespace(is_main_process=True, state=SimpleNamespace(deepspeed_plugin=None))
-    vars(trainer).update(
-        model=model, vllm_mode="server", vllm_client=client, accelerator=state, is_fsdp_enabled=False
-    )
+    vars(trainer).update(model=model, vllm_mode="server", vllm_client=client, accelerator=state, is_fsdp_enabled=False)
     trainer._move_model_to_vllm_inner()
     assert list(sent) == [name for name, _ in plain.named_parameters()]
     whole = restore_model(model).state_dict()

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def run_cases(cases: dict[str, Any], start: Callable[[str], object] = dist.init_process_group) -> None:
-    """Run the cases that the command line names, after the number of ranks; rank 0 says "ok NAME" of each that has ended
-    well.
+    """Run the cases that the command line names, after the number of ranks; rank 0 says "ok NAME" after each.
 
     Args:
         cases: functions by name; the script's ``globals()``.

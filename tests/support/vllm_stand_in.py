@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 
 import requests
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 
@@ -137,7 +138,11 @@ class Server:
         for prompt in prompts:
             ids = torch.tensor([prompt])
             drawn = self.model.generate(
-                ids, do_sample=True, num_return_sequences=count, max_new_tokens=most, attention_mask=torch.ones_like(ids)
+                ids,
+                do_sample=True,
+                num_return_sequences=count,
+                max_new_tokens=most,
+                attention_mask=torch.ones_like(ids),
             )
             replies += drawn[:, len(prompt) :].tolist()
         logprobs = [[[0.0]] * len(reply) for reply in replies]
@@ -212,8 +217,10 @@ def send_dense(server: Server, named_params) -> None:
 
 def accelerator() -> SimpleNamespace:
     """As much of one as a synchronisation asks for."""
+    PartialState()  # TRL's loggers want it
     return SimpleNamespace(
-        is_main_process=True, device=torch.device("cpu"), wait_for_everyone=lambda: None, unwrap_model=lambda model: model
+        is_main_process=True,
+        device=torch.device("cpu"),
+        wait_for_everyone=lambda: None,
+        unwrap_model=lambda model: model,
     )
-
-

@@ -6,8 +6,8 @@ send every parameter. A server that was started with
     --weight-transfer-config '{"backend": "sparse_nccl"}'
 
 takes vLLM's sparse patches (`grass_hf.integrations.rollouts.vllm`) over the connection that TRL has opened: the first
-synchronisation sends everything, the others what a `WeightDelta` gives. Any other server is sent everything, as TRL does
-it, which is said once. Whole weights are never gathered for patches; the first rank gathers those of the others.
+synchronisation sends everything, the others what a `WeightDelta` gives. Any other server is sent everything, as TRL
+does it, which is said once. Whole weights are never gathered for patches; the first rank gathers those of the others.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class PatchStream:
 def _joined(parts: list[tuple[Tensor | None, Tensor]]) -> tuple[Tensor | None, Tensor]:
     if not parts[1:]:
         return parts[0]
-    return torch.cat([indices for indices, _ in parts if indices is not None]), torch.cat([values for _, values in parts])
+    return torch.cat([indices for indices, _ in parts if indices is not None]), torch.cat(
+        [values for _, values in parts]
+    )
 
 
 class Everything:
@@ -129,7 +131,7 @@ def stream_for(
         if converted is not None and backend is not None:
             logger.warning_once(
                 f"Every synchronisation sends all weights: the vLLM server's weight transfer is {backend!r}. Start it "
-                f"with --weight-transfer-config '{{\"backend\": \"{_SPARSE}\"}}', and Grass sends what has changed."
+                f'with --weight-transfer-config \'{{"backend": "{_SPARSE}"}}\', and Grass sends what has changed.'
             )
         return None
     conversion = None if converted is None else conversion_of(converted)
@@ -185,7 +187,7 @@ def extend_generation(generation: ModuleType) -> None:
     cls.sync_weights = marked(sync_weights)
 
 
-def extend_async(trainer_module: ModuleType) -> None:
+def extend_async(trainer_module: Any) -> None:
     """Have AsyncGRPO send what changed, and else the parameters of the plain model."""
     from ..trl_callbacks import plain_walk
 

@@ -105,7 +105,7 @@ def _run(seed: int, *, steps: int, lr: float, **options: Any) -> dict[str, float
     return {"reward": sum(rewards[-LAST:]) / len(rewards[-LAST:]), "greedy": _greedy(trainer.model, tokenizer, prompts)}
 
 
-def _right(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+def _right(prompts: list[str], completions: list[str], **_: Any) -> Any:
     pairs = zip(prompts, completions, strict=True)
     return [sum(word == prompt[0] for word in reply.split()) / _REPLY for prompt, reply in pairs]
 
