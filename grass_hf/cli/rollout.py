@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config.settings import GrassConfig
-from ..measure.bench import record, rollout
+from ..measure.bench import record, reward, rollout
 
 _PACKAGED = "smollm2-135m-instruct"
+REWARD = "reward"
 CASES = {"grpo-1e-6": (1e-6, True), "grpo-1e-5": (1e-5, True), "finetune-1e-4": (1e-4, False)}
 
 
@@ -21,11 +22,15 @@ def run_rollout(
     *, model: str, case: list[str], steps: int, density: float, batch: int, sequence: int, json: Path | None
 ) -> None:
     """Print a table of both methods for every case, and append them to `json`."""
-    if unknown := [name for name in case if name not in CASES]:
-        raise ValueError(f"case={unknown[0]!r} is not known: choose of {', '.join(CASES)}.")
+    if unknown := [name for name in case if name not in (*CASES, REWARD)]:
+        raise ValueError(f"case={unknown[0]!r} is not known: choose of {', '.join((*CASES, REWARD))}.")
     if batch % rollout.GROUP:
         raise ValueError(f"batch={batch} is no multiple of {rollout.GROUP}, the sequences of a group: give one.")
     console = Console()
+    if REWARD in case:
+        _reward(console, steps, density, json)
+    if not (case := [name for name in case if name != REWARD]):
+        return
     with tempfile.TemporaryDirectory() as folder:
         place = model
         if model == _PACKAGED:
@@ -50,6 +55,21 @@ def run_rollout(
                 setting = {"lr": lr, "steps": steps, "density": density, "batch": batch, "sequence": sequence}
                 record.append(json, {"bench": "rollout", "case": name, **setting, "rows": rows} | record.machine())
         console.print(table)
+
+
+def _reward(console: Console, steps: int, density: float, json: Path | None) -> None:
+    setting: dict[str, Any] = {"steps": steps, "lr": 3e-3, "density": density, "interval": 10, "seeds": [0, 1, 2]}
+    rows = reward.compare(**setting, progress=lambda text: console.print(text, highlight=False))
+    table = Table()
+    for heading in ("case", "method", *(f"seed {seed}" for seed in setting["seeds"]), "mean", "greedy, mean"):
+        table.add_column(heading, justify="left" if heading in ("case", "method") else "right")
+    for method in reward.METHODS:
+        own = [row for row in rows if row["method"] == method]
+        means = [sum(row[key] for row in own) / len(own) for key in ("reward", "greedy")]
+        table.add_row(REWARD, method, *(f"{value:.3f}" for value in [*(row["reward"] for row in own), *means]))
+    if json is not None:
+        record.append(json, {"bench": "rollout", "case": REWARD, **setting, "rows": rows} | record.machine("trl"))
+    console.print(table)
 
 
 def _rows(

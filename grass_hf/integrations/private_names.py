@@ -92,6 +92,10 @@ DEEPSPEED = {
     "deepspeed.DeepSpeedEngine": ("_get_ckpt_name", "_get_zero_ckpt_name", "_zero3_consolidated_16bit_state_dict"),
 }
 TRL = {
+    "trl.experimental.async_distillation.async_distillation_trainer": ("_iter_vllm_named_params",),
+    "trl.experimental.async_grpo.async_grpo_trainer": ("_iter_vllm_named_params",),
+    "trl.experimental.async_grpo.async_grpo_trainer.AsyncGRPOTrainer": ("_streaming_iter",),
+    "trl.experimental.online_dpo.online_dpo_trainer.OnlineDPOTrainer": ("_move_model_to_vllm_inner",),
     "trl.generation.vllm_generation.VLLMGeneration": ("_iter_named_params",),
     "trl.trainer.callbacks": ("_sync_target_model", "_unwrap_model"),
 }

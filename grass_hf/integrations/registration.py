@@ -82,10 +82,33 @@ def extend_trl_callbacks(callbacks: ModuleType) -> None:
 
 
 def extend_trl_vllm(generation: ModuleType) -> None:
-    """See `trl_callbacks.extend_vllm`."""
+    """See `trl_callbacks.extend_vllm` and `rollouts.trl.extend_generation`."""
     from . import trl_callbacks
+    from .rollouts import trl
 
     trl_callbacks.extend_vllm(generation)
+    trl.extend_generation(generation)
+
+
+def extend_trl_async(trainer_module: ModuleType) -> None:
+    """See `rollouts.trl.extend_async`."""
+    from .rollouts import trl
+
+    trl.extend_async(trainer_module)
+
+
+def extend_trl_async_distillation(trainer_module: Any) -> None:
+    """See `trl_callbacks.plain_walk`."""
+    from .trl_callbacks import plain_walk
+
+    trainer_module._iter_vllm_named_params = plain_walk(trainer_module._iter_vllm_named_params)
+
+
+def extend_trl_online_dpo(trainer_module: ModuleType) -> None:
+    """See `trl_callbacks.extend_online_dpo`."""
+    from . import trl_callbacks
+
+    trl_callbacks.extend_online_dpo(trainer_module)
 
 
 def _optimizer_factory(original):

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..convert.conversion import grass_slices
+from ..slices.ops.grouping import groups_by_size
 from ..slices.ops.sharding import is_partitioned, is_sharded
 
 _NAME, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -74,15 +75,8 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _shards(tensors: Iterator[tuple[str, Tensor]], largest: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > largest:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes
-    yield shard
+    contiguous = ((name, tensor.contiguous()) for name, tensor in tensors)
+    return map(dict, groups_by_size(contiguous, lambda named: named[1].nbytes, largest))
 
 
 def _save_configs(model: Any, folder: Path) -> None:

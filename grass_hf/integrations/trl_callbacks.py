@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..convert.conversion import grass_slices, is_converted
 from ..convert.modules import GrassModule
 from ..slices.ops.int8 import dequantize, is_int8
+from ..slices.ops.sharding import is_partitioned
 from .marks import is_marked, marked
 
 
@@ -65,6 +67,8 @@ def _plain_class(cls: Any) -> Any:
 
 
 def _trainable(weight: nn.Parameter) -> nn.Parameter:
+    if is_partitioned(weight):
+        return weight  # DeepSpeed gathers this one only
     return nn.Parameter(dequantize(weight) if is_int8(weight) else weight.detach())
 
 
@@ -120,6 +124,35 @@ def extend_vllm(generation: ModuleType) -> None:
 
     @functools.wraps(original)
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, param) for name, param in original(self) if not is_slice_key(name))
+        for name, param in original(self):
+            if not is_slice_key(name):
+                yield name, dequantize(param) if is_int8(param) else param
 
     cls._iter_named_params = marked(_iter_named_params)
+
+
+def plain_walk(original):
+    """Have a function that walks over a model's parameters see the plain ones, while it walks."""
+
+    @functools.wraps(original)
+    def walk(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        with plain_parameters(model):
+            yield from original(model)
+
+    return marked(walk)
+
+
+def extend_online_dpo(trainer_module: ModuleType) -> None:
+    """Have OnlineDPO send vLLM the weights only: it walks over the parameters itself."""
+    cls = trainer_module.OnlineDPOTrainer
+    original = cls._move_model_to_vllm_inner
+    if is_marked(original):
+        return
+
+    @functools.wraps(original)
+    @torch.no_grad()  # what it reads of weights is in no loss
+    def _move_model_to_vllm_inner(self) -> None:
+        with plain_parameters(self.model):
+            original(self)
+
+    cls._move_model_to_vllm_inner = marked(_move_model_to_vllm_inner)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ from ..optim import guards, resume
 from ..optim.controller import GrassController
 from ..optim.fresh_moments import Seed
 from ..optim.state_remap import carry_rows
+from ..slices.ops.grouping import groups_by_size
 from ..slices.ops.row_norms import accumulation_dtype
 from ..slices.ops.sharding import is_partitioned, shape_of
 from ..slices.slice import Slice
@@ -128,7 +129,7 @@ class ZeroController(GrassController):
                 raise guards.not_finite(slice_.state.name, self.step)
 
     def _write_back(self, slices: list[Slice]) -> None:
-        for chunk in _chunks(slices):
+        for chunk in groups_by_size(slices, _elements, _GATHERED_AT_A_TIME):
             with zero.GatheredParameters([slice_.active for slice_ in chunk if is_partitioned(slice_.active)]):
                 super()._write_back(chunk)
 
@@ -274,15 +275,5 @@ def _fetch_slices_with(module: GrassModule) -> None:
             zero.register_external_parameter(module, slice_.active)
 
 
-def _chunks(slices: list[Slice]) -> Iterator[list[Slice]]:
-    chunk: list[Slice] = []
-    elements = 0
-    for slice_ in slices:
-        size = shape_of(slice_.active).numel()
-        if chunk and elements + size > _GATHERED_AT_A_TIME:
-            yield chunk
-            chunk, elements = [], 0
-        chunk.append(slice_)
-        elements += size
-    if chunk:
-        yield chunk
+def _elements(slice_: Slice) -> int:
+    return shape_of(slice_.active).numel()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..slices.ops.grouping import groups_by_size
 from ..slices.slice import Slice
 from .driving import plain_class
 
@@ -64,7 +65,8 @@ def step_in_chunks(
         for group, params in zip(groups, members, strict=True):
             for other in groups:
                 other["params"] = []
-            for chunk in _chunks([own[id(param)] for param in params if id(param) in own]):
+            released = [own[id(param)] for param in params if id(param) in own]
+            for chunk in groups_by_size(released, _stepped_bytes, CHUNK_BYTES):
                 _step_chunk(optimizer, group, original, chunk)
     finally:
         for group, params in zip(groups, members, strict=True):
@@ -134,18 +136,8 @@ def _stand_in(slice_: Slice, wide: Tensor) -> nn.Parameter:
     return param
 
 
-def _chunks(slices: list[Slice]) -> Iterator[list[Slice]]:
-    chunk: list[Slice] = []
-    size = 0
-    for slice_ in slices:
-        nbytes = slice_.active.numel() * slice_.stepped.itemsize
-        if chunk and size + nbytes > CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(slice_)
-        size += nbytes
-    if chunk:
-        yield chunk
+def _stepped_bytes(slice_: Slice) -> int:
+    return slice_.active.numel() * slice_.stepped.itemsize
 
 
 def _numbers(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..slices.changes import Entry, changes_of, flat_positions
+from ..slices.changes import Entry, changes_of, flat_positions, index_dtype
 from ..slices.ops.bits import as_bits
 from ..slices.ops.rows import take_rows
 from ..slices.own_values import OwnValues
 from ..slices.slice import Slice
-
-_LARGEST = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,6 @@ class Sync:
     is_full: bool = False
 
 
-def index_dtype(shape: torch.Size) -> torch.dtype:
-    """int32 where the numbers of a tensor's elements fit."""
-    return torch.int32 if shape.numel() - 1 <= _LARGEST else torch.int64
-
-
 def whole(name: str, own: OwnValues) -> Patch:
     """All that this rank has of a tensor."""
     values = own.all()
@@ -133,7 +126,7 @@ def of_slice(name: str, slice_: Slice, own: OwnValues, columns: bool | None) -> 
 
 
 def _flat(slice_: Slice, own: OwnValues, entries: list[Entry]) -> Tensor:
-    """int64, ascending: the changed elements, counted from this rank's first."""
+    """Ascending, int32 where that fits: the changed elements, counted from this rank's first."""
     shape = own.tensor.shape if own.tensor.dim() > 1 else own.shape  # a run of ZeRO-3 is numbered over the whole
     first = 0 if own.tensor.dim() > 1 else own.start
     found = [flat_positions(entry, slice_.dim, shape) - first for entry in entries]

@@ -81,7 +81,7 @@ class WeightDelta:
         self._why_all: str | None = None
         for slice_ in self._slices():
             self._follow(slice_)
-        self._remember(self._tensors())
+        self._remember(self._tensors(), self._slices())
         delta_state.take_up_saved(self)
 
     def __reduce_ex__(self, protocol: object) -> tuple:
@@ -165,7 +165,8 @@ class WeightDelta:
         step, tensors = self.step, self._tensors()
         self._note_gone()
         sync = Sync(self.number + 1, step)
-        slices = {id(slice_.weight): slice_ for slice_ in self._slices()}
+        followed = self._slices()
+        slices = {id(slice_.weight): slice_ for slice_ in followed}
         for name, tensor in tensors.items():
             slice_ = slices.get(id(tensor))
             own = own_values(tensor, first=self._is_first())
@@ -184,7 +185,7 @@ class WeightDelta:
                         "patches() to its end before the next step, say list(delta.patches())."
                     )
         sync.is_full = len(sync.whole) == len(slices)
-        self._finish(sync, tensors)
+        self._finish(sync, tensors, followed)
 
     def _of(
         self, name: str, tensor: Tensor, slice_: Slice | None, own: OwnValues, reason: str | None, columns: bool | None
@@ -226,19 +227,19 @@ class WeightDelta:
         """Send what is trained in full whole next time, and some frozen tensors."""
         self._others.forget(frozen)
 
-    def _finish(self, sync: Sync, tensors: dict[str, Tensor]) -> None:
+    def _finish(self, sync: Sync, tensors: dict[str, Tensor], followed: list[Slice]) -> None:
         self._why_all = None
-        for slice_ in self._slices():
+        for slice_ in followed:
             changes_of(slice_).forget()
-        self._remember(tensors)
+        self._remember(tensors, followed)
         self.number, self.last = sync.number, sync
         outside = [name for name, reason in sync.whole.items() if reason not in (DECAYED, ASKED)]
         if outside:
             every = "all weights are" if sync.is_full else f"{len(outside)} weights ({outside[0]}, ...) are"
             logger.warning("synchronisation %d: %s sent whole: %s.", sync.number, every, sync.whole[outside[0]])
 
-    def _remember(self, tensors: dict[str, Tensor]) -> None:
-        sliced = {id(slice_.weight) for slice_ in self._slices()}
+    def _remember(self, tensors: dict[str, Tensor], followed: list[Slice]) -> None:
+        sliced = {id(slice_.weight) for slice_ in followed}
         self._others.remember(tensors, sliced, first=self._is_first())
 
     def _slices(self) -> list[Slice]:

@@ -2,9 +2,9 @@
 
 [Note: the delta is known] A weight with a slice changes in two ways only: a slice is written back, or decay is
 multiplied into all of it. So the columns that were in the slice bound what can have changed, and where a slice is
-written back the old values are still there to be compared with: r/m of the weight, one bit of memory per element of the
-slice, and no copy of anything. A slice that takes other columns opens another entry; bits count from where its first
-write began, so an element that has changed twice is there once.
+written back the old values are still there to be compared with: r/m of the weight, at most one bit of memory per
+element of the slice, and no copy of anything. A slice that takes other columns opens another entry; changes count from
+where its first write began, so an element that has changed twice is there once.
 
 Whatever else changes the weight (a state dict that is loaded, an edit by hand) leaves another mark on it than the last
 write left, and the whole weight counts as changed.
@@ -12,7 +12,7 @@ write left, and the whole weight counts as changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,17 @@ import torch
 from torch import Tensor
 
 from .frozen_weight import FrozenWeight
-from .ops.bits import as_bits, pack, positions
+from .ops.bits import Elements, differing
 from .ops.int8 import is_int8
 from .ops.sharding import is_partitioned, is_sharded
 from .part import Part, local_part
 
 if TYPE_CHECKING:
     from .slice import Slice
+
+_LARGEST = torch.iinfo(torch.int32).max
+# Elements whose places are computed at a time, so that what is made on the way stays in a CPU's caches.
+_AT_A_TIME = 2**18
 
 OUTSIDE = "changed by something other than its slice"
 DECAYED = "multiplied by the weight decay that its columns were owed"
@@ -41,7 +45,7 @@ class Entry:
         index: the same as this rank's part numbers them.
         version: mark of the slice's index.
         shape: of this rank's part of the slice.
-        bits: `ops.bits.pack` of the changed elements of that part; None for all of them.
+        elements: that changed in that part; None for all of them.
         settling: whether it holds but rows that the selection before has too, at their nearest values.
         is_all: whether it is all columns, which decay was multiplied into.
     """
@@ -50,7 +54,7 @@ class Entry:
     index: Tensor
     version: tuple[int, int]
     shape: torch.Size
-    bits: Tensor | None = None
+    elements: Elements | None = None
     settling: bool = False
     is_all: bool = False
 
@@ -82,17 +86,12 @@ class Changes:
         """`Part.put`, with a note of what it changes."""
         self.look()
         entry = self._entry(held)
-        if entry is None or self.whole or not (compared := self._compares(self.slice)):
+        if entry is not None and not self.whole and not self._compares(self.slice):
+            entry.elements = None
+        if entry is None or entry.elements is None or self.whole:
             held.put(rows, seed)
-            if entry is not None and not self.whole and not compared:
-                entry.bits = None
         else:
-            before = as_bits(held.stored())
-            held.put(rows, seed)
-            after = as_bits(rows.to(held.weight.dtype) if held.is_plain else held.stored())
-            changed = pack(before != after)
-            if entry.bits is not None:
-                entry.bits.bitwise_or_(changed)
+            held.replace(rows, seed, entry.elements)
         self._mark = self._now()
 
     def look(self) -> None:
@@ -104,13 +103,14 @@ class Changes:
         """`Part.decay`, with a note of what it changes; a copy of this one weight exists meanwhile."""
         self.look()
         compared = self.whole is None and held.is_plain and self._compares(self.slice)
-        before = as_bits(held.weight).clone() if compared else None
+        before = held.weight.clone(memory_format=torch.contiguous_format) if compared else None
         held.decay(factor, seed)
         if before is not None:
             every = torch.arange(held.weight.shape[held.dim], device=held.weight.device)
             every = every.expand(*held.weight.shape[:-2], -1)
-            bits = pack(before.ne(as_bits(held.weight)))
-            self.entries.append(Entry(self._every(), every, (-1, -1), held.weight.shape, bits, is_all=True))
+            changed = Elements(before.numel(), before.device)
+            changed.add(differing(before, held.weight.contiguous()))
+            self.entries.append(Entry(self._every(), every, (-1, -1), held.weight.shape, changed, is_all=True))
         else:
             self.whole = self.whole or DECAYED
         self._mark = self._now()
@@ -144,8 +144,7 @@ class Changes:
         own = columns if held.index is index else held.index.detach().clone()
         shape = held.active.shape
         # no element is known to be changed yet
-        bits = torch.zeros(-(-shape.numel() // 8), dtype=torch.uint8, device=index.device)
-        self.entries.append(Entry(columns, own, version, shape, bits, settling))
+        self.entries.append(Entry(columns, own, version, shape, Elements(shape.numel(), index.device), settling))
         return self.entries[-1]
 
     def _now(self) -> tuple:
@@ -167,26 +166,48 @@ def mark(weight: Any) -> tuple:
 
 
 def flat_positions(entry: Entry, dim: int, shape: torch.Size) -> Tensor:
-    """int64: where the changed elements of an entry are in the weight of which `Entry.index` numbers the columns, read
-    flat.
+    """Where the changed elements of an entry are in the weight of which `Entry.index` numbers the columns, read flat;
+    int32 where that fits, else int64.
 
     Args:
         entry: of the weight.
         dim: along which columns (rows) are numbered.
         shape: of that weight.
     """
-    every, device = entry.shape.numel(), entry.index.device
-    own = torch.arange(every, device=device) if entry.bits is None else positions(entry.bits)
-    p, q = entry.shape[-2:]
-    matrix, within = own // (p * q), own % (p * q)
-    row, column = within // q, within % q
-    index = entry.index.reshape(-1, entry.index.shape[-1])
-    matrix_of_index = matrix if index.shape[0] > 1 else torch.zeros_like(matrix)
-    if dim == -2:
-        row = index[matrix_of_index, row]
+    dtype = index_dtype(shape)
+    if entry.elements is not None:
+        own: Iterable[Tensor] = entry.elements.blocks()
     else:
-        column = index[matrix_of_index, column]
-    return (matrix * shape[-2] + row) * shape[-1] + column
+        own = torch.arange(entry.shape.numel(), device=entry.index.device).split(_AT_A_TIME)
+    index = entry.index.to(dtype)
+    return torch.cat([_flat(numbers.to(dtype), index, entry.shape, dim, shape) for numbers in own])
+
+
+def _flat(own: Tensor, index: Tensor, part: torch.Size, dim: int, shape: torch.Size) -> Tensor:
+    p, q = part[-2:]
+    width = shape[-1]
+    row = own // q  # counted over all matrices
+    column = own - row * q
+    if index.dim() == 1 and len(part) == 2:
+        if dim == -2:
+            return index.index_select(0, row) * width + column
+        return row * width + index.index_select(0, column)
+    matrix = row // p
+    row = row - matrix * p
+    index = index.reshape(-1, index.shape[-1])
+    line = row if dim == -2 else column
+    # one index for all matrices, or one for each
+    chosen = index.reshape(-1).index_select(0, line + matrix * index.shape[-1] if index.shape[0] > 1 else line)
+    if dim == -2:
+        row = chosen
+    else:
+        column = chosen
+    return (matrix * shape[-2] + row) * width + column
+
+
+def index_dtype(shape: torch.Size) -> torch.dtype:
+    """int32 where the numbers of a tensor's elements fit."""
+    return torch.int32 if shape.numel() - 1 <= _LARGEST else torch.int64
 
 
 def changes_of(slice_: Slice) -> Changes:

@@ -51,7 +51,7 @@ class OwnValues:
     def at(self, flat: Tensor) -> Tensor:
         """The values at some of these elements, counted from the first; a copy."""
         if not int8.is_int8(self.tensor):
-            return self._flat()[flat]
+            return self._flat().index_select(0, flat)
         width = self.tensor.shape[-1]
         rows, place = torch.unique(flat // width, return_inverse=True)
         values = flat.new_empty(flat.shape, dtype=self.dtype)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .ops import int8, sharding
+from .ops.bits import Elements, differing
+from .ops.replacing import replace_rows
 from .ops.rounding import loses_digits, round_stochastically
 from .ops.rows import along_slice, put_rows, take_columns, take_rows
 from .ops.selection import bounds, seeded
@@ -122,6 +124,15 @@ class Part:
             seed: of the draws, for weights that are stored in another way; None rounds to nearest.
         """
         put_rows(self.weight, self.index, rows.to(self.weight.dtype), self.dim)
+
+    def replace(self, rows: Tensor, seed: str | None, changed: Elements) -> None:
+        """`put`, and add to a set the elements of `stored` that it gave other bits."""
+        if self.is_plain:
+            replace_rows(self.weight, self.index, rows.to(self.weight.dtype), self.dim, changed)
+            return
+        before = self.stored().contiguous()
+        self.put(rows, seed)
+        changed.add(differing(before, self.stored().contiguous()))
 
     def agrees(self, dtype: torch.dtype | None = None) -> bool:
         """Whether the slice's values, as the weight stores them, are the weight's; NaN is NaN's equal.

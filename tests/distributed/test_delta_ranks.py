@@ -3,13 +3,13 @@
 import pytest
 from launch import torchrun
 
-CASES = ["ddp", "fsdp2", "fsdp2_rows", "zero1", "zero3"]
+CASES = ["ddp", "fsdp2", "fsdp2_rows", "zero1", "zero3", "fsdp2_resumes", "zero_resumes", "one_rank_sends_for_all"]
 
 
 @pytest.fixture(scope="module")
 def two_ranks():
     """Every case in one start of two processes."""
-    return torchrun(2, "delta_cases.py", *CASES)
+    return torchrun(2, "delta_cases.py", "2", *CASES)
 
 
 @pytest.mark.dist

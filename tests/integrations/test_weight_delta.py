@@ -155,14 +155,28 @@ def test_elements_are_those_that_changed():
     assert 0 < sum(sent.values()) < 0.1 * sum(tensor.numel() for tensor in before.values())
 
 
-def test_memory_is_a_bit_for_each_element_of_a_slice():
-    run = Run(weight_decay=0.0, rounding="nearest")
+@pytest.mark.parametrize("lr", [1e-6, 1e-3])
+def test_memory_is_at_most_a_bit_for_each_element_of_a_slice(lr):
+    run = Run(weight_decay=0.0, rounding="nearest", lr=lr)
     run.step()
-    for slice_ in _slices(run.model):
-        assert [entry.bits.numel() for entry in slice_.changes.entries] == [-(-slice_.active.numel() // 8)]
+    sizes = [(slice_.active.numel(), *slice_.changes.entries) for slice_ in _slices(run.model)]
+    most = [-(-size // 8) for size, _ in sizes]
+    few = [4 * entry.elements.positions().numel() for _, entry in sizes]
+    assert [entry.elements.nbytes for _, entry in sizes] == list(map(min, most, few))
+    assert sum(few) < sum(most) if lr < 1e-4 else sum(few) > sum(most)
     run = Run(weight_decay=0.0, elements=False)
     run.step()
-    assert all(entry.bits is None for slice_ in _slices(run.model) for entry in slice_.changes.entries)
+    assert all(entry.elements is None for slice_ in _slices(run.model) for entry in slice_.changes.entries)
+
+
+@pytest.mark.parametrize("targets", ["all-matrices", "all-linear"])
+def test_a_tied_head_comes_once(targets):
+    run = Run(lambda: tiny_llama(**TIED), target_modules=targets)
+    for given in (run.delta.full, run.delta.patches):
+        run.step()
+        names = [name for name, _, _ in given()]
+        assert names.count("model.embed_tokens.weight") == 1 and "lm_head.weight" not in names
+        assert run.delta.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def test_nothing_changed_and_nothing_is_sent():

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import recipe_files as files
 import torch
+import vllm_stand_in
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 pytest.importorskip("trl")
 
@@ -113,6 +114,24 @@ def test_grpo_is_driven_by_a_function_beside_the_recipe(tmp_path, system):
     assert any(not torch.equal(before[name], after[name]) for name in before if "q_proj" in name)
     first = prepare(load_recipe(files.write(tmp_path, said))).train.first()
     assert isinstance(first["prompt"], list) == (system is not None) and first["kind"] == "x"
+
+
+def test_grpo_sends_a_server_what_changed(tmp_path, monkeypatch):
+    """The rehearsal asks it for nothing; before and after training it is sent everything."""
+    said = rewarding(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    server = vllm_stand_in.Server(model, "sparse_nccl")
+    vllm_stand_in.use(monkeypatch, server)
+    said["training"] |= {"max_steps": 3, "use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}
+    said["training"] |= {"vllm_importance_sampling_correction": False}
+    try:
+        results(tmp_path, said)
+    finally:
+        server.close()
+    total = sum(weight.numel() for weight in server.model.parameters())
+    assert len(server.syncs) >= 3 and sum(0 < count < total for count in server.syncs) >= 2
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(weight, after[name]) for name, weight in server.model.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -107,12 +107,13 @@ class SyncWriter:
         speaks = self.delta.speaks
         own = dist.get_rank() if world_size() > 1 else 0
         last = _last(self.folder, own)
-        ranks = _gathered((own, speaks, None if last is None else (last.sequence, *_run(last))))
-        speakers = [rank for rank, said, _ in ranks if said]
-        known = {at for _, said, at in ranks if said}
+        ranks = _gathered((own, speaks, None if last is None else (last.sequence, *_run(last)), self.delta.key))
+        self.delta.key = ranks[0][3]  # each rank had made one of its own
+        speakers = [rank for rank, said, *_ in ranks if said]
+        known = {at for _, said, at, _ in ranks if said}
         here = known.pop() if len(known) == 1 else None
         follows = not full and here is not None and here[1:] == (self.delta.key, self.delta.number)
-        sequence = 1 + max([at[0] for _, _, at in ranks if at is not None], default=0)
+        sequence = 1 + max([at[0] for _, _, at, _ in ranks if at is not None], default=0)
         if not follows:
             self.delta.all_changed(ASKED)
         patches = list(self.delta.packets())

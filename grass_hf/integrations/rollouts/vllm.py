@@ -12,13 +12,14 @@ the full shape for every patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...optim.weight_delta import WeightDelta
+from ...slices.ops.grouping import groups_by_size
 
 _MODULE = "vllm.distributed.weight_transfer.sparse_nccl_engine"
 
@@ -37,32 +38,23 @@ def sparse_patches(delta: WeightDelta, patch_class: Callable[..., Any] | None = 
         ValueError: vLLM is not installed or too old, or a tensor holds what its patches cannot: NaN, integers, or more
             elements than int32 can number. The changes come again with the next call then.
     """
-    make = patch_class or _patch_class()
-    patches = []
-    for name, indices, values in delta.patches():
-        _check(name, indices, values)
-        shape = tuple(delta.shape(name))
-        if indices is None:
-            indices = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
-        # vLLM sends the memory as it stands, whatever its strides (vllm#57130)
-        flat = values.reshape(-1).contiguous()
-        patches.append(make(name=name, indices=indices.contiguous(), values=flat, full_shape=shape))
-    return patches
+    make = patch_class or sparse_engine().SparseWeightPatch
+    return [patch_of(make, name, indices, values, delta.shape(name)) for name, indices, values in delta.patches()]
 
 
-def chunks(patches: list[Any], nbytes: int = 2**28) -> Iterator[list[Any]]:
+def patch_of(make: Callable[..., Any], name: str, indices: Tensor | None, values: Tensor, shape: torch.Size) -> Any:
+    """One of `WeightDelta.patches` as vLLM's ``SparseWeightPatch``; errors as `sparse_patches`."""
+    _check(name, indices, values)
+    if indices is None:
+        indices = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
+    # vLLM sends the memory as it stands, whatever its strides (vllm#57130)
+    flat = values.reshape(-1).contiguous()
+    return make(name=name, indices=indices.contiguous(), values=flat, full_shape=tuple(shape))
+
+
+def chunks(patches: Iterable[Any], nbytes: int = 2**28) -> Iterator[list[Any]]:
     """Patches in groups of at most so many bytes (one at least), for vLLM's ``send_weight_chunk``."""
-    group: list[Any] = []
-    size = 0
-    for patch in patches:
-        own = patch.indices.nbytes + patch.values.nbytes
-        if group and size + own > nbytes:
-            yield group
-            group, size = [], 0
-        group.append(patch)
-        size += own
-    if group:
-        yield group
+    return groups_by_size(patches, lambda patch: patch.indices.nbytes + patch.values.nbytes, nbytes)
 
 
 def _check(name: str, indices: Tensor | None, values: Tensor) -> None:
@@ -77,13 +69,20 @@ def _check(name: str, indices: Tensor | None, values: Tensor) -> None:
     raise ValueError(f"{name} {reason}: send state_dict() with a dense engine of vLLM.")
 
 
-def _patch_class() -> Callable[..., Any]:
+def sparse_engine() -> Any:
+    """vLLM's module of the engine.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
     import importlib
 
     try:
-        return importlib.import_module(_MODULE).SparseWeightPatch
+        module: Any = importlib.import_module(_MODULE)
+        _ = module.SparseWeightPatch
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"vLLM's sparse weight transfer cannot be imported ({error}): pip install 'vllm>=0.33', or send files "
             "(grass_hf.integrations.rollouts.files)."
         ) from None
+    return module

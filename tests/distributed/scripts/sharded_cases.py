@@ -12,14 +12,14 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "sup
 
 import torch
 import torch.distributed as dist
-from helpers import leave
-from sharded_resume_cases import (  # noqa: F401  (main finds them by name)
+from cases import Traffic, run_cases
+from sharded_resume_cases import (  # noqa: F401  (found by name)
     goes_on_on_one_rank_and_comes_back,
     resumes_from_full_state,
     resumes_from_sharded_state,
     rows_that_do_not_fit_the_shards_start_anew,
 )
-from sharded_setup import SETTINGS, Traffic, assert_equals_ddp, batch, full_state, llama, mixtral, prepare, shard, train
+from sharded_setup import SETTINGS, assert_equals_ddp, batch, full_state, llama, mixtral, prepare, shard, train
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import init_device_mesh
@@ -268,17 +268,5 @@ def hybrid_sharding():
     assert_equals_ddp(side="input", options={"mesh": mesh})
 
 
-def main(ranks: int, names: list[str]) -> None:
-    """Run the cases of these names; rank 0 says "ok NAME" of each that has ended well."""
-    dist.init_process_group("gloo")
-    assert dist.get_world_size() == ranks, f"{dist.get_world_size()} ranks, not {ranks}"
-    for name in names:
-        globals()[name]()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            print("ok", name, flush=True)
-    leave()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    run_cases(globals())

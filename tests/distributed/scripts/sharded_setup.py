@@ -16,27 +16,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from grass_hf import GrassConfig, MuonAdamW, convert_to_grass, grass_optimizer
 from grass_hf.convert.conversion import grass_slices
 
 # so that eight ranks divide the rows of every slice
 SETTINGS = {"density": 0.5, "update_interval": 3, "selection": "top_r", "side": "output", "state_policy": "carry"}
-
-
-class Traffic(TorchDispatchMode):
-    """(operator, bytes) of every collective."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
-            tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
-            self.seen.append((func._opname, max((t.nbytes for t in tensors), default=0)))
-        return func(*args, **(kwargs or {}))
 
 
 def batch(step: int, ranks: int | None = None) -> torch.Tensor:

@@ -14,15 +14,15 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "sup
 
 import torch
 import torch.distributed as dist
-from helpers import VOCABULARY, leave, tiny_llama
-from sharded_setup import Traffic
+from cases import Traffic, run_cases
+from helpers import VOCABULARY, tiny_llama
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import grass_hf  # noqa: F401  (before DeepSpeed, which it teaches)
 
 import deepspeed  # isort: skip
 
-from zero_resume_cases import another_base_is_refused, incomplete_checkpoints_are_refused, resumes_exactly  # noqa: F401  (main finds them by name)
+from zero_resume_cases import another_base_is_refused, incomplete_checkpoints_are_refused, resumes_exactly  # noqa: F401  (found by name)
 from zero_setup import (
     STEPS,
     assert_equals_ddp,
@@ -269,17 +269,5 @@ def no_weight_is_gathered_after_a_step():
         assert 4 * max(slices) < 4 * weight
 
 
-def main(ranks: int, names: list[str]) -> None:
-    """Run the cases of these names; rank 0 says "ok NAME" of each that has ended well."""
-    deepspeed.init_distributed("gloo")
-    assert dist.get_world_size() == ranks, f"{dist.get_world_size()} ranks, not {ranks}"
-    for name in names:
-        globals()[name]()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            print("ok", name, flush=True)
-    leave()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    run_cases(globals(), deepspeed.init_distributed)
