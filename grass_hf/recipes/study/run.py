@@ -55,6 +55,7 @@ def run_row(run: Run, workers: int = 1) -> dict[str, Any]:
 
 
 def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
+    # what is trained, and how
     peak = _counted_bytes(run, text, folder)
     follow = _Follow(run, text)
     trainer, recipe = _trainer(run, text, [follow], folder)
@@ -65,12 +66,14 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         trainer.train()
     except FloatingPointError:  # Grass refuses gradients that are not finite; the others go on with them
         follow.diverged = True
+    # what it came to
     steps = trainer.state.global_step
     tokens_a_step = recipe.training.train_batch_size * recipe.training.gradient_accumulation_steps
     tokens_a_step = round(tokens_a_step * text.row_tokens)
     loss = None if follow.diverged else follow.validation[-1][1]
     history = [[h["step"], h["loss"]] for h in trainer.state.log_history if math.isfinite(h.get("loss", math.nan))]
     seconds = sum(follow.seconds)
+    # what is filed
     row = {
         "bench": "quality",
         "key": run.key,
@@ -102,6 +105,7 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         "tokens_per_second": len(follow.seconds) * tokens_a_step / seconds if seconds else None,
         "workers": workers,
     }
+    # what only some studies have
     if run.study.finetunes:
         scores = None if follow.diverged else follow.scores | text.held_out.costly(model)
         row |= {"scores_before": scored, "scores": scores}
