@@ -55,13 +55,13 @@ def run_row(run: Run, workers: int = 1) -> dict[str, Any]:
 
 
 def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
-    # what is trained, and how
     peak = _counted_bytes(run, text, folder)
     follow = _Follow(run, text)
     trainer, recipe = _trainer(run, text, [follow], folder)
     model: Any = trainer.model
     started, scored = text.held_out.evaluate(model)
     scored |= text.held_out.costly(model)
+    # the run itself
     try:
         trainer.train()
     except FloatingPointError:  # Grass refuses gradients that are not finite; the others go on with them
