@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .frozen_weight import FrozenWeight
 from .ops import sharding
@@ -166,7 +167,7 @@ def _load_selection(slice_: Slice, selection: Selection, seed: str | None) -> Te
     if seed is not None:
         slice_.write_back()  # rows that stay are kept at their nearest value
     slice_.drift.note(slice_)
-    if own.index.dim() == 1 and own.is_plain:
+    if own.index.dim() == 1 and own.is_plain and not isinstance(own.index, FakeTensor):  # an estimate has no values
         gone = old_index[~torch.isin(old_index, own.index)][:1].tolist()
         slice_.drift.left = (gone[0], own.weight.select(slice_.dim, gone[0]).clone()) if gone else None
     return source.cpu()
