@@ -30,6 +30,7 @@ TORCH = {
     ),
     "torch.Tensor": ("_base", "_is_view", "_version"),
     "torch.UntypedStorage": ("_cdata",),
+    "torch.autograd.Variable": ("_execution_engine",),
     "torch.distributed._functional_collectives": ("_c10d_functional",),
     "torch.distributed.Reducer": ("_rebuild_buckets",),
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper": ("_checkpoint_wrapped_module",),
