@@ -65,21 +65,22 @@ def follow_weight(slice_: Slice) -> bool:
     record, weight = slice_.drift, weight_of(slice_)
     if not comparable(slice_, weight) or (fits(slice_, weight) and agree(slice_, record)):
         return False
-    parted, can_follow = moved(slice_, record), fits(slice_, weight)
-    if parted == {"weight"} and can_follow:
-        slice_.follow_edit()
-        return False
+    alone = moved(slice_, record) == {"slice"}
     slice_.state.owed = 1.0
-    if can_follow:
+    if fits(slice_, weight):
         slice_.reload()
-    return parted == {"slice"}
+    return alone
 
 
 def follow_edited(slice_: Slice) -> None:
     """Let a slice follow a weight that was changed after the last forward pass, before it is written back."""
     record = slice_.drift
     if record.marks is not None and not sharding.is_sharded(slice_.active) and weight_changed(slice_, record):
+        owed = slice_.state.owed
+        edited = comparable(slice_, weight_of(slice_)) and fits(slice_, weight_of(slice_))
+        edited = edited and slice_.rank_part(slice_, False).partly_agrees()
         follow_weight(slice_)
+        slice_.state.owed = owed if edited else slice_.state.owed
 
 
 def _moved_alone(slice_: Slice) -> bool:

@@ -144,7 +144,10 @@ class Part:
 
     def partly_agrees(self) -> bool:
         """Whether enough values agree for the weight to be an edited one (clipped, masked), and not another."""
-        return float(self._alike(None).float().mean()) > _EDITED
+        alike = self._alike(None)
+        if self.write is not None:
+            alike = alike & ~along_slice(self._padding, self.dim)
+        return float(alike.float().mean()) > _EDITED
 
     def _alike(self, dtype: torch.dtype | None) -> Tensor:
         rows, values = self.take(), self.active.detach()

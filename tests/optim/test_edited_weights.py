@@ -10,6 +10,7 @@ from readers import Routers, tokens
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.convert.conversion import grass_slices
+from grass_hf.slices import parted
 
 X = torch.arange(3, 15).view(2, 6)
 
@@ -85,6 +86,7 @@ def test_a_checkpoint_with_averaged_weights_is_resumed_from_these(first, caplog)
         step(model, optimizer)
         for name, value in model.state_dict().items():
             average[name].lerp_(value, 0.5)
+    parted._warn_of_other_weights.cache_clear()  # it is said once
     states = {"model": average, "optimizer": copy.deepcopy(optimizer.state_dict())}
     again = dict(zip(("model", "optimizer"), made(), strict=True))
     for name in sorted(states, reverse=first == "optimizer"):
