@@ -105,13 +105,15 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         "tokens_per_second": len(follow.seconds) * tokens_a_step / seconds if seconds else None,
         "workers": workers,
     }
-    # what only some studies have
+    return row | _of_finetuning(run, follow, scored) | record.machine(*PACKAGES)
+
+
+def _of_finetuning(run: Run, follow: _Follow, scored: dict[str, float]) -> dict[str, Any]:
+    """What a row of pretraining has not: `scored` is what the model's scores were before."""
+    found: dict[str, Any] = {}
     if run.study.finetunes:
-        scores = None if follow.diverged else follow.scores | text.held_out.costly(model)
-        row |= {"scores_before": scored, "scores": scores}
-    if run.method.frozen is not None:
-        row["frozen"] = run.method.frozen
-    return row | record.machine(*PACKAGES)
+        found = {"scores_before": scored, "scores": None if follow.diverged else follow.all_scores()}
+    return found if run.method.frozen is None else found | {"frozen": run.method.frozen}
 
 
 def _trainer(
@@ -209,10 +211,15 @@ class _Follow(TrainerCallback):
         self.scores: dict[str, float] = {}
         self.diverged = False
 
+    def all_scores(self) -> dict[str, float]:
+        """Those of the last evaluation, and the costly ones of the model as it is now."""
+        return self.scores | self.text.held_out.costly(self.model)
+
     def on_step_begin(self, args, state, control, **kwargs):
         self.begun = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.model = model
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.begun)
