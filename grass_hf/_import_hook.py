@@ -52,7 +52,11 @@ def _patch(module: str) -> None:
 
         getattr(registration, _PATCHES[module])(sys.modules[module])
     except Exception as error:  # they must stay importable for scripts that never heard of us
-        warnings.warn(f"grass-hf could not register with {module}: {type(error).__name__}: {error}", stacklevel=2)
+        warnings.warn(
+            f"grass-hf could not register with {module} ({type(error).__name__}: {error}): --optim grass is not known "
+            "there; install versions that grass-hf supports (transformers 4.57 or newer, torch 2.6 or newer).",
+            stacklevel=2,
+        )
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -2,15 +2,18 @@
 
     mutate.py [--only NAME] [--json runs/mutate.json]
 
-Every test is run in the copy without a mistake first, where it must pass. One line per mistake: "caught" with what the
-test said, "SURVIVED", or what went wrong. The exit code is 1 unless all were caught.
+Every test is run in the copy without a mistake first, where it must pass; each in a process that is forked from this
+one, which has imported the libraries. One line per mistake: "caught" with what the test said, "SURVIVED", or what went
+wrong. The exit code is 1 unless all were caught.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,27 +63,39 @@ def copy_tree(to: Path) -> None:
             shutil.copy2(ROOT / name, to / name)
 
 
-def in_copy(copy: Path, *arguments: str) -> tuple[int | None, str]:
-    """Exit code, None of a python that ran too long, and output; what it started is ended with it."""
-    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+def import_libraries() -> None:
+    """What nearly every test imports, once: a process that is forked from this one has it already."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+    sys.dont_write_bytecode = True
+    for name in ("torch", "transformers", "accelerate", "datasets", "peft", "pytest", "safetensors.torch", "typer"):
+        importlib.import_module(name)
+
+
+def in_copy(copy: Path, work: Callable[[], int]) -> tuple[int | None, str]:
+    """Exit code, None of a process that ran too long, and output; what it started is ended with it."""
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=copy,
-            env=environment,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            code = None
+        process = multiprocessing.get_context("fork").Process(target=_at_work, args=(copy, work, output.fileno()))
+        process.start()
+        process.join(SECONDS)
+        code = process.exitcode
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join()
         output.seek(0)
         return code, output.read()
+
+
+def _at_work(copy: Path, work: Callable[[], int], output: int) -> None:
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.chdir(copy)
+    os.environ["PYTHONPATH"] = str(copy)
+    sys.path.insert(0, str(copy))
+    code = work()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(int(code))
 
 
 def check_copy(copy: Path) -> None:
@@ -88,14 +104,20 @@ def check_copy(copy: Path) -> None:
     Raises:
         RuntimeError: python imports another grass_hf.
     """
-    code, said = in_copy(copy, "-c", "import grass_hf; print(grass_hf.__file__)")
+
+    def where() -> int:
+        print(importlib.import_module("grass_hf").__file__)
+        return 0
+
+    code, said = in_copy(copy, where)
     if code != 0 or not said.strip().endswith(str(copy / "grass_hf" / "__init__.py")):
         raise RuntimeError(f"the copy in {copy} is not what python imports, but {said.strip()}")
 
 
 def run_test(copy: Path, test: str) -> tuple[int | None, str]:
     """pytest's exit code, and what it found wrong: the last error, which is a rank's where ranks have failed."""
-    code, said = in_copy(copy, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", *shlex.split(test))
+    words = ["-q", "-x", "-p", "no:cacheprovider", "-m", "", *shlex.split(test)]
+    code, said = in_copy(copy, lambda: importlib.import_module("pytest").main(words))
     wrong = [line[1:].strip() for line in said.splitlines() if line.startswith("E ")]
     errors = [line for line in wrong if re.match(r"(\[rank\d+\]: )?\w*(Error|Exception)\b", line)]
     return code, (errors[-1:] or wrong[:1] or said.splitlines()[-1:] or [""])[0]
@@ -130,6 +152,7 @@ def main() -> int:
     if not chosen:
         parser.error(f"--only {given.only!r} is in no name of mutate.yaml")
     found, healthy = [], {}
+    import_libraries()
     with tempfile.TemporaryDirectory(prefix="mutate") as folder:
         copy = Path(folder).resolve()
         copy_tree(copy)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..measure.bench import memory, record, speed
+from ..measure.bench import host, memory, record, speed
 from ..measure.bench.methods import PACKAGES
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -68,6 +68,46 @@ def run_speed(
         console.print(f"medians of {setting.rounds} steps each, taken in turn")
 
 
+def run_host(*, rounds: int, dtype: str, device: str, compiled: bool, json: Path | None) -> None:
+    """Time the cases in which the host is the limit, print one table with targets beside, append one row to `json`.
+
+    Raises:
+        ValueError: a dtype or a device is not known or not there.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known: choose one of {', '.join(_DTYPES)}.")
+    device, console = _device(device), Console()
+    words = f"LLaMA 12 layers x 64, 16 tokens a step, one thread, {dtype}, {'compiled, ' * compiled}"
+    console.print(f"{words}on {record.device()}")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("rounds", total=rounds)
+        for result in host.measure(rounds, getattr(torch, dtype), device, compiled):
+            if isinstance(result, dict):
+                found = result
+            else:
+                progress.update(task, completed=max(0, result))
+    reference = found["adamw"].median
+    words = (
+        f"LLaMA 12 layers x 64, 16 tokens a step, {dtype}, one thread, {'compiled, ' * compiled}on {record.device()}"
+    )
+    table = Table(title=words, title_justify="left")
+    table.add_column("method")
+    for heading in ("ms a step", "of AdamW's", "target", "operations", "target"):
+        table.add_column(heading, justify="right")
+    for name, case in host.CASES.items():
+        took, operations = found[name].median, found[name].operations
+        ratio = f"{case.ratio:.2f}" if case.ratio and not compiled else "-"
+        most = f"{case.operations:,}" if case.operations and operations else "-"
+        shown = f"{operations:,}" if operations else "-"
+        table.add_row(name, f"{took * 1e3:.1f}", f"{took / reference:.2f}", ratio, shown, most)
+    console.print(table)
+    console.print(f'medians of {rounds} steps each, taken in turn; "observing" observes and selects in every step')
+    if json is not None:
+        row = {"bench": "host", "dtype": dtype, "compiled": compiled}
+        row |= {"cases": {name: dataclasses.asdict(each) for name, each in found.items()}}
+        record.append(json, row | record.machine(*PACKAGES))
+
+
 def _measured(setting: speed.Setting, dtype: torch.dtype, device: str, console: Console) -> speed.Timing:
     """The timing of one dtype, with a bar that shows how far it is."""
     with Progress(console=console, transient=True) as progress:
@@ -77,7 +117,7 @@ def _measured(setting: speed.Setting, dtype: torch.dtype, device: str, console: 
             if isinstance(result, speed.Timing):
                 return result
             progress.update(task, completed=result)
-    raise RuntimeError("the measurement ended without a timing")
+    raise RuntimeError(f"the measurement of {name} gave no timing: that is a mistake in grass-hf, please report it.")
 
 
 def _row(timing: speed.Timing, setting: speed.Setting) -> dict[str, Any]:

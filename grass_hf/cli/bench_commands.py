@@ -28,6 +28,7 @@ def speed(
     device: str = typer.Option("", help="cpu or cuda; empty takes cuda where there is one."),
     slow_dtypes: bool = typer.Option(False, help="Time a dtype even where this CPU has no fast matmul for it."),
     keep_memory: bool = typer.Option(True, help="On a CPU, keep freed memory in the process, as GPU allocators do."),
+    host: bool = typer.Option(False, "--host", help="A narrow model and 16 tokens, where the host is the limit."),
     json: Path | None = JSON,
 ) -> None:
     """Seconds per training step: fused AdamW, Grass, the frozen limit, and peers by --method.
@@ -39,9 +40,16 @@ def speed(
     The frozen limit trains everything but the target matrices, so nothing that trains them can be faster. The
     methods are stepped in turn within one run, and medians and their ratios are printed; a step in which all layers
     select rows, or project anew, is timed by itself. On a GPU each method's peak of memory is printed too.
-    """
-    from .bench import run_speed
 
+    With --host the model, the batch and the methods are fixed (--dtype, --rounds, --compile and --device are yours):
+    a step of 12 layers x 64 with 16 tokens on one thread, which is launching operations and hardly any arithmetic, as
+    with small batches on a GPU. Operations that a step dispatches are counted, and targets stand beside.
+    """
+    from .bench import run_host, run_speed
+
+    if host:
+        run_host(rounds=rounds, dtype=dtype[0], device=device, compiled=compiled, json=json)
+        return
     run_speed(
         dtypes=dtype,
         device=device,

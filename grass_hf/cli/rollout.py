@@ -76,5 +76,8 @@ def _rows(
         progress=lambda text: console.print(f"lr {lr:g}: {text}", highlight=False),
     )
     if not found[1].bounded:
-        raise RuntimeError("a synchronisation sent more than the columns in slices and the ordinary parameters hold.")
+        raise RuntimeError(
+            f"lr={lr:g}: a synchronisation sent more than the columns in slices and the ordinary parameters hold: that "
+            "is a mistake in grass-hf, please report it."
+        )
     return [each.row() for each in found]

@@ -59,6 +59,14 @@ def check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}: {name} takes {wanted}.")
 
 
+def check_expression(name: str, pattern: str) -> None:
+    """Raise a `ValueError` for a pattern that is no regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:  # OverflowError: "a{99999999999}"
+        raise ValueError(f"{name}={pattern!r} is not a valid regular expression ({error}).") from error
+
+
 def parse(name: str, text: str, kinds: tuple[type, ...], where: str) -> Any:
     """The value of a field that is written as text.
 

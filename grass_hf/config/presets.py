@@ -61,7 +61,7 @@ def with_preset(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     given = dict(values)
     name = given.pop("preset", None)
     if name is not None:
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset={unknown_key(str(name), PRESETS, 'a preset')}")
         preset = dict(PRESETS[name])
         if given.get("rank") is not None:  # it replaces the preset's other way of saying the same

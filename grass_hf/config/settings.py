@@ -139,7 +139,7 @@ class GrassConfig:
             value = getattr(self, name)
             if isinstance(value, (list, set, tuple)):
                 # A set has no order of its own; sorted, two equal configs compare equal.
-                object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set) else value))
+                object.__setattr__(self, name, tuple(sorted(value, key=str) if isinstance(value, set) else value))
         for name in ("rank_pattern", "density_pattern"):
             if isinstance(value := getattr(self, name), Mapping):
                 object.__setattr__(self, name, dict(value) or None)
@@ -189,10 +189,7 @@ class GrassConfig:
                 shown = f"{name}_pattern[{key!r}]"
                 fields.check_type(shown, value, FIELD_TYPES[name][:1])
                 check(shown, value)
-                try:
-                    re.compile(key)
-                except re.error as error:
-                    raise ValueError(f"{name}_pattern={key!r} is not a valid regular expression ({error}).") from error
+                fields.check_expression(f"{name}_pattern", key)
 
     @property
     def pattern(self) -> dict[str, int] | dict[str, float]:
@@ -232,7 +229,7 @@ class GrassConfig:
         values = presets.filled(values)
         for key in values:
             if key not in FIELD_TYPES:
-                raise ValueError(fields.unknown_key(key, [*FIELD_TYPES, "preset"], "a setting of Grass"))
+                raise ValueError(fields.unknown_key(str(key), [*FIELD_TYPES, "preset"], "a setting of Grass"))
         return cls(**values)
 
     @classmethod
@@ -250,8 +247,8 @@ class GrassConfig:
                 values = yaml.safe_load(file)
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}): give the path of a YAML file.") from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that is none
+            raise ValueError(f"{path} is not valid YAML: {error}.") from error
         if values is None:
             values = {}
         if not isinstance(values, dict):

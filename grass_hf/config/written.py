@@ -103,7 +103,7 @@ def _mapping(text: str) -> Mapping[str, Any]:
     """The mapping that was made text of, as JSON or as Python shows it."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = _literal(text)
     if not isinstance(value, Mapping):
         raise ValueError(
@@ -151,5 +151,5 @@ def _number(value: Any) -> Any:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # TypeError: "{[1]: 2}"
         return None

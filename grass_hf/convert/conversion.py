@@ -15,7 +15,8 @@ from ..slices.ops.rounding import loses_digits
 from ..slices.ops.selection import with_replacement
 from ..slices.ops.sharding import gathered, is_partitioned, is_sharded, shape_of
 from ..slices.ops.shared_columns import SharedColumns
-from .audit.watching import unwatch, watch
+from .audit import watching
+from .freezing import watch_flags
 from .modules import GrassModule
 from .record import Conversion, conversion_of, grass_slices
 from .surgery import all_or_nothing, attach_slice, detach_slices, remove_attribute, set_attribute, store_as_int8
@@ -60,9 +61,10 @@ def convert_to_grass(model: nn.Module, config: GrassConfig | None = None) -> nn.
             # DDP broadcasts what it finds as one flat tensor, which an int8 weight is no part of; guards compare them
             set_attribute(model, _IGNORED, [*(getattr(model, _IGNORED, None) or ()), *names], undo)
         set_attribute(model, "grass", Conversion(model, config, todo.left_out, left_alone), undo)
-        undo.callback(unwatch, model)
-        watch(model)
+        undo.callback(watching.end, model)
+        watching.begin(model)
     watch_steps()
+    watch_flags()
     return model
 
 
@@ -142,7 +144,7 @@ def restore_model(model: nn.Module) -> nn.Module:
             elif _IGNORED in vars(model):
                 remove_attribute(model, _IGNORED, undo)
             remove_attribute(model, "grass", undo)
-    unwatch(model)
+    watching.end(model)
     return model
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..slices.evaluated import warn_of_parting
+from ..slices.frozen_weight import keep_frozen
 from ..slices.ops import int8, products
 from ..slices.ops.sharding import gathered, shape_of
 from ..slices.slice import Slice
@@ -59,7 +60,7 @@ def _keep_frozen(weight: nn.Parameter | None) -> None:
     """Freeze a weight again that was made trainable with all others, as PEFT does when it turns adapters on: its full
     gradient would be formed and thrown away."""
     if weight is not None and weight.requires_grad:
-        weight.requires_grad = False
+        keep_frozen(weight)
         _warn_of_unfreezing()
 
 

@@ -7,13 +7,12 @@ expert but the output head, "all-matrices" adds the head and the embeddings.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..config.fields import unknown_key
+from ..config.fields import check_expression, unknown_key
 from ..config.settings import GrassConfig
 from ..slices.ops import products
 from . import experts
@@ -130,10 +129,7 @@ def _check_regular_expressions(config: GrassConfig) -> None:
     for field in ("target_modules", "exclude_modules"):
         pattern = getattr(config, field)
         if isinstance(pattern, str):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{field}={pattern!r} is not a valid regular expression ({error}).") from error
+            check_expression(field, pattern)
 
 
 def preset_name(patterns) -> str | None:

@@ -67,6 +67,14 @@ class Conversion:
                 "old one, which refuses to step from then on."
             )
 
+    @property
+    def driving(self) -> Any:
+        """The link that `driver` refers to, None if there is none; one of a copied optimizer is found here."""
+        if self.driver is None:
+            for link in list(_UNLINKED):
+                link.find()
+        return None if self.driver is None else self.driver()
+
     def claim(self, driver: object) -> None:
         """Let one optimizer drive the slices from now on."""
         self.driver = weakref.ref(driver)
@@ -76,6 +84,12 @@ class Conversion:
         return self.driver is not None and self.driver() is driver
 
 
+def find_later(link: object) -> None:
+    """Note a copied optimizer's link, which looks for its model when one of them needs the other."""
+    _UNLINKED.add(link)
+
+
+_UNLINKED: weakref.WeakSet[Any] = weakref.WeakSet()
 _CONVERSIONS: weakref.WeakSet[Conversion] = weakref.WeakSet()
 
 

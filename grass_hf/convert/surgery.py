@@ -139,7 +139,9 @@ def detach_slice(module: GrassModule, slice_: Slice, undo: ExitStack) -> None:
         undo.callback(_put_int8, module, slice_.parameter)
         setattr(module, slice_.parameter, nn.Parameter(int8.dequantize(weight)))
     undo.callback(_set_gradient, module, slice_.parameter, weight.requires_grad, weight.grad)
-    getattr(module, slice_.parameter).requires_grad_(slice_.before.requires_grad)
+    # one that was frozen since stays so
+    trained = slice_.before.requires_grad and slice_.active.requires_grad
+    getattr(module, slice_.parameter).requires_grad_(trained)
     if not module.own_slices():
         _set_class(module, plain_class(module), undo)
 
@@ -191,7 +193,8 @@ def _put_plain(module: nn.Module, parameter: str, plain: nn.Parameter | None) ->
         return
     if plain is None:
         logger.warning(
-            "%s of a %s was stored in eight bits when the conversion failed, and keeps its rounded values.",
+            "%s of a %s was stored in eight bits when the conversion failed, and keeps its rounded values: load the "
+            "model again before you convert it without weight_dtype.",
             parameter,
             type(module).__name__,
         )

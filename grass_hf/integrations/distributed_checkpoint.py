@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..slices.doors import KEY
+from ..slices.frozen_weight import keep_frozen
 from ..slices.slice import Slice
 
 
@@ -59,9 +60,9 @@ def get_model_state(original: Callable) -> Callable:
 def _thawed(model: nn.Module) -> Iterator[None]:
     weights = [module.weight for module in model.modules() if isinstance(module, Slice)]
     for weight in weights:
-        weight.requires_grad_(True)
+        keep_frozen(weight, True)
     try:
         yield
     finally:
         for weight in weights:
-            weight.requires_grad_(False)
+            keep_frozen(weight)

@@ -53,7 +53,10 @@ def load_weights(trainer, checkpoint: str, model: nn.Module | None, original: Ca
     saved, runs = saved_as(checkpoint), runs_as(trainer)
     if saved == runs or runs is None:
         return original(checkpoint, model)
-    logger.warning(f"{checkpoint} holds {saved} state and is resumed with {runs} state.")
+    logger.warning(
+        f"{checkpoint} holds {saved} state and is resumed with {runs} state: "
+        "rows and optimizer state go on as they were."
+    )
     if PLAIN not in (saved, runs):
         with _reading(trainer, saved):
             return original(checkpoint, model)

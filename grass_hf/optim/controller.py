@@ -153,8 +153,15 @@ class GrassController(LettingGo):
         return resume.add(state_dict, self) if self.slices else state_dict
 
     def loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Take up what Grass remembers; the rest is for the optimizer."""
-        return resume.restore(state_dict, self) if self.slices else state_dict
+        """Take up what Grass remembers; the rest is for the optimizer.
+
+        Raises:
+            RuntimeError: the optimizer was copied without its model.
+        """
+        slices = self.slices
+        if self.link.conversion is None:
+            self.link.require()
+        return resume.restore(state_dict, self) if slices else state_dict
 
     def loaded(self, state_dict: dict[str, Any]) -> None:
         """Follow the loading of a state dict."""
@@ -208,7 +215,7 @@ class GrassController(LettingGo):
             return
         if not self._has_stepped:
             self._has_stepped = True
-            watching.watched(self.link.driven)
+            watching.stepped(self.link.driven)
         groups = self.groups()
         self._has_moved = self._has_moved or guards.check_moved(self.optimizer, slices, self.step)
         self._write_back(slices)

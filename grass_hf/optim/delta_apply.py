@@ -54,7 +54,9 @@ def _targets(state: dict[str, Tensor], name: str, aliases: dict[str, str] | None
     names = [name, *(other for other, first in (aliases or {}).items() if first == name)]
     targets = [state[each] for each in names if each in state]
     if not targets:
-        raise ValueError(f"the replica has no {name}: it is of another model than the trainer's.")
+        raise ValueError(
+            f"the replica has no {name}: it is of another model than the trainer's, load it with the trainer's model."
+        )
     return targets
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..convert.audit import watching
 from ..convert.audit.freeing import freed
-from ..convert.audit.watching import watch
 from ..convert.conversion import grass_slices, is_converted
 from ..convert.record import conversion_of
 from ..slices.drift import check_shape
@@ -87,7 +87,7 @@ def attach(
     _check_holds(optimizer, model)
     if not replace:
         conversion_of(model).refuse_second()
-    watch(model)
+    watching.begin(model)
     _split_groups(optimizer, model)
     return GrassController(model, optimizer, replicas, replace=replace)
 

@@ -162,7 +162,8 @@ def check_any_reached(
     Raises:
         RuntimeError: no slice has a gradient though other parameters have.
     """
-    if any(reached(slice_.active) for slice_ in slices):
+    trained = [slice_.active for slice_ in slices if slice_.active.requires_grad]
+    if any(map(reached, trained)) or (slices and not trained):  # all were frozen
         return
     if any(reached(param) for param in params):
         raise RuntimeError(
@@ -200,7 +201,7 @@ def check_each_reached(
     lacking = []
     for slice_ in slices:
         name = slice_.state.name
-        if reached(slice_.active) or _parents(name)[0] not in parents:
+        if reached(slice_.active) or _parents(name)[0] not in parents or not slice_.active.requires_grad:
             continue
         if isinstance(slice_.owner, nn.Embedding):
             logger.warning("%s received no gradient: the model was given inputs_embeds, perhaps.", name)

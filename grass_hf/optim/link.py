@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..convert.record import Conversion, conversion_over, grass_slices
+from ..convert.record import Conversion, conversion_over, find_later, grass_slices
 from ..slices.slice import Slice, living_slices
 from .driving import controller_of, plain_class
 
@@ -44,13 +44,16 @@ class Link:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._count, self.conversion = state["count"], None
         self._slices: list[Slice] = []
+        find_later(self)
 
     def refresh(self) -> None:
         """Look for the model's slices anew, after some were taken off."""
         self._slices = [] if self.model is None else list(grass_slices(self.model))
 
-    def _find(self) -> None:
+    def find(self) -> None:
         """Let a copy look for its model."""
+        if self.conversion is not None or not hasattr(self, "optimizer"):  # a link that is being copied has none yet
+            return
         held = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
         own = [slice_ for slice_ in living_slices() if id(slice_.active) in held]
         conversion = conversion_over(own) if len(own) == self._count else None
@@ -77,7 +80,7 @@ class Link:
     def slices(self) -> list[Slice]:
         """The model's slices; none once `restore_model` was called, or where the model is not known."""
         if self.conversion is None:
-            self._find()
+            self.find()
         return self._slices if self.conversion is not None and self.conversion.is_current else []
 
     def require(self) -> None:

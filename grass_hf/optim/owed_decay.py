@@ -23,8 +23,9 @@ def owe(slices: list[Slice], groups: dict[int, dict[str, Any]], everywhere: bool
     for slice_ in slices:
         state = slice_.state
         state.recalled = False
-        if factors and (state.rank < state.size or slice_.rho is not None):
-            state.owed *= factors[id(groups[id(slice_._parameters["active"])])]
+        active: Any = slice_._parameters["active"]
+        if factors and active.requires_grad and (state.rank < state.size or slice_.rho is not None):
+            state.owed *= factors[id(groups[id(active)])]
 
 
 def _factor(group: dict[str, Any]) -> float:

@@ -50,7 +50,10 @@ def choose(
         if selection.needs_scores(config.selection):
             known = [vector for vector in norms2 if vector is not None]
             if len(known) < len(parts):
-                logger.warning("%s: its gradient overflowed, it selects a step later.", name)
+                logger.warning(
+                    "%s: its gradient overflowed in float16, so it selects a step later; the run goes on as it should.",
+                    name,
+                )
                 continue
             scores = sum(known, torch.zeros_like(known[0]))
             if not bool(scores.any()):

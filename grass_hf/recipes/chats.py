@@ -245,7 +245,7 @@ def chat_encoder(tokenizer: Any, loss_on: str, system_prompt: str | None, length
         if own and not is_chat_template_stop_token_trained(tokenizer):
             warnings.warn(
                 "the chat template ends its {% generation %} marks before the end-of-turn token, so the model does not "
-                "learn to stop: move the mark behind it, or give another model.chat_template",
+                "learn to stop: move the mark behind it, or give another model.chat_template.",
                 stacklevel=2,
             )
     return ChatEncoder(tokenizer, loss_on, system_prompt, template, length)

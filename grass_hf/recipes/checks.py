@@ -131,13 +131,17 @@ def check_settings(recipe: Recipe, prepared: Prepared) -> list[str]:
     _check_scheduler(training)
     found = check_generation(recipe.model)
     with tempfile.TemporaryDirectory() as folder:
-        for what, part in (("tokenizer", prepared.tokenizer), ("config", prepared.config)):
+        named = "config_name" if recipe.model.config_name else "model_name_or_path"
+        for what, part, field in (
+            ("tokenizer", prepared.tokenizer, "tokenizer_name"),
+            ("config", prepared.config, named),
+        ):
             try:
                 part.save_pretrained(folder)
             except Exception as error:  # of the tokenizer's or the config's own code
                 raise ValueError(
                     f"the {what} of {recipe.model.name} cannot be saved ({type(error).__name__}: {error}), so the run "
-                    f"would be lost: give another model.{'tokenizer_name' if what == 'tokenizer' else 'name'}."
+                    f"would be lost: give another model.{field}."
                 ) from error
     if not found:
         return []

@@ -99,7 +99,8 @@ class Metrics:
                 names |= numbers(self._compute(name, values, values)).keys()
             except Exception as error:  # of the module's own code
                 raise ValueError(
-                    f"evaluation.metrics: {name} does not run ({type(error).__name__}: {error})."
+                    f"evaluation.metrics: {name} does not run ({type(error).__name__}: {error}): mend its module, or "
+                    "leave it out."
                 ) from error
         self.names = None if known is None else names
 

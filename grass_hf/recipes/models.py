@@ -204,7 +204,8 @@ def load_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
             made = kind.from_pretrained(place, config=config, dtype=dtype, **options)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
-                f"{model.model_name_or_path}: its weights cannot be loaded ({first_line(error)})."
+                f"model.model_name_or_path={model.model_name_or_path}: its weights cannot be loaded "
+                f"({first_line(error)}): save the model anew with save_pretrained, or give another one."
             ) from error
     if getattr(made, "generation_config", None) is not None:
         mend_generation(made.generation_config)
@@ -280,5 +281,6 @@ def from_config(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
         return model if recipe.task in ("classification", "reward") else train_language_only(model)
     except (ValueError, ImportError) as error:
         raise ValueError(
-            f"{recipe.model.name} cannot be built for task={recipe.task} ({first_line(error)})."
+            f"{recipe.model.name} cannot be built for task={recipe.task} ({first_line(error)}): give another model, "
+            "or another task."
         ) from error

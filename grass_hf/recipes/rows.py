@@ -131,7 +131,7 @@ class _Batch:
             result, note = self._one({name: rows[name][at] for name in rows}, number)
             if result is None and self.streaming:
                 if note:
-                    warnings.warn(f"left out: {note}", stacklevel=2)
+                    warnings.warn(f"left out: {note} (data.bad_rows=skip).", stacklevel=2)
                 continue
             for name, values in made.items():
                 values.append(note if name == "note" else (result or {}).get(name))

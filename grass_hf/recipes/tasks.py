@@ -94,7 +94,10 @@ def prepare(recipe: Recipe) -> Prepared:
         for part in train:
             if not part.rows.streaming and not len(part.rows.dataset):
                 size = f"the {len(held.dataset)} rows of {part.rows.name}" if held else part.rows.name
-                raise ValueError(f"data.holdout={data.holdout} leaves nothing of {size} to train on.")
+                raise ValueError(
+                    f"data.holdout={data.holdout} leaves nothing of {size} to train on: "
+                    "give a smaller one, or more rows."
+                )
         rows: Any = join([_encoded(recipe, part, tokenizer, labels, numbers) for part in train], data.weights, seed)
         if recipe.task == "pretraining":
             for one in (rows, held) if held else (rows,):

@@ -37,7 +37,7 @@ from .ops import sharding
 from .ops.int8 import is_int8
 from .ops.rounding import loses_digits
 from .part import local_part
-from .parted import sentence
+from .parted import sentence, warn_of_other_weights
 
 if TYPE_CHECKING:
     from .slice import Slice
@@ -55,6 +55,8 @@ class Drift:
         look: whether the next forward pass compares values whatever the marks say.
         seen: whether a forward pass has looked since the last step.
         near: whether they agree but for the weight's rounding.
+        left: number of a row (column) that left at the last selection, and the weight's values there, which stay what
+            they are until the next; None where that is not known. See `slices.evaluated`.
         sharded: whether parameters are sharded, and marks are compared at steps only; None before the first step.
     """
 
@@ -63,6 +65,7 @@ class Drift:
         self.dtype: torch.dtype | None = None
         self.passes = 0
         self.look = self.seen = self.near = False
+        self.left: tuple[int, Tensor] | None = None
         self.sharded: bool | None = None
 
     def __getstate__(self):
@@ -185,6 +188,11 @@ def _confirm(slice_: Slice) -> None:
         return
     if parted == {"weight"}:
         logger.info("%s: its weight was changed, and the slice follows it.", slice_.state.name)
+        slice_.follow_edit()
+        return
+    if slice_.state.recalled and record.marks is None:
+        # as it does where the weights are loaded last
+        warn_of_other_weights(slice_)
         slice_.take_new_weight()
         return
     raise RuntimeError(sentence(slice_, parted))

@@ -3,6 +3,11 @@
 Both use the weights, and a slice may have been moved without them: an average of parameters, or weights clipped
 after a step, touch what has ``requires_grad``. A training forward pass that follows is stopped by `slices.drift`;
 this is for the end of training, and for an average that is put in place for an evaluation and taken out again.
+
+[Note: averages that copy what is frozen] Such an average (diffusers' EMAModel) overwrites weights with what they were
+and slices with averages, so that both have new marks. Whether a weight is an average too shows in a row that left the
+slice at the last selection: it was trained while the average was made, and its values stay what they are until the next
+selection. Are they still these, and slice and weight differ, then the weight was not averaged.
 """
 
 from __future__ import annotations
@@ -60,11 +65,14 @@ def follow_weight(slice_: Slice) -> bool:
     record, weight = slice_.drift, weight_of(slice_)
     if not comparable(slice_, weight) or (fits(slice_, weight) and agree(slice_, record)):
         return False
-    alone = moved(slice_, record) == {"slice"}
+    parted, can_follow = moved(slice_, record), fits(slice_, weight)
+    if parted == {"weight"} and can_follow:
+        slice_.follow_edit()
+        return False
     slice_.state.owed = 1.0
-    if fits(slice_, weight):
+    if can_follow:
         slice_.reload()
-    return alone
+    return parted == {"slice"}
 
 
 def follow_edited(slice_: Slice) -> None:
@@ -79,15 +87,27 @@ def _moved_alone(slice_: Slice) -> bool:
     if weight is None or record.marks is None or record.near or sharding.is_sharded(slice_.active):
         return False
     with _disable_current_modes():
-        if "weight" in moved(slice_, record) or not comparable(slice_, weight) or not fits(slice_, weight):
+        parted = moved(slice_, record)
+        if "weight" in parted and record.left is None:
             return False
-        return not agree(slice_, record)
+        if not comparable(slice_, weight) or not fits(slice_, weight) or agree(slice_, record):
+            return False
+        return "weight" not in parted or _holds_what_it_held(slice_)
+
+
+def _holds_what_it_held(slice_: Slice) -> bool:
+    """Whether a weight that was overwritten has its old values; see [Note: averages that copy what is frozen]."""
+    if slice_.drift.left is None or slice_.rank_part(slice_, False).partly_agrees():  # it was edited
+        return False
+    row, values = slice_.drift.left
+    return torch.equal(weight_of(slice_).detach().select(slice_.dim, row), values)
 
 
 def _said(slice_: Slice) -> str:
     return (
         f"the slice of {slice_.state.name} was changed and its weight was not, so what is evaluated and saved is not "
-        "what the slice holds: something moves the parameters that are trained (an average of parameters, Lookahead, "
-        "weights that are clipped). Let it move the weights: average model.state_dict(), or use "
-        "torch.optim.swa_utils.AveragedModel(model); change module.weight, which the slice follows."
+        "what the slice holds: something moves the parameters that are trained (an average of parameters that leaves "
+        "out or copies those without requires_grad, Lookahead, weights that are clipped). Let it move the weights: "
+        "average model.state_dict(), or use torch.optim.swa_utils.AveragedModel(model); change module.weight, "
+        "which the slice follows."
     )

@@ -119,6 +119,7 @@ def settle_decay(slice_: Slice, seed: str | None = None) -> None:
         else:
             slice_.changes.decay(own, slice_.state.owed, seed)
         slice_.state.owed = 1.0
+        slice_.drift.left = None
         slice_.write_back()
 
 
@@ -146,6 +147,7 @@ def _load_selection(slice_: Slice, selection: Selection, seed: str | None) -> Te
     source = selection.positions_in(slice_.current_selection(), slice_.state.size)
     old = slice_.rank_part(slice_, True)
     kept, before = old.active.clone(), None if old.write is None else old.write.clone()
+    old_index = old.index.clone()
     slice_.index.copy_(selection.index)
     for kept_values, chosen in ((slice_.rho, selection.rho), (slice_.write, selection.write)):
         if kept_values is not None and chosen is not None:
@@ -164,6 +166,9 @@ def _load_selection(slice_: Slice, selection: Selection, seed: str | None) -> Te
     if seed is not None:
         slice_.write_back()  # rows that stay are kept at their nearest value
     slice_.drift.note(slice_)
+    if own.index.dim() == 1 and own.is_plain:
+        gone = old_index[~torch.isin(old_index, own.index)][:1].tolist()
+        slice_.drift.left = (gone[0], own.weight.select(slice_.dim, gone[0]).clone()) if gone else None
     return source.cpu()
 
 
@@ -172,6 +177,15 @@ def take_new_weight(slice_: Slice) -> None:
     before, as torch.distributed.checkpoint does, which loads the optimizer first."""
     if not slice_.state.recalled:
         slice_.state.owed = 1.0
+    slice_.reload()
+
+
+@torch.no_grad()
+def follow_edit(slice_: Slice) -> None:
+    """Follow a weight that was changed in place: if it was edited (clipped, masked), the decay of its other rows is due
+    still, which training without Grass would have multiplied in before; not if it is another weight now."""
+    if not slice_.rank_part(slice_, False).partly_agrees():
+        slice_.take_new_weight()
     slice_.reload()
 
 
@@ -188,6 +202,7 @@ def reload(slice_: Slice) -> None:
         return
     if not own.agrees():
         own.keep(own.loaded(own.active.dtype))
+        slice_.drift.left = None
     slice_.drift.note(slice_)
 
 

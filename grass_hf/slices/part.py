@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Rows of a weight that are converted to float32 at a time, to multiply decay into a half-precision weight.
 _DECAY_BLOCK = 256
+# The share of values that agree by chance is smaller, in half precision too.
+_EDITED = 0.1
 # Elements of it on a GPU; see `_rows_at_a_time`.
 _DECAY_ELEMENTS = 2**24
 
@@ -127,6 +129,13 @@ class Part:
         Args:
             dtype: a coarser one in which they are compared; None for the weight's.
         """
+        return bool(self._alike(dtype).all())
+
+    def partly_agrees(self) -> bool:
+        """Whether enough values agree for the weight to be an edited one (clipped, masked), and not another."""
+        return float(self._alike(None).float().mean()) > _EDITED
+
+    def _alike(self, dtype: torch.dtype | None) -> Tensor:
         rows, values = self.take(), self.active.detach()
         if self.write is not None:
             values = values * along_slice(self.write, self.dim)
@@ -136,7 +145,7 @@ class Part:
             # a row that was divided by its multiplier is the row again but for rounding
             same |= (values - rows).abs() <= 4 * torch.finfo(rows.dtype).eps * rows.abs()
             same |= along_slice(self._padding, self.dim)  # nothing to agree on at padding
-        return bool(same.all())
+        return same
 
     def nearly_agrees(self) -> bool:
         """Whether both underwent the same but for rounding: the slice has more digits than the weight."""
@@ -183,11 +192,11 @@ class Int8Part(Part):
     def put(self, rows: Tensor, seed: str | None = None) -> None:
         int8.store_rows(self.weight, self.index, rows, None if seed is None else seeded(seed, rows.device))
 
-    def agrees(self, dtype: torch.dtype | None = None) -> bool:
+    def _alike(self, dtype: torch.dtype | None) -> Tensor:
         # a row that is being trained may be stored as the code above or below
         weight: Any = self.weight
         scale = weight.scale.index_select(0, self.index)[:, None]
-        return bool(((self.active - self.take()).abs() <= scale).all())
+        return (self.active - self.take()).abs() <= scale
 
     def decay(self, factor: float, seed: str | None) -> None:
         int8.multiply(self.weight, factor, None if seed is None else seeded(seed + ".decay", self.active.device))

@@ -98,6 +98,7 @@ class Slice(Doors):
     settle_decay = exchange.settle_decay
     load_selection, current_selection = exchange.load_selection, exchange.current_selection
     take_new_weight, reload = exchange.take_new_weight, exchange.reload
+    follow_edit = exchange.follow_edit
     mark_trained = exchange.mark_trained
     # what is checked
     blocks = checks.blocks

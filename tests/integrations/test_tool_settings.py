@@ -1,8 +1,10 @@
 """What the files for other tools do by themselves; `make test-tools` runs them in the tools."""
 
+import importlib.util
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,17 @@ def test_file_for_ms_swift_stands_alone_in_its_folder():
     # ms-swift puts this folder first on Python's path: nothing in it may have the name of a package
     names = {path.stem for path in plugin.parent.iterdir() if path.stem != "__pycache__"}
     assert plugin.is_file() and names == {"__init__", "__main__", "grass_plugin"}
+
+
+def test_file_for_ms_swift_is_imported_as_a_file_of_no_package(monkeypatch):
+    swift, optimizers = types.ModuleType("swift"), types.ModuleType("swift.optimizers")
+    optimizers.OptimizerCallback, optimizers.optimizers_map = object, {}
+    monkeypatch.setitem(sys.modules, "swift", swift)
+    monkeypatch.setitem(sys.modules, "swift.optimizers", optimizers)
+    file = ROOT / "grass_hf" / "integrations" / "ms_swift" / "grass_plugin.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert list(optimizers.optimizers_map) == ["grass"]
 
 
 def test_tool_with_default_callbacks_of_its_own(tmp_path, monkeypatch, capsys):

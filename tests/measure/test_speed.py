@@ -1,5 +1,6 @@
 """What `grass-hf bench speed` counts: which steps select or project, and which do not."""
 
+import dataclasses
 from collections import Counter
 from importlib import import_module
 from itertools import pairwise
@@ -9,9 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grass_hf import MuonAdamW
-from grass_hf.measure.bench import speed
+from grass_hf.measure.bench import host, speed
 from grass_hf.optim.driving import plain_class
 
+THREADS = torch.get_num_threads()
 SMALL = {"layers": 1, "hidden": 64, "vocabulary": 64, "batch": 1, "sequence": 8, "rank": 16, "rounds": 3}
 # What is called when a method selects or projects anew: the owner of a function, and its name.
 CALLED = {
@@ -64,3 +66,16 @@ def test_each_method_comes_after_each_other_one_equally_often(count):
     assert all(sorted(order) == list(methods) for order in orders)
     after = Counter(pair for order in orders for pair in pairwise(order))
     assert set(after.values()) == {2} and len(after) == count * (count - 1)
+
+
+def test_small_steps_are_timed_and_counted_case_by_case(monkeypatch):
+    small = dataclasses.replace(host._SETTING, layers=1)
+    monkeypatch.setattr(host, "_SETTING", small)
+    *numbers, found = host.measure(2, torch.float32, "cpu")
+    assert numbers[-1] == 2 and list(found) == list(host.CASES)
+    assert all(len(each.seconds) == 2 for each in found.values())
+    counts = {name: each.operations for name, each in found.items()}
+    # Grass launches the products of the frozen limit and its slices' own, and what it observes with when it does
+    assert counts["frozen"] < counts["grass"] < counts["grass, observing"]
+    assert counts["grass"] != counts["grass, output side"] and counts["grass"] < counts["lora"]
+    assert torch.get_num_threads() == THREADS

@@ -22,7 +22,7 @@ def test_make_lists_every_target():
     phony = (
         re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text().replace("\\\n", ""), flags=re.M).group(1).split()
     )
-    assert [line.split()[1] for line in listed.splitlines()] == phony
+    assert [line.split()[1] for line in listed.splitlines() if line.startswith("  make ")] == phony
 
 
 def test_constraints_pin_torch_and_every_line_is_a_pin():

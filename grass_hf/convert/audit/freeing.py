@@ -41,7 +41,7 @@ def free(model: nn.Module, slices: Iterable[Slice], reason: str = READ) -> list[
             for module in modules:
                 if isinstance(module, GrassModule):  # it may have lost its last slice
                     detach_slice(module, slice_, undo)
-            slice_.weight.requires_grad_(True)
+            slice_.weight.requires_grad_(slice_.active.requires_grad)
             pairs.append((slice_.active, slice_.weight))
     conversion_of(model).left_out.update((slice_.state.name, reason) for slice_ in gone)
     _hand_on_leadership(model, {slice_.state.name for slice_ in gone})

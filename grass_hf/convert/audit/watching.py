@@ -28,6 +28,7 @@ from ...slices.slice import Slice
 from ..modules import GrassModule
 from ..patterns import uses
 from ..record import conversion_of
+from . import outside
 from .exclusion import exclusion, summary
 from .freeing import free, say
 from .rerun import NotPlainError
@@ -90,8 +91,26 @@ def watch_again_if_changed(model: nn.Module) -> None:
         watch(model)
 
 
+def begin(model: nn.Module) -> None:
+    """`watch`, and look at what a training loop itself does to weights (`outside`), until the first step is taken."""
+    watch(model)
+    outside.begin(model)
+
+
+def end(model: nn.Module) -> None:
+    """The model is restored: look at nothing more."""
+    unwatch(model)
+    outside.end(model)
+
+
+def stepped(model: nn.Module) -> None:
+    """The first step is taken: look at nothing more."""
+    watched(model)
+    outside.end(model)
+
+
 def watched(model: nn.Module) -> None:
-    """The first step is taken: look no more.
+    """The model was looked at: look no more.
 
     Hooks that have never looked stay where they are: the model is compiled, and its graphs would be compiled again.
     """
@@ -129,8 +148,11 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     model = _root(module)
     if model is None or torch._C._current_graph_task_id() != -1:  # backward runs forwards again, of checkpoints
         return
-    if (seen := _seen.get(model)) is not None and seen.over:
+    seen = _seen.get(model)
+    if seen is not None and seen.over:
         return
+    if seen is None:  # a copy, with hooks of the original
+        outside.begin(model)
     running = getattr(_thread, "audit", None)
     if running is not None:
         if _is_called(running.entry):
@@ -170,8 +192,7 @@ def _mend(model: nn.Module, audit: Audit, args: tuple, kwargs: dict[str, Any], o
     slices = [slice_ for slice_ in _slices(model) if slice_ in audit.found and not (refused and slice_.vocabulary)]
     if not slices:
         return output
-    conversion = conversion_of(model)
-    link = None if conversion.driver is None else conversion.driver()
+    link = conversion_of(model).driving
     driver = None if link is None else link.optimizer.grass
     try:
         _check_alone(model, slices)

@@ -141,7 +141,8 @@ def pair(base: Checkpoint, tuned: Checkpoint) -> Pairs:
     same = max(tries, key=len)  # the first of equals: names as they are
     if not same:
         raise ValueError(
-            f"BASE={base.folder} and TUNED={tuned.folder} have no weight of the same name: they are not of one model."
+            f"BASE={base.folder} and TUNED={tuned.folder} have no weight of the same name: they are not of one "
+            "model, give two checkpoints of one."
         )
     used = set(same.values())
     return Pairs(

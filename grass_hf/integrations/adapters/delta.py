@@ -207,11 +207,13 @@ def _checked(checkpoint: Checkpoint, name: str, manifest: dict[str, Any], here: 
     """The bits of a tensor, after making sure that it is the one that the delta was made with."""
     place = f"{checkpoint.role}={checkpoint.folder}"
     if name not in checkpoint.names:
-        raise ValueError(f"{place} has no {name}: it is not the checkpoint that the delta was made with.")
+        raise ValueError(
+            f"{place} has no {name}: it is not the checkpoint that the delta was made with, give that one."
+        )
     found = digest(checkpoint.tensor(name), checkpoint.dtype(name))
     if found != manifest[here]["tensors"][name]:
         if found == manifest[there]["tensors"].get(name):
-            raise ValueError(f"{place} is the {there} checkpoint already ({name}).")
+            raise ValueError(f"{place} is the {there} checkpoint already ({name}): there is nothing to do.")
         raise ValueError(
             f"{place}: {name} has other values than the {here} checkpoint that the delta was made with: give that one."
         )

@@ -49,7 +49,8 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{checkpoint.role}={checkpoint.folder} has no config that transformers reads: {first}"
+            f"{checkpoint.role}={checkpoint.folder} has no config that the installed transformers reads ({first}): "
+            "save the model with save_pretrained, or install the transformers that wrote it."
         ) from None
     name = (config.architectures or ["nothing"])[0]
     cls = getattr(transformers, name, None)

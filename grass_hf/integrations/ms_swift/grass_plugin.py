@@ -1,7 +1,8 @@
 """The file for ms-swift's ``--external_plugins``: it adds ``--optimizer grass``.
 
 ms-swift checks ``--optim`` before it imports plugins, so the name cannot come that way. Its ``--optimizer`` is looked
-up afterwards, in a registry; ``--optim`` then names the base optimizer.
+up afterwards, in a registry; ``--optim`` then names the base optimizer. It is imported as a file that belongs to no
+package, so its imports are absolute.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from __future__ import annotations
 from swift.optimizers import OptimizerCallback, optimizers_map
 
 import grass_hf
-
-from ..base import with_base
-from ..optimizer_name import NAME
+from grass_hf.integrations.base import with_base
+from grass_hf.integrations.optimizer_name import NAME
 
 
 class GrassOptimizerCallback(OptimizerCallback):

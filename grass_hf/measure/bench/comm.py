@@ -66,7 +66,10 @@ def measure(
     with Ranks(ranks) as running:
         joined = running.ask("join", each=[{"rank": rank} for rank in range(ranks)], ranks=ranks, **local())
         if joined != [ranks] * ranks:
-            raise RuntimeError(f"{ranks} processes were started, and they see {joined} of each other.")
+            raise RuntimeError(
+                f"{ranks} processes were started, and they see {joined} of each other: another program answers on "
+                "their port, perhaps; run the command again."
+            )
         for engine in engines:
             # all layers select at every other step: one step of each kind is enough
             often = dataclasses.replace(placed(config, engine, ranks, dtype), update_interval=2, stagger=1)
@@ -92,7 +95,11 @@ def _same_on_all(found: list[list]) -> list:
         RuntimeError: ranks counted different messages, which no collective allows.
     """
     if any(own != found[0] for own in found):
-        raise RuntimeError("ranks counted different messages in one step: a rank must have failed.")
+        counts = [len(own) for own in found]
+        raise RuntimeError(
+            f"ranks counted different messages in one step, {counts} of them: a rank must have failed; what it said "
+            "stands above, run the command again."
+        )
     return found[0]
 
 

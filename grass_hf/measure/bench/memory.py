@@ -187,7 +187,7 @@ def launch(case: Case, mode: str, device: str) -> int:
             worker.kill()
     for worker, (_, errors) in zip(workers, said, strict=True):
         if worker.returncode:
-            raise RuntimeError(f"the run of case {case.name!r} ({mode}) failed:\n{errors[-3000:]}")
+            raise RuntimeError(f"the run of case {case.name!r} ({mode}) failed, and said last:\n{errors[-3000:]}")
     return int(said[0][0].split()[-1])
 
 

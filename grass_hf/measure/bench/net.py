@@ -100,7 +100,10 @@ def measure(setting: Setting) -> Iterator[str | Measured]:
         where = {"address": address(0), "port": _PORT, "interface": INTERFACE, "timeout": 600}
         joined = ranks.ask("join", each=each, ranks=setting.workers, **where)
         if joined != [setting.workers] * setting.workers:
-            raise RuntimeError(f"{setting.workers} workers were started, and they see {joined} of each other.")
+            raise RuntimeError(
+                f"{setting.workers} workers were started, and they see {joined} of each other: another program answers "
+                "on their port, perhaps; run the command again."
+            )
         for name, grass in setting.methods.items():
             ranks.ask("make", name=name, engine=setting.engine, grass=grass, **setting.shape)
         yield from _Run(setting, ranks, switch).steps()

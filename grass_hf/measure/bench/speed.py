@@ -36,8 +36,6 @@ from ...optim.factory import grass_optimizer
 from .methods import KINDS, check_installed, make_ready, resolve, target_names, trainer_flags
 
 METHODS = ("adamw", "grass", "frozen")
-# LLaMA's own rounding of 8/3 of the width: a GPU multiplies odd sizes many times slower.
-_MULTIPLE = 256
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,9 @@ class Setting:
         methods: names of `measure.bench.methods.KINDS`.
         base: Grass's base optimizer, a Trainer name or "muon".
         compiled: forward and backward by torch.compile, of every method.
+        multiple: the feed-forward width is rounded up to one of it, LLaMA's own: a GPU multiplies odd sizes many times
+            slower.
+        interval: steps between Grass's selections, None for `gap`.
     """
 
     rank: int = 128
@@ -62,6 +63,8 @@ class Setting:
     methods: tuple[str, ...] = METHODS
     base: str = "adamw_torch_fused"
     compiled: bool = False
+    multiple: int = 256
+    interval: int | None = None
 
     @property
     def gap(self) -> int:
@@ -102,7 +105,7 @@ def slowdown(dtype: torch.dtype, device: str) -> float:
 
     def seconds(kind: torch.dtype) -> float:
         a, b = (torch.ones(256, 256, dtype=kind, device=device) for _ in range(2))
-        return min(_timed(lambda: torch.mm(a, b), device) for _ in range(5))
+        return min(timed(lambda: torch.mm(a, b), device) for _ in range(5))
 
     return seconds(dtype) / seconds(torch.float32)
 
@@ -164,7 +167,7 @@ class _Run:
     def __init__(self, method: str, setting: Setting, dtype: torch.dtype, device: str):
         self.device, self.held, self.peak = device, 0, 0
         before = self._allocated()
-        self._step = _make_step(method, setting, dtype, device)
+        self._step = make_step(method, setting, dtype, device)
         self.held = self._allocated() - before
 
     def step(self) -> float:
@@ -172,7 +175,7 @@ class _Run:
         before = self._allocated()
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        elapsed = _timed(self._step, self.device)
+        elapsed = timed(self._step, self.device)
         if self.device == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() - before + self.held)
         self.held += self._allocated() - before
@@ -182,11 +185,19 @@ class _Run:
         return torch.cuda.memory_allocated() if self.device == "cuda" else 0
 
 
-def _make_step(method: str, setting: Setting, dtype: torch.dtype, device: str) -> Callable[[], None]:
+def make_step(method: str, setting: Setting, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """A function that takes a training step of a method's own model.
+
+    Args:
+        method: a name of `measure.bench.methods.KINDS`.
+        setting: of the model, the batch and Grass.
+        dtype: of the weights.
+        device: "cpu" or "cuda".
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=setting.hidden,
-        intermediate_size=-(-setting.hidden * 8 // 3 // _MULTIPLE) * _MULTIPLE,
+        intermediate_size=-(-setting.hidden * 8 // 3 // setting.multiple) * setting.multiple,
         num_hidden_layers=setting.layers,
         num_attention_heads=max(1, setting.hidden // 64),
         vocab_size=setting.vocabulary,
@@ -212,8 +223,9 @@ def _make_ready(method: str, model: PreTrainedModel, setting: Setting) -> tuple[
     options = {"lr": 1e-4, "weight_decay": 0.1}
     if method == "grass":
         # the first step takes the rows that docs/speed.md was measured with
+        interval = setting.interval or setting.gap
         grass = GrassConfig(
-            rank=setting.rank, side=setting.side, selection="top_r", update_interval=setting.gap, stagger=1
+            rank=setting.rank, side=setting.side, selection="top_r", update_interval=interval, stagger=1
         )
         convert_to_grass(model, grass)
         factory = Trainer.get_optimizer_cls_and_kwargs
@@ -240,7 +252,8 @@ def _arguments(**flags: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=tempfile.gettempdir(), report_to="none", **flags)
 
 
-def _timed(step: Callable[[], object], device: str) -> float:
+def timed(step: Callable[[], object], device: str) -> float:
+    """Seconds of a call, and of what it has launched on a GPU."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -67,7 +67,10 @@ def own_network() -> Iterator[None]:
             yield
         finally:
             if libc.setns(home, _CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "this process cannot return to its network namespace")
+                raise OSError(
+                    ctypes.get_errno(),
+                    "this process cannot return to its network namespace: run the command in a new process.",
+                )
     finally:
         os.close(home)
 

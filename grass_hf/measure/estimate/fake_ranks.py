@@ -37,7 +37,10 @@ def check_engine(engine: str, world_size: int, method: str) -> None:
             "engine='ddp', or leave the method out."
         )
     if not dist.is_available():
-        raise ValueError(f"world_size={world_size} needs a torch with torch.distributed, which this build lacks.")
+        raise ValueError(
+            f"world_size={world_size} needs a torch with torch.distributed, which this build lacks: install another "
+            "build, or leave world_size out."
+        )
     if dist.is_initialized():
         raise ValueError(
             f"world_size={world_size} is simulated with a process group of its own, and this process has one already: "

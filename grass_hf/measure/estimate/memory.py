@@ -129,7 +129,7 @@ def estimate_memory(
         what = "the model" if model is None else type(model).__name__
         raise ValueError(
             f"{what} decides by the values of tensors ({error.func}), which a simulation does not have: its memory "
-            "cannot be estimated."
+            "cannot be estimated; measure a real step instead (torch.cuda.max_memory_allocated)."
         ) from error
     computed = method in COMPUTED or bool(one.zero_stage)
     return MemoryEstimate(method, step, observing, computed)

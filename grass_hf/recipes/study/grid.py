@@ -183,7 +183,7 @@ def load_study(path: str | Path, only: Iterable[str] = ()) -> Study:
     _known(section, _FIELDS, f"{path}: study")
     for name in ("rank", "methods"):
         if not section.get(name):
-            raise ValueError(f"{path}: study.{name} is missing.")
+            raise ValueError(f"{path}: study.{name} is missing: write it as the studies in studies/ do.")
     options = {name: section[name] for name in _OPTIONS if name in section}
     if "seeds" in options:
         options["seeds"] = tuple(options["seeds"])

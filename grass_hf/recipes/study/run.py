@@ -68,7 +68,10 @@ def shared_text(study: Study) -> Text:
         recipe = build_recipe(study.document, study.path, ["--output_dir", tempfile.gettempdir()], grass=False)
         prepared = prepare(recipe)
         if prepared.evaluation is None or prepared.train.streaming:
-            raise ValueError(f"{study.path}: a study needs held-out documents, and rows that are not streamed.")
+            raise ValueError(
+                f"{study.path}: a study needs held-out documents, and rows that are not streamed: give data.holdout, "
+                "and leave data.streaming out."
+            )
         whole = recipe.data.sequence_length
         blocks = torch.tensor([ids for ids in prepared.evaluation.dataset["input_ids"] if len(ids) == whole])
         count = min(study.eval_blocks, len(blocks))
