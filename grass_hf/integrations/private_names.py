@@ -15,9 +15,11 @@ TORCH = {
         "_foreach_lerp_",
         "_foreach_mul_",
         "_foreach_norm",
+        "_guards",
+        "_has_compatible_shallow_copy_type",
         "_subclasses",
     ),
-    "torch._C": ("_current_graph_task_id", "_functorch", "_get_tracing_state"),
+    "torch._C": ("_current_graph_task_id", "_disabled_torch_function_impl", "_functorch", "_get_tracing_state"),
     "torch._dynamo.eval_frame": ("_orig_mod", "_torchdynamo_orig_callable"),
     "torch._ops.OpOverload": ("_opname", "_schema"),
     "torch._subclasses.fake_tensor": (
@@ -70,7 +72,10 @@ TORCH = {
         "_get_current_dispatch_mode_stack",
         "is_traceable_wrapper_subclass_type",
     ),
-    "torch.utils._pytree": ("tree_leaves",),
+    "torch.utils._pytree": (
+        "tree_leaves",
+        "tree_map_only",
+    ),
 }
 TRANSFORMERS = {
     "transformers.PreTrainedModel": ("_from_config", "_keys_to_ignore_on_save", "_no_split_modules"),
