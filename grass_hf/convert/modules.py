@@ -210,6 +210,11 @@ def converts_products(module: nn.Module) -> bool:
 _CONVERTED: dict[tuple[type[nn.Module], Kind, bool], type[GrassModule]] = {}
 
 
+def classes_made() -> int:
+    """How many classes this process has made for converted modules so far."""
+    return len(_CONVERTED)
+
+
 def converted_class(module: nn.Module) -> type[GrassModule] | None:
     """The class that a module of a known kind is to have, None if its forward is not understood.
 

@@ -98,7 +98,8 @@ class ZeroController(GrassController):
         return [] if self.model is None else [p for p in self.model.parameters() if id(p) in self._place]
 
     def stepped_dtype(self, param: nn.Parameter) -> torch.dtype:
-        return self._place[id(param)].values.dtype
+        place = self._place.get(id(param))  # none of the flat ones that DeepSpeed steps
+        return param.dtype if place is None else place.values.dtype
 
     def groups(self) -> dict[int, dict[str, Any]]:
         # looked up every time, because loading a state puts other dicts in the groups' places

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,10 +15,17 @@ from torch.utils.checkpoint import checkpoint
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
 from grass_hf.convert.audit import outside
 from grass_hf.convert.conversion import grass_slices
-from grass_hf.slices.frozen_weight import FrozenWeight
+from grass_hf.slices.frozen_weight import FrozenWeight, show_operations
 
 SETTINGS = {"density": 0.5, "target_modules": "all-matrices", "selection": "uniform_nr"}
 NOTHING = torch._C._disabled_torch_function_impl
+
+
+@pytest.fixture(autouse=True)
+def no_others(monkeypatch):
+    """Models of other tests may wait for their first step."""
+    monkeypatch.setattr(outside, "_waiting", weakref.WeakSet())
+    show_operations(None)
 
 
 class Tied(Calls):

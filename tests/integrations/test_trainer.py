@@ -140,7 +140,7 @@ def test_energy_is_the_selected_rows_share(tmp_path):
     convert_to_grass(model, GrassConfig(rank=2, selection="top_r", side="output", update_interval=5))
     optimizer = grass_optimizer(model, torch.optim.SGD, lr=0.1)
     x = torch.randn(5, 6)
-    before = model[0].weight.clone().requires_grad_()
+    before = model[0].weight.detach().clone().requires_grad_()
     (x @ before.t()).pow(2).sum().backward()
     model(x).pow(2).sum().backward()
     optimizer.step()

@@ -12,11 +12,13 @@ from typing import Any, cast
 from torch import nn
 from torch.autograd import Function
 
-from ..modules import GrassModule
+from ..modules import GrassModule, classes_made
 
 _APPLY = cast(Any, Function.apply).__func__.__code__
 # of the functions that stand around what torch.compile has made
 _COMPILED = "/torch/_dynamo/eval_frame.py"
+# of the forwards that torch.fx writes
+_TRACED = "<eval_with_key>"
 
 
 def caller(uses: Callable[[Any], bool], *, certain: bool = False) -> tuple[bool, bool]:
@@ -30,7 +32,7 @@ def caller(uses: Callable[[Any], bool], *, certain: bool = False) -> tuple[bool,
         Whether one of these modules makes its tapped product; and whether an autograd function runs whose gradients are
         recorded, inside of which gradients are off though one is wanted.
     """
-    tapped, is_recorded = _tapped(), False
+    tapped, is_recorded = _tapped(classes_made()), False
     below: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -44,9 +46,11 @@ def caller(uses: Callable[[Any], bool], *, certain: bool = False) -> tuple[bool,
 
 
 def in_compiled() -> bool:
-    """Whether what torch.compile has made runs, of whose modules nothing is on the stack."""
+    """Whether what torch.compile, torch.export or torch.fx has made runs, of whose modules nothing is on the stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
+        if frame.f_code.co_filename.startswith(_TRACED):
+            return True
         if frame.f_code.co_filename.replace("\\", "/").endswith(_COMPILED):
             context = frame.f_locals.get("self")
             # such a one stands around what is not to be compiled, a checkpoint say
@@ -74,9 +78,9 @@ def _records(forward: FrameType | None, certain: bool) -> bool:
     return not certain and not any(getattr(context, "needs_input_grad", None) or ())
 
 
-@functools.cache
-def _tapped() -> set[CodeType]:
-    """The code of the forwards around which a product is tapped."""
+@functools.lru_cache(maxsize=1)
+def _tapped(classes: int) -> set[CodeType]:
+    """The code of the forwards around which a product is tapped, of so many classes."""
     kinds = GrassModule.__subclasses__()
     found, package = set(), __name__.partition(".")[0]
     while kinds:

@@ -105,6 +105,7 @@ def _row(run: Run, text: Text, folder: str, workers: int) -> dict[str, Any]:
         "tokens_per_second": len(follow.seconds) * tokens_a_step / seconds if seconds else None,
         "workers": workers,
     }
+    # and what only finetuning has
     return row | _of_finetuning(run, follow, scored) | record.machine(*PACKAGES)
 
 
