@@ -65,7 +65,7 @@ class Drift:
         self.dtype: torch.dtype | None = None
         self.passes = 0
         self.look = self.seen = self.near = False
-        self.left: tuple[int, Tensor] | None = None
+        self.left: tuple[int, int] | None = None
         self.sharded: bool | None = None
 
     def __getstate__(self):

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .drift import agree, comparable, fits, moved, weight_changed, weight_of
 from .ops import sharding
+from .ops.bits import fingerprint
 from .ops.double_backward import is_transformed
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ def _holds_what_it_held(slice_: Slice) -> bool:
     """Whether a weight that was overwritten has its old values; see [Note: averages that copy what is frozen]."""
     if slice_.drift.left is None or slice_.rank_part(slice_, False).partly_agrees():  # it was edited
         return False
-    row, values = slice_.drift.left
-    return torch.equal(weight_of(slice_).detach().select(slice_.dim, row), values)
+    row, held = slice_.drift.left
+    return fingerprint(weight_of(slice_).detach().select(slice_.dim, row)) == held
 
 
 def _said(slice_: Slice) -> str:

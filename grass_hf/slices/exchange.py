@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .frozen_weight import FrozenWeight
 from .low_bits import rounded
 from .ops import sharding
+from .ops.bits import fingerprint
 from .ops.rounding import loses_digits, round_stochastically
 from .ops.rows import along_slice, take_rows
 from .ops.selection import Selection, seeded
@@ -140,12 +141,9 @@ def _load_selection(slice_: Slice, selection: Selection, seed: str | None) -> Te
     if seed is not None:
         slice_.write_back()  # rows that stay are kept at their nearest value
     slice_.drift.note(slice_)
-    if own.index.dim() == 1 and own.is_plain:
-        if isinstance(own.index, FakeTensor):  # an estimator's has no values, and keeps as many bytes
-            gone = [0] if len(own.index) < own.weight.shape[slice_.dim] else []
-        else:
-            gone = old_index[~torch.isin(old_index, own.index)][:1].tolist()
-        slice_.drift.left = (gone[0], own.weight.select(slice_.dim, gone[0]).clone()) if gone else None
+    if own.index.dim() == 1 and own.is_plain and not isinstance(own.index, FakeTensor):  # an estimator's has no values
+        gone = old_index[~torch.isin(old_index, own.index)][:1].tolist()
+        slice_.drift.left = (gone[0], fingerprint(own.weight.select(slice_.dim, gone[0]))) if gone else None
     return source.cpu()
 
 

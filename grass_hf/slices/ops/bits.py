@@ -121,3 +121,14 @@ class Elements:
             self._bits.bitwise_or_(pack(mask))
             self._numbers = []
         return self._bits
+
+
+def fingerprint(values: Tensor) -> int:
+    """A number that other values have too, but hardly ever: the sum of their bits, each in its place.
+
+    Args:
+        values: of any dtype; a GPU is waited for.
+    """
+    words = as_bits(values.contiguous()).to(torch.int64)
+    places = torch.arange(1, words.numel() + 1, device=words.device)
+    return int((words.flatten() * places).sum())
