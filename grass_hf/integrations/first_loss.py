@@ -87,7 +87,7 @@ def refuse_reads(model: nn.Module, reads: WeightReads) -> None:
             full.
     """
     if found := [slice_ for slice_ in grass_slices(model) if slice_ in reads.found]:
-        raise loss_reads(model, found)
+        raise ValueError(loss_reads(model, found))
 
 
 def watch_first_step(trainer: Trainer) -> None:

@@ -62,8 +62,8 @@ def end(model: nn.Module) -> None:
         show_operations(None)
 
 
-def loss_reads(model: nn.Module, slices: list[Slice]) -> ValueError:
-    """The error for weights that a loss reads outside the model's forward; all are named, with a remedy for these."""
+def loss_reads(model: nn.Module, slices: list[Slice]) -> str:
+    """What is said of weights that a loss reads outside the model's forward; all are named, with a remedy for these."""
     names = [slice_.state.name for slice_ in slices]
     others = [use.name for use in uses(model) if use.name not in names]
     heads = getattr(model, "get_output_embeddings", lambda: None)()
@@ -72,7 +72,7 @@ def loss_reads(model: nn.Module, slices: list[Slice]) -> ValueError:
     remedy = f"train these in full, {exclusion(names, others, conversion_of(model).config)}"
     if len(names) == len(list(grass_slices(model))):
         remedy = "these are all that is compressed, so take what reads them out of the loss, or train without Grass"
-    return ValueError(
+    return (
         f"the loss reads the weights of {said} without calling the modules that hold them, as fused losses, kernels "
         "and penalties on weights do, so their slices would get a part of the gradient or none, and training stopped "
         "before any weight was changed. A penalty on every number by itself (L1, L2) can be taken over [p for p in "
@@ -136,7 +136,7 @@ def _refuse_in_function(weight: FrozenWeight) -> FrozenWeight:
     is_own, is_recorded = _is_own(weight)
     if is_recorded and not is_own and (slice_ := _slice_of(weight)) is not None:
         model = next(model for model in list(_waiting) if slice_ in grass_slices(model))
-        raise loss_reads(model, [slice_])
+        raise RuntimeError(loss_reads(model, [slice_]))
     return weight
 
 
@@ -177,4 +177,4 @@ def _stop(number: int) -> None:
     met = set(_met.pop(number, ()))
     for model in list(_waiting):
         if found := [slice_ for slice_ in grass_slices(model) if slice_ in met]:
-            raise loss_reads(model, found)
+            raise RuntimeError(loss_reads(model, found))
