@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from readers import Calls, Reader, tokens
+from readers import Calls, Kernel, Product, Reader, tokens
 from torch.utils.checkpoint import checkpoint
 
 from grass_hf import GrassConfig, convert_to_grass, grass_optimizer, restore_model
@@ -32,27 +32,6 @@ class Tied(Calls):
     def __init__(self):
         super().__init__()
         self.head.weight = self.table.weight
-
-
-class Product(torch.autograd.Function):
-    """What fused losses are."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight):
-        ctx.save_for_backward(weight)
-        return hidden @ weight.t()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.saved_tensors[0], None
-
-
-class Kernel(Product):
-    @staticmethod
-    def forward(ctx, hidden, weight):
-        assert weight.data_ptr()
-        ctx.save_for_backward(weight)
-        return torch.ones(*hidden.shape[:-1], len(weight))
 
 
 def hidden(model):

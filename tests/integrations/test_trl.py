@@ -11,6 +11,7 @@ pytest.importorskip("trl")
 import datasets
 from helpers import arguments, tiny_llama, trainer
 from peft import LoraConfig
+from readers import Kernel, Product
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 from trl_runs import KINDS, model_for, tokenizer, trained, trainer_of
 
@@ -158,29 +159,6 @@ def test_a_recipes_trainer_calls_the_head(tmp_path, monkeypatch, make, loss):
 
 
 # -- losses of other libraries, and of users: their reads stand outside of the model's own forward
-
-
-class Product(torch.autograd.Function):
-    """What fused losses are: an autograd function of their own, outside the model's forward."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight):
-        ctx.save_for_backward(weight)
-        return hidden @ weight.t()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.saved_tensors[0], None
-
-
-class Kernel(Product):
-    """A kernel that torch knows nothing of is given the memory's address."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight):
-        assert weight.data_ptr()
-        ctx.save_for_backward(weight)
-        return torch.ones(*hidden.shape[:-1], len(weight))
 
 
 def hidden_of(model, inputs):
