@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .ops import int8
+from .ops.bits import as_bits
 from .ops.rows import take_columns, take_rows
 
 # Places of a float32's halves in memory.
@@ -110,9 +111,7 @@ def digest(weight: Tensor, index: Tensor, dim: int) -> Tensor:
         codes: Any = weight
         rows, scale = codes.int_data.index_select(0, index), _scales(weight, index)
         return rows.sum(dim=-1, dtype=torch.int32) + scale.view(torch.int32)[:, 0]
-    rows = _rows(weight, index, dim)
-    rows = rows.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
-    return rows.sum(dim=-1, dtype=torch.int32)
+    return as_bits(_rows(weight, index, dim)).sum(dim=-1, dtype=torch.int32)
 
 
 def _rows(weight: Tensor, index: Tensor, dim: int) -> Tensor:
